@@ -1,0 +1,325 @@
+"""All that the launcher and its workers agree on: exit codes, environment, run directory, events, error records.
+
+The two sides are different processes, often different hosts, and share no memory: whatever crosses that border is
+named here and nowhere else. Standard library only, so the launcher can use it without importing torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+
+class ExitCode(IntEnum):
+    """What the exit status of a run means; README lists the same table."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    BUG = 70
+    PREEMPTED_SAVED = 75
+    PREEMPTED_KEPT = 76
+    NO_PROGRESS = 77
+    NO_CHECKPOINT = 78
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+EXIT_MEANING: Mapping[ExitCode, str] = {
+    ExitCode.DONE: "done",
+    ExitCode.FAILED: "user code or a worker failed for good",
+    ExitCode.USAGE: "usage or configuration, never restarted",
+    ExitCode.BUG: "a bug of samestep",
+    ExitCode.PREEMPTED_SAVED: "preempted, checkpoint saved, run again",
+    ExitCode.PREEMPTED_KEPT: "preempted, last periodic checkpoint kept, run again",
+    ExitCode.NO_PROGRESS: "no progress, do not run again",
+    ExitCode.NO_CHECKPOINT: "no valid checkpoint left",
+    ExitCode.INTERRUPTED: "stopped by the operator without saving",
+    ExitCode.TERMINATED: "stopped by the operator without saving",
+}
+
+
+class UsageError(Exception):
+    """A mistake of the person who typed: `message` says setting, expectation and actual value, `hint` the fix."""
+
+    def __init__(self, message: str, hint: str = "", exit_code: ExitCode = ExitCode.USAGE) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        """The text as it is printed: one sentence, and on a second line the hint."""
+        return f"error: {self.message}" + (f"\nhint: {self.hint}" if self.hint else "")
+
+
+# Names of environment variables that the launcher sets and a worker reads, besides torchrun's own.
+ENV_RUN_DIR = "SAMESTEP_RUN_DIR"
+ENV_GENERATION = "SAMESTEP_GENERATION"  # counts the starts of one run, from 0
+ENV_STORE_FD = "SAMESTEP_STORE_FD"  # rank zero only: listening loopback socket for the TCPStore
+ENV_STORE_PORT = "SAMESTEP_STORE_PORT"
+ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
+
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnv:
+    """Where a worker stands. `rank` and `world_size` count processes over all nodes, `local_*` on this node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node_rank: int = 0
+    nnodes: int = 1
+    master_addr: str = ""
+    master_port: int = 0
+    distributed: bool = False  # False: nobody started us as a rank, there is no process group
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> WorkerEnv:
+        """Read torchrun's variables, complete or not at all.
+
+        Raises:
+            UsageError: only some of them are set, one is not an integer, or they contradict each other.
+        """
+        present = [name for name in _RANK_VARIABLES[:2] if environ.get(name)]
+        if not present:
+            stray = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if environ.get(name)]
+            if stray:
+                raise _half_set(stray[0], "RANK")
+            return cls()
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if not environ.get(name) and not (name.startswith("MASTER") and environ.get(ENV_STORE_PORT)):
+                raise _half_set(present[0], name)
+        rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+        local_world_size = _integer(environ, "LOCAL_WORLD_SIZE", default=world_size)
+        env = cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=_integer(environ, "LOCAL_RANK", default=rank % max(local_world_size, 1)),
+            local_world_size=local_world_size,
+            node_rank=_integer(environ, "GROUP_RANK", default=0),
+            nnodes=_integer(environ, "GROUP_WORLD_SIZE", default=1),
+            master_addr=environ.get("MASTER_ADDR", ""),
+            master_port=_integer(environ, "MASTER_PORT", default=0),
+            distributed=True,
+        )
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise UsageError(
+                f"RANK is expected to be at least 0 and below WORLD_SIZE, but RANK is {rank} and "
+                f"WORLD_SIZE is {world_size}",
+                "let a launcher set them: samestep run, torchrun or accelerate launch",
+            )
+        if not 0 <= env.local_rank < local_world_size:
+            raise UsageError(
+                f"LOCAL_RANK is expected to be at least 0 and below LOCAL_WORLD_SIZE, but LOCAL_RANK is "
+                f"{env.local_rank} and LOCAL_WORLD_SIZE is {local_world_size}",
+                "let a launcher set them: samestep run, torchrun or accelerate launch",
+            )
+        return env
+
+
+def _half_set(present: str, missing: str) -> UsageError:
+    return UsageError(
+        f"{present} and {missing} are expected to be set together, but {missing} is not set",
+        f"unset {present} for a single process, or start the script with samestep run, torchrun or accelerate launch",
+    )
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if not text and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise UsageError(f"{name} is expected to be an integer, but is {text!r}", f"unset {name}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Names of what lies in a run directory (mode 0700); README documents them as an interface."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration, versions, seed, shards, threads, dataset fingerprint."""
+        return self.path / "config.json"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object a line; see the Event types below."""
+        return self.path / "events.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Output of every rank."""
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Committed checkpoints and nothing else that `step-*` matches."""
+        return self.path / "checkpoints"
+
+    @property
+    def errors(self) -> Path:
+        """Error records of ranks that failed."""
+        return self.path / "errors"
+
+    def log(self, rank: int) -> Path:
+        """Log of one rank, all generations one after another."""
+        return self.logs / f"rank-{rank}.log"
+
+    def error(self, rank: int) -> Path:
+        """ErrorRecord of one rank's newest failure."""
+        return self.errors / f"rank-{rank}.json"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint taken after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step:08d}"
+
+
+MANIFEST = "MANIFEST.json"
+WEIGHTS = "model.safetensors"
+
+
+def default_run_dir(recipe: str) -> Path:
+    """`runs/<recipe stem>` below the working directory, for a path or a dotted module name."""
+    stem = Path(recipe).stem if recipe.endswith(".py") else recipe.rsplit(".", 1)[-1]
+    return Path("runs") / (stem or "run")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorRecord:
+    """What a failing worker leaves in `errors/rank-N.json`; `time_ns` is the wall clock, for ordering on one host."""
+
+    rank: int
+    host: str
+    pid: int
+    generation: int
+    step: int  # optimizer steps completed
+    phase: str  # joining, build, data, forward, backward, sync, optimizer, evaluation, checkpoint, closing
+    kind: str  # exception class name
+    message: str
+    frame: str  # user frame, "file:line in function"
+    traceback: str
+    exit_code: int
+    time_ns: int
+    consequence: bool = False  # a connection to another rank broke: that rank is the culprit, not this one
+    hint: str = ""
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ErrorRecord:
+        """Inverse of `to_json`; unknown keys are dropped, so a newer worker can talk to an older launcher.
+
+        Raises:
+            ValueError: `text` is not such a record.
+        """
+        try:
+            data = json.loads(text)
+            return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not an error record: {error}") from error
+
+
+class RankInfo(TypedDict):
+    """One rank as `run_started` lists it."""
+
+    rank: int
+    local_rank: int
+    host: str
+    pid: int
+
+
+class Started(TypedDict):
+    """`run_started` (generation 0) and `restarted` (later ones)."""
+
+    event: Literal["run_started", "restarted"]
+    time: float
+    generation: int
+    world_size: int
+    shards: int
+    ranks: list[RankInfo]
+
+
+class Spread(TypedDict):
+    """One duration over all ranks, in seconds."""
+
+    mean: float
+    max: float
+    slowest_rank: int
+
+
+class Step(TypedDict):
+    """One optimizer step; none is missing or repeated over restarts."""
+
+    event: Literal["step"]
+    time: float
+    step: int
+    epoch: int
+    loss: float | None  # None: the step had no weight, or the loss was not finite (`loss_hex` tells)
+    loss_hex: str  # float.hex() of the objective, for comparing bits
+    samples: int
+    samples_per_s: float
+    seconds: dict[str, Spread]  # data, forward, backward, sync, optimizer
+    extra: NotRequired[dict[str, float]]
+
+
+class Epoch(TypedDict):
+    """A finished epoch; `loss` is weighted by samples (or tokens), `seconds` is wall time on rank zero."""
+
+    event: Literal["epoch"]
+    time: float
+    epoch: int
+    loss: float | None
+    samples: int
+    seconds: float
+
+
+class Eval(TypedDict):
+    """One evaluation over the whole of `eval_data`."""
+
+    event: Literal["eval"]
+    time: float
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    samples: int
+    seconds: float
+
+
+class Finished(TypedDict):
+    """The last event of a run that trained to its end."""
+
+    event: Literal["run_finished"]
+    time: float
+    digest: str
+    steps: int
+    restarts: int
+    goodput: float  # useful step seconds / wall seconds over all generations
+
+
+class WorkerFailed(TypedDict):
+    """Written by the launcher; `rank` is the culprit."""
+
+    event: Literal["worker_failed"]
+    time: float
+    rank: int
+    step: int | None
+    phase: str
+    cause: str
+    exit_code: int
+
+
+Event = Started | Step | Epoch | Eval | Finished | WorkerFailed | dict[str, Any]

@@ -1,0 +1,107 @@
+"""sha256 of what a safetensors file holds: the number by which two runs are compared.
+
+Canonical form, for every tensor in the order of its sorted name: `name NUL dtype NUL d0,d1,... NUL bytes`, where name is
+without the wrappers `module.` and `_orig_mod.`, dtype is the format's own word (F32, BF16, I64, ...) and bytes are little
+endian, row major. File format: 8 bytes header length, JSON header {name: {dtype, shape, data_offsets}}, data; see
+https://huggingface.co/docs/safetensors/index#format. Standard library only, so anybody can check a file with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from samestep.launcher.contract import MANIFEST, WEIGHTS, ExitCode, RunDir, UsageError
+from samestep.launcher.manifest import newest_valid, verify
+
+_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.")
+_MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+_CHUNK_BYTES = 1 << 20
+
+
+def clean_name(name: str) -> str:
+    """Parameter name without the wrappers of DistributedDataParallel and torch.compile."""
+    while True:
+        shorter = _WRAPPERS.sub(r"\1", name)
+        if shorter == name:
+            return name
+        name = shorter
+
+
+def tensor_header(name: str, dtype: str, shape: Iterable[int]) -> bytes:
+    """What precedes a tensor's bytes in the canonical form."""
+    return f"{clean_name(name)}\0{dtype}\0{','.join(map(str, shape))}\0".encode()
+
+
+def file_digest(path: Path) -> str:
+    """64 hex characters for one safetensors file.
+
+    Raises:
+        ValueError: the file is not in safetensors format, or shorter than its header says.
+        OSError: it can't be read.
+    """
+    with path.open("rb") as file:
+        header, data_start = _read_header(file, path)
+        sha = hashlib.sha256()
+        for name in sorted(header, key=clean_name):
+            entry = header[name]
+            begin, end = entry["data_offsets"]
+            sha.update(tensor_header(name, entry["dtype"], entry["shape"]))
+            file.seek(data_start + begin)
+            remaining = end - begin
+            while remaining > 0:
+                chunk = file.read(min(_CHUNK_BYTES, remaining))
+                if not chunk:
+                    raise ValueError(f"{path} ends inside tensor {name}")
+                sha.update(chunk)
+                remaining -= len(chunk)
+    return sha.hexdigest()
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, dict[str, object]] | dict[str, dict], int]:  # type: ignore[type-arg]
+    size = int.from_bytes(file.read(8), "little")
+    if not 0 < size <= _MAX_HEADER_BYTES:
+        raise ValueError(f"{path} is not a safetensors file")
+    try:
+        header = json.loads(file.read(size))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return header, 8 + size
+
+
+def path_digest(path: Path) -> str:
+    """Digest of a run directory (its newest valid checkpoint), a checkpoint folder or a safetensors file.
+
+    Raises:
+        UsageError: `path` is none of these, or (exit code 78) what it holds is damaged.
+    """
+    if path.is_dir() and (path / MANIFEST).exists():
+        problem = verify(path)
+        if problem:
+            raise UsageError(f"{path} is not a valid checkpoint: {problem}", exit_code=ExitCode.NO_CHECKPOINT)
+        return file_digest(path / WEIGHTS)
+    if path.is_dir():
+        newest, damaged = newest_valid(RunDir(path).checkpoints)
+        if newest is None:
+            reason = "; ".join(f"{bad.name}: {why}" for bad, why in damaged) or "it has no checkpoint"
+            code = ExitCode.NO_CHECKPOINT if damaged else ExitCode.USAGE
+            raise UsageError(
+                f"{path} is expected to hold a valid checkpoint, but {reason}",
+                "name a run directory, a checkpoint folder or a .safetensors file",
+                code,
+            )
+        return file_digest(newest / WEIGHTS)
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise UsageError(
+            f"{path} can't be read: {error.strerror}",
+            "name a run directory, a checkpoint folder or a .safetensors file",
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(str(error), "name a run directory, a checkpoint folder or a .safetensors file") from None
