@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from samestep.launcher.contract import MANIFEST, WEIGHTS, ExitCode, RunDir, UsageError
 from samestep.launcher.manifest import newest_valid, verify
@@ -62,7 +62,7 @@ def file_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, dict[str, object]] | dict[str, dict], int]:  # type: ignore[type-arg]
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     size = int.from_bytes(file.read(8), "little")
     if not 0 < size <= _MAX_HEADER_BYTES:
         raise ValueError(f"{path} is not a safetensors file")

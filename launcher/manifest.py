@@ -29,7 +29,9 @@ def file_sha256(path: Path) -> str:
 def encode(content: Mapping[str, Any]) -> bytes:
     """Bytes of a manifest with `content` (without `sha256`, which is added)."""
     body = json.dumps(content, sort_keys=True, indent=1)
-    return json.dumps({**content, "sha256": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True, indent=1).encode()
+    return json.dumps(
+        {**content, "sha256": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True, indent=1
+    ).encode()
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def committed(checkpoints: Path) -> list[Path]:
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest folder that verifies, and the newer ones that do not, each with the reason."""
-    damaged = []
+    damaged: list[tuple[Path, str]] = []
     for folder in committed(checkpoints):
         problem = verify(folder)
         if not problem:

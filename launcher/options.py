@@ -76,7 +76,7 @@ def load(
     return config
 
 
-def table(config_type: type[Any]) -> list[tuple[str, str, str, str]]:
+def table(config_type: type[Any], prefix: str = "SAMESTEP_") -> list[tuple[str, str, str, str]]:
     """Rows (flag, environment name, default, help with unit) of every option, in the order of definition."""
     _inherit_help(config_type)
     hints = get_type_hints(config_type, include_extras=True)
@@ -88,7 +88,7 @@ def table(config_type: type[Any]) -> list[tuple[str, str, str, str]]:
         flags = parameter.name if parameter and parameter.name else (f"--{field.name.replace('_', '-')}",)
         default = field.default if field.default is not dataclasses.MISSING else ""
         shown = "" if default is None or default == () else str(default)
-        rows.append((flags[0], f"SAMESTEP_{field.name.upper()}", shown, (parameter.help or "") if parameter else ""))
+        rows.append((next(iter(flags)), f"{prefix}{field.name.upper()}", shown, (parameter.help or "") if parameter else ""))
     return rows
 
 
@@ -101,7 +101,7 @@ def _inherit_help(config_type: type[Any]) -> None:
                 continue
             inherited = get_type_hints(base, include_extras=True)[name]
             if hasattr(inherited, "__metadata__"):
-                config_type.__annotations__[name] = Annotated[(hints[name], *inherited.__metadata__)]  # type: ignore[index]
+                config_type.__annotations__[name] = Annotated[(hints[name], *inherited.__metadata__)]
 
 
 def _names(config_type: type[Any]) -> list[str]:
@@ -110,7 +110,7 @@ def _names(config_type: type[Any]) -> list[str]:
 
 def _dashed(argv: Sequence[str]) -> list[str]:
     """Accept `--global_batch_size` for `--global-batch-size`; values keep their underscores."""
-    result = []
+    result: list[str] = []
     for position, token in enumerate(argv):
         if token == "--":
             return result + list(argv[position:])

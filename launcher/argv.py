@@ -1,0 +1,131 @@
+"""Where the launcher's own words end and the recipe's begin: `samestep run [options] RECIPE [anything]`.
+
+Everything after the recipe belongs to it; the launcher looks there only for the run directory and the device.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import get_type_hints
+
+from cyclopts import Parameter
+
+from samestep.launcher.config import LaunchConfig
+from samestep.launcher.contract import ENV_LAUNCHED, ENV_RUN_DIR, UsageError, default_run_dir
+from samestep.launcher.options import nearest_hint, peek
+
+
+class Kind(Enum):
+    """How a recipe is started."""
+
+    SCRIPT = "script"
+    MODULE = "module"
+    COMMAND = "command"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What every rank runs: a file, a module or a program, with arguments that are none of the launcher's business."""
+
+    target: str
+    arguments: tuple[str, ...] = ()
+    kind: Kind = Kind.SCRIPT
+
+    def run_dir(self, environ: Mapping[str, str]) -> Path:
+        """Flag, environment, TOML file, default: the order in which a worker reads it too."""
+        flag = peek(self.arguments, "run-dir")
+        # below another run the variable names that run's directory, which is not ours to share
+        inherited = None if environ.get(ENV_LAUNCHED) else environ.get(ENV_RUN_DIR)
+        found = flag or inherited or _run_dir_in_file(peek(self.arguments, "config"))
+        return Path(found) if found else default_run_dir(self.target)
+
+    @property
+    def device(self) -> str:
+        """`--device` among the recipe's arguments, `auto` if there is none."""
+        return peek(self.arguments, "device") or "auto"
+
+
+def _run_dir_in_file(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        data = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None  # the worker reads the same file and says what is wrong with it
+    value = data.get("run-dir", data.get("run_dir"))
+    return value if isinstance(value, str) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    field: str
+    takes_value: bool
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The launcher's tokens, with repeated flags reduced to the last, and the recipe with its arguments.
+
+    Raises:
+        UsageError: an unknown flag (names the nearest), one without its value, or two spellings that contradict.
+    """
+    known = _flags()
+    given: dict[str, tuple[str, str | None]] = {}
+    position = 0
+    while position < len(argv):
+        token = argv[position]
+        if token == "--":
+            return _tokens(given), list(argv[position + 1 :])
+        if not token.startswith("-") or token == "-":
+            break
+        name, flag, value = _lookup(token, known)
+        position += 1
+        if flag.takes_value and value is None:
+            if position == len(argv):
+                raise UsageError(f"{name} is expected to be followed by a value, but is the last word", "add the value")
+            value = argv[position]
+            position += 1
+        _note(given, flag.field, name, value)
+    return _tokens(given), list(argv[position:])
+
+
+def _flags() -> dict[str, _Flag]:
+    hints = get_type_hints(LaunchConfig, include_extras=True)
+    known = {"--help": _Flag("help", False), "-h": _Flag("help", False)}
+    for field in fields(LaunchConfig):
+        hint = hints[field.name]
+        parameter = next(item for item in hint.__metadata__ if isinstance(item, Parameter))
+        flag = _Flag(field.name, takes_value=hint.__origin__ is not bool)
+        for name in parameter.name or (f"--{field.name.replace('_', '-')}",):
+            known[name] = flag
+    return known
+
+
+def _lookup(token: str, known: Mapping[str, _Flag]) -> tuple[str, _Flag, str | None]:
+    text, equals, rest = token.partition("=")
+    name = text.replace("_", "-") if text.startswith("--") else text
+    value = rest if equals else None
+    if not name.startswith("--") and len(name) > 2 and name[:2] in known and known[name[:2]].takes_value:
+        name, value = name[:2], token[2:].removeprefix("=")  # -t3, as argparse reads it
+    if name not in known:
+        hint = nearest_hint(name, {word for word in known if word.startswith("--")})
+        raise UsageError(f"unknown option {text}", hint or "samestep run --help lists the options")
+    return name, known[name], value
+
+
+def _note(given: dict[str, tuple[str, str | None]], field: str, name: str, value: str | None) -> None:
+    earlier = given.get(field)
+    if earlier and earlier[0] != name and earlier[1] != value:
+        raise UsageError(
+            f"{earlier[0]} and {name} are expected to agree, but are {earlier[1]} and {value}",
+            "they are two names of one option: drop one of them",
+        )
+    given[field] = (name, value)
+
+
+def _tokens(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
+    # with "=", so that a value that starts with a dash is not taken for a flag
+    return [name if value is None else f"{name}={value}" for name, value in given.values()]

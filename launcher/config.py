@@ -1,0 +1,181 @@
+"""LaunchConfig: what the person at the keyboard asked of the launcher. It judges itself and knows no host and no argv.
+
+torchrun's names lead, accelerate's names are second spellings of the same options. An option that a launcher on one
+node has no use for is accepted with a help text that says so; one that would change the run and can't be honoured is
+refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from samestep.launcher.contract import UsageError
+from samestep.launcher.options import Option
+
+DEFAULT_MAX_RESTARTS = 0  # a restart is only worth its time once a worker can resume
+
+COUNT_WORDS = ("auto", "gpu", "cpu")
+_STREAMS = {"0": frozenset[str](), "1": frozenset({"stdout"}), "2": frozenset({"stderr"})}
+_STREAMS["3"] = _STREAMS["1"] | _STREAMS["2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Options of `samestep run`; flag, then `PET_<NAME>` in the environment, then default."""
+
+    nproc_per_node: Annotated[
+        str,
+        Option(
+            "Processes to start on this machine: a number, auto (GPUs, else CPUs), gpu or cpu",
+            "ranks",
+            name=("--nproc-per-node", "--num-processes"),
+        ),
+    ] = "1"
+    module: Annotated[bool, Option("The recipe is a module, as in python -m", name=("--module", "-m"), negative="")] = (
+        False
+    )
+    no_python: Annotated[bool, Option("The recipe is a program of its own, not a Python file", negative="")] = False
+    max_restarts: Annotated[int, Option("Starts after a failure before the run is given up", "times")] = (
+        DEFAULT_MAX_RESTARTS
+    )
+    log_dir: Annotated[str | None, Option("Folder for rank-N.log files instead of RUN_DIR/logs", "path")] = None
+    redirects: Annotated[
+        str,
+        Option(
+            "Streams kept off the console: 0 none, 1 stdout, 2 stderr, 3 both, or 0:1,1:2", name=("--redirects", "-r")
+        ),
+    ] = "0"
+    tee: Annotated[
+        str,
+        Option("Streams shown on the console with a rank prefix: 0, 1, 2, 3 as --redirects", name=("--tee", "-t")),
+    ] = "0"
+    local_ranks_filter: Annotated[str, Option("Only these local ranks reach the console, such as 0,2", "ranks")] = ""
+    master_addr: Annotated[
+        str, Option("MASTER_ADDR given to the ranks", "host", name=("--master-addr", "--main-process-ip"))
+    ] = "127.0.0.1"
+    master_port: Annotated[
+        int | None,
+        Option("MASTER_PORT given to the ranks, a free one if not set", name=("--master-port", "--main-process-port")),
+    ] = None
+    shutdown_timeout: Annotated[
+        float | None, Option("Time ranks get between SIGTERM and SIGKILL when the operator stops them", "seconds")
+    ] = None
+    role: Annotated[str, Option("ROLE_NAME given to the ranks")] = "default"
+    rdzv_id: Annotated[str | None, Option("TORCHELASTIC_RUN_ID given to the ranks, random if not set")] = None
+    virtual_local_rank: Annotated[
+        bool, Option("Each rank sees its own GPU alone, as device 0 and LOCAL_RANK 0", negative="")
+    ] = False
+    cpu: Annotated[
+        bool, Option("Keep accelerate on the CPU: sets ACCELERATE_USE_CPU=true for the ranks", negative="")
+    ] = False
+
+    nnodes: Annotated[str, Option("Machines of the run; only 1 works", name=("--nnodes", "--num-machines"))] = "1"
+    node_rank: Annotated[int, Option("Rank of this machine; only 0 works", name=("--node-rank", "--machine-rank"))] = 0
+    numa_binding: Annotated[str | None, Option("Refused: ranks are not bound to NUMA nodes")] = None
+
+    standalone: Annotated[
+        bool, Option("Accepted, without effect: a free loopback port is the default", negative="")
+    ] = False
+    multi_gpu: Annotated[bool, Option("Accepted, without effect: --nproc-per-node alone decides", negative="")] = False
+    rdzv_backend: Annotated[str, Option("Accepted, without effect: ranks of one machine need no rendezvous")] = ""
+    rdzv_endpoint: Annotated[str, Option("Accepted, without effect: ranks of one machine need no rendezvous")] = ""
+    rdzv_conf: Annotated[str, Option("Accepted, without effect: ranks of one machine need no rendezvous")] = ""
+    local_addr: Annotated[str | None, Option("Accepted, without effect: ranks of one machine meet on loopback")] = None
+    start_method: Annotated[str, Option("Accepted, without effect: every rank is a program of its own")] = "spawn"
+    monitor_interval: Annotated[
+        float, Option("Accepted, without effect: the death of a rank is an event, nothing polls", "seconds")
+    ] = 0.1
+    event_log_handler: Annotated[str, Option("Accepted, without effect: events go to RUN_DIR/events.jsonl")] = "null"
+
+    dry_run: Annotated[
+        bool, Option("Print the commands and their environment, start and create nothing", negative="")
+    ] = False
+    quiet: Annotated[bool, Option("Show errors only", negative="")] = False
+    json: Annotated[bool, Option("End with one line of JSON on stdout", negative="")] = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is wrong by itself, without a look at the host.
+
+        Raises:
+            UsageError: with setting, expectation, value and a hint.
+        """
+        _check_count(self.nproc_per_node)
+        _check_one_node(self)
+        if self.module and self.no_python:
+            raise UsageError(
+                "--module and --no-python are expected one at a time, but both are set", "drop one of them"
+            )
+        if self.max_restarts < 0:
+            raise _refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
+        if self.master_port is not None and not 0 <= self.master_port <= 65535:
+            raise _refused("--master-port", "between 0 and 65535", self.master_port, "leave it out for a free port")
+        if self.shutdown_timeout is not None and not 0 <= self.shutdown_timeout < float("inf"):
+            raise _refused(
+                "--shutdown-timeout", "at least 0 seconds", self.shutdown_timeout, "leave it out for 5 seconds"
+            )
+        streams("--redirects", self.redirects, 0)
+        streams("--tee", self.tee, 0)
+        shown_ranks(self.local_ranks_filter)
+
+
+def _check_count(text: str) -> None:
+    if text in COUNT_WORDS or (text.isascii() and text.isdecimal() and int(text) >= 1):
+        return
+    raise UsageError(
+        f"--nproc-per-node is expected to be at least 1, or auto, gpu or cpu, but is {text!r}",
+        "samestep run --nproc-per-node 2 recipe.py",
+    )
+
+
+def _check_one_node(config: LaunchConfig) -> None:
+    if config.nnodes not in ("1", "1:1"):
+        raise UsageError(
+            f"--nnodes is expected to be 1, but is {config.nnodes!r}: several machines are not supported yet",
+            "start the same recipe with torchrun on every machine",
+        )
+    if config.node_rank != 0:
+        raise _refused("--node-rank", "0 with --nnodes 1", config.node_rank, "leave it out")
+    if config.numa_binding is not None:
+        raise UsageError(
+            f"--numa-binding is expected to be left out, but is {config.numa_binding!r}: binding is not supported yet",
+            "bind the whole run: numactl samestep run ...",
+        )
+
+
+def _refused(setting: str, expected: str, actual: object, hint: str) -> UsageError:
+    return UsageError(f"{setting} is expected to be {expected}, but is {actual}", hint)
+
+
+def streams(setting: str, text: str, local_rank: int) -> frozenset[str]:
+    """Streams that `text` (`3`, or `0:1,1:2` by local rank) names for one rank.
+
+    Raises:
+        UsageError: `text` has neither form.
+    """
+    if text in _STREAMS:
+        return _STREAMS[text]
+    found: frozenset[str] = frozenset()
+    for part in text.split(","):
+        rank, colon, value = part.partition(":")
+        if not (colon and rank.isdecimal() and value in _STREAMS):
+            raise _refused(
+                setting, "0, 1, 2, 3 or a list such as 0:1,1:2", repr(text), f"{setting} 3 means both streams"
+            )
+        if int(rank) == local_rank:
+            found = _STREAMS[value]
+    return found
+
+
+def shown_ranks(text: str) -> frozenset[int] | None:
+    """Local ranks of `--local-ranks-filter`, None if nothing is filtered.
+
+    Raises:
+        UsageError: `text` is not a list of whole numbers.
+    """
+    if not text:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise _refused("--local-ranks-filter", "a list of local ranks", repr(text), "--local-ranks-filter 0,1")
+    return frozenset(int(part) for part in parts)

@@ -1,0 +1,200 @@
+"""Pure: how every rank ended and what it left behind -> one Failure that names the culprit.
+
+A rank that fails takes the others with it: they die too, with errors about broken connections. The culprit is the
+earliest rank whose end explains itself without another rank.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from samestep.launcher.contract import EXIT_MEANING, ErrorRecord, ExitCode
+from samestep.launcher.supervise.outcome import RankEnd
+from samestep.launcher.supervise.policy import ORDERLY
+from samestep.launcher.traceback_text import Said, crash_frame, last_exception, tells_of_another_rank
+
+_SIGNAL_HINTS = {
+    signal.SIGKILL: "somebody killed it, or the kernel did for lack of memory: see dmesg",
+    signal.SIGBUS: "shared memory may be full: see df /dev/shm",
+    signal.SIGSEGV: "it crashed in native code: the log has its Python stack",
+    signal.SIGABRT: "native code gave up: the log says why",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One rank: its end, the record it wrote if it uses samestep.train, the message if it uses torch's @record."""
+
+    end: RankEnd
+    log: str
+    record: ErrorRecord | None = None
+    elastic_message: str = ""
+    elastic_time_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a generation failed. `exit_code` is the culprit's own, negative for a signal."""
+
+    rank: int
+    cause: str
+    exit_code: int
+    log: str
+    frame: str = ""
+    step: int | None = None
+    phase: str = ""
+    others_stopped: int = 0
+    hint: str = ""
+    told: bool = False  # rank zero has printed the reason itself
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def diagnose(ranks: Sequence[Evidence]) -> Failure | None:
+    """Name the culprit among `ranks`, given in the order of their deaths; None if all ended with zero."""
+    if all(item.end.returncode == 0 for item in ranks):
+        return None
+    culprit = _culprit(ranks)
+    left_early = _left_early(ranks) if _is_consequence(culprit) else None
+    if left_early is not None:
+        return _early(left_early, culprit, ranks)
+    said = last_exception(culprit.end.stderr)
+    record = culprit.record
+    return Failure(
+        rank=culprit.end.rank,
+        cause=_cause(culprit, said),
+        exit_code=_code(culprit),
+        log=culprit.log,
+        frame=record.frame if record else (said.frame if said else crash_frame(culprit.end.stderr)),
+        step=record.step if record else None,
+        phase=record.phase if record else "",
+        others_stopped=sum(item.end.returncode != 0 for item in ranks) - 1,
+        hint=record.hint if record and record.hint else _hint(culprit),
+        told=_is_told(ranks),
+    )
+
+
+def _culprit(ranks: Sequence[Evidence]) -> Evidence:
+    for pool in (
+        [item for item in ranks if _ended_by_itself(item) and not _is_consequence(item)],
+        # asked to end while it was still busy telling what had gone wrong
+        [item for item in ranks if item.end.signalled and _told_something(item) and not _is_consequence(item)],
+        [item for item in ranks if _ended_by_itself(item)],
+        [item for item in ranks if item.end.returncode != 0],
+    ):
+        if pool:
+            return min(pool, key=_time_ns)
+    raise AssertionError("no rank failed")
+
+
+def _ended_by_itself(item: Evidence) -> bool:
+    if item.record is not None and not item.record.consequence:
+        return True
+    return item.end.returncode != 0 and not item.end.signalled
+
+
+def _told_something(item: Evidence) -> bool:
+    return bool(item.elastic_message) or last_exception(item.end.stderr) is not None
+
+
+def _is_consequence(item: Evidence) -> bool:
+    if item.record is not None:
+        return item.record.consequence
+    if item.end.returncode < 0 and item.end.returncode != -signal.SIGABRT:
+        return False
+    said = last_exception(item.end.stderr)
+    text = item.elastic_message or (said.text if said else " ".join(item.end.stderr[-5:]))
+    return tells_of_another_rank(text)
+
+
+def _time_ns(item: Evidence) -> int:
+    if item.record is not None:
+        return item.record.time_ns
+    return item.elastic_time_ns or item.end.ended_ns
+
+
+def _code(item: Evidence) -> int:
+    """Its own status, unless we ended it while it was failing: then what it was about to say."""
+    if item.end.signalled and item.end.returncode in (-signal.SIGTERM, -signal.SIGKILL):
+        return item.record.exit_code if item.record else ExitCode.FAILED
+    return item.end.returncode or (item.record.exit_code if item.record else ExitCode.FAILED)
+
+
+def _cause(item: Evidence, said: Said | None) -> str:
+    if item.record is not None:
+        message = item.record.message.strip().splitlines()
+        return f"{item.record.kind}: {message[0]}" if message else item.record.kind
+    code = item.end.returncode
+    if code < 0 and not item.end.signalled:
+        return f"killed by {_signal_name(-code)}"
+    if item.elastic_message:
+        return item.elastic_message.strip().splitlines()[0]
+    if said is not None:
+        return said.text
+    last = next((line.strip() for line in reversed(item.end.stderr) if line.strip()), "")
+    return f"exit code {code}" + (f", last words: {last[:200]}" if last else "")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"{signal.Signals(number).name} (signal {number})"
+    except ValueError:
+        return f"signal {number}"
+
+
+def _hint(item: Evidence) -> str:
+    if item.end.returncode < 0 and not item.end.signalled:
+        return _SIGNAL_HINTS.get(-item.end.returncode, "")  # type: ignore[call-overload, no-any-return]
+    return ""
+
+
+def _left_early(ranks: Sequence[Evidence]) -> Evidence | None:
+    first_failure = min(item.end.ended_ns for item in ranks if item.end.returncode != 0)
+    early = [item for item in ranks if item.end.returncode == 0 and item.end.ended_ns <= first_failure]
+    return min(early, key=lambda item: item.end.ended_ns, default=None)
+
+
+def _early(item: Evidence, victim: Evidence, ranks: Sequence[Evidence]) -> Failure:
+    return Failure(
+        rank=item.end.rank,
+        cause="it returned with exit code 0 while others still needed it",
+        exit_code=ExitCode.FAILED,
+        log=item.log,
+        step=victim.record.step if victim.record else None,
+        others_stopped=sum(other.end.returncode != 0 for other in ranks),
+        hint="every rank must take part in every step: look for an early exit or return",
+    )
+
+
+def _is_told(ranks: Sequence[Evidence]) -> bool:
+    """A usage error is rank zero's to print; the launcher then adds nothing."""
+    zero = next((item.end for item in ranks if item.end.rank == 0), None)
+    return zero is not None and zero.returncode == ExitCode.USAGE and not zero.signalled
+
+
+def describe(failure: Failure, exit_code: int) -> list[str]:
+    """The block that ends a failed run, culprit first."""
+    place = f"at {failure.frame}" if failure.frame else ""
+    step = f"step {failure.step}" if failure.step is not None else ""
+    phase = f"phase {failure.phase}" if failure.phase else ""
+    where = ", ".join(part for part in (place, step, phase) if part)
+    others = failure.others_stopped
+    meaning = EXIT_MEANING[ExitCode(exit_code)]
+    lines = [
+        f"samestep: rank {failure.rank} failed: {failure.cause}",
+        f"  {where}" if where else "",
+        f"  {others} other rank{'s' if others > 1 else ''} stopped as a consequence" if others else "",
+        f"  log: {failure.log}",
+        f"  exit code {exit_code}: {meaning}",
+        f"  hint: {failure.hint}" if failure.hint else "",
+    ]
+    return [line for line in lines if line]
+
+
+def is_orderly(failure: Failure) -> bool:
+    """Whether the culprit left on purpose, with a status that the launcher hands on."""
+    return failure.exit_code in ORDERLY

@@ -1,0 +1,162 @@
+"""Pure: what was asked and where the ranks meet -> one Command a rank. Creates, opens and asks nothing.
+
+The environment is what torchrun gives (torch/distributed/elastic/agent/server/local_elastic_agent.py), so that a script
+can't tell the two launchers apart, plus the names in contract.py. `TORCHELASTIC_USE_AGENT_STORE` is False: True means
+that an agent runs the store, and rank zero would wait for it in vain.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from samestep.launcher.argv import Kind, Recipe
+from samestep.launcher.config import LaunchConfig
+from samestep.launcher.contract import (
+    ENV_GENERATION,
+    ENV_LAUNCHED,
+    ENV_RUN_DIR,
+    ENV_STORE_FD,
+    ENV_STORE_PORT,
+    RunDir,
+)
+
+# Set only where the user has not: each is a default, not a decision.
+_DEFAULTS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+    "GLOO_SOCKET_IFNAME": "lo",  # gloo otherwise asks the resolver for the host's own name, and may listen to the world
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the ranks of one generation find each other; `store_port` 0 means that no store socket is handed over."""
+
+    master_addr: str
+    master_port: int
+    store_port: int = 0
+    store_fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the plan depends on besides the configuration."""
+
+    world_size: int
+    run_id: str
+    python: str
+    generation: int = 0
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One rank: `env` is added to the launcher's own environment and `unset` taken out of it."""
+
+    rank: int
+    local_rank: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    unset: tuple[str, ...]
+    log: Path
+    elastic_error: Path
+    pass_fds: tuple[int, ...] = ()
+    signal_group: bool = False  # a shell passes no signal on, so its children must be told themselves
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """Whole environment of the rank."""
+        return {name: value for name, value in base.items() if name not in self.unset} | dict(self.env)
+
+
+def plan(config: LaunchConfig, recipe: Recipe, run_dir: RunDir, meeting: Meeting, facts: Facts) -> tuple[Command, ...]:
+    """One command for every rank of a generation."""
+    return tuple(_command(config, recipe, run_dir, meeting, facts, rank) for rank in range(facts.world_size))
+
+
+def _command(
+    config: LaunchConfig, recipe: Recipe, run_dir: RunDir, meeting: Meeting, facts: Facts, rank: int
+) -> Command:
+    elastic_error = (run_dir.errors / f"rank-{rank}.torchelastic-{facts.generation}.json").absolute()
+    has_store_socket = bool(meeting.store_port) and rank == 0
+    env = {
+        **_defaults(facts),
+        **_torchrun(config, meeting, facts, rank),
+        "TORCHELASTIC_ERROR_FILE": str(elastic_error),
+        ENV_LAUNCHED: "1",
+        ENV_RUN_DIR: str(run_dir.path.absolute()),
+        ENV_GENERATION: str(facts.generation),
+    }
+    if meeting.store_port:
+        env[ENV_STORE_PORT] = str(meeting.store_port)
+    if has_store_socket:
+        env[ENV_STORE_FD] = str(meeting.store_fd)
+    if config.cpu:
+        env["ACCELERATE_USE_CPU"] = "true"
+    if config.virtual_local_rank:
+        env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _own_gpu(facts.environ, rank)}
+    logs = Path(config.log_dir) if config.log_dir else run_dir.logs
+    return Command(
+        rank=rank,
+        local_rank=rank,
+        argv=_argv(recipe, facts.python, rank),
+        env=env,
+        unset=tuple(name for name in (ENV_STORE_FD, ENV_STORE_PORT) if name not in env),
+        log=logs / f"rank-{rank}.log",
+        elastic_error=elastic_error,
+        pass_fds=(meeting.store_fd,) if has_store_socket else (),
+        signal_group=recipe.kind is Kind.COMMAND,
+    )
+
+
+def _torchrun(config: LaunchConfig, meeting: Meeting, facts: Facts, rank: int) -> dict[str, str]:
+    world_size = str(facts.world_size)
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "ROLE_RANK": str(rank),
+        "GROUP_RANK": str(config.node_rank),
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "ROLE_WORLD_SIZE": world_size,
+        "GROUP_WORLD_SIZE": "1",
+        "ROLE_NAME": config.role,
+        "MASTER_ADDR": meeting.master_addr,
+        "MASTER_PORT": str(meeting.master_port),
+        "TORCHELASTIC_RESTART_COUNT": str(facts.generation),
+        "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
+        "TORCHELASTIC_RUN_ID": config.rdzv_id or facts.run_id,
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }
+
+
+def _defaults(facts: Facts) -> dict[str, str]:
+    wanted = dict(_DEFAULTS)
+    if facts.world_size > 1:
+        wanted["OMP_NUM_THREADS"] = "1"
+    return {name: value for name, value in wanted.items() if name not in facts.environ}
+
+
+def _own_gpu(environ: Mapping[str, str], local_rank: int) -> str:
+    visible = [entry.strip() for entry in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    return visible[local_rank] if local_rank < len(visible) else str(local_rank)
+
+
+def _argv(recipe: Recipe, python: str, local_rank: int) -> tuple[str, ...]:
+    start = {Kind.SCRIPT: (python,), Kind.MODULE: (python, "-m"), Kind.COMMAND: ()}[recipe.kind]
+    # torchrun replaces this one macro in the arguments
+    arguments = (word.replace("${local_rank}", str(local_rank)) for word in recipe.arguments)
+    return (*start, recipe.target, *arguments)
+
+
+def render(commands: tuple[Command, ...]) -> str:
+    """The plan as shell commands, a line a rank, ready to be pasted into as many terminals."""
+    lines = []
+    for command in commands:
+        words = [f"{name}={shlex.quote(value)}" for name, value in sorted(command.env.items())]
+        lines.append(" ".join(["env", *words, shlex.join(command.argv)]))
+    return os.linesep.join(lines)

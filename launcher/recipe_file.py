@@ -1,0 +1,81 @@
+"""Does the recipe exist? Asked of files, modules and programs without importing or running any."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+from samestep.launcher.argv import Kind, Recipe
+from samestep.launcher.contract import UsageError
+
+
+def check(recipe: Recipe) -> None:
+    """Find what the ranks are to run.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    if recipe.kind is Kind.MODULE:
+        _check_module(recipe.target)
+    elif recipe.kind is Kind.COMMAND:
+        if shutil.which(recipe.target) is None:
+            raise UsageError(
+                f"the command {recipe.target} is expected to be a program, but none is found",
+                "give its path, and make it executable (chmod +x)",
+            )
+    else:
+        _check_file(Path(recipe.target))
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"the recipe {path} is expected to be a file, but is a directory", "name the file in it")
+    if path.is_file():
+        return
+    beside = [item.name for item in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    raise UsageError(
+        f"the recipe {path} is expected to be a file, but does not exist",
+        f"did you mean {path.parent / close[0]}?" if close else "samestep run [options] recipe.py [recipe options]",
+    )
+
+
+def _check_module(name: str) -> None:
+    spec = _find(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = _find(f"{name}.__main__")
+    if spec is None:
+        raise UsageError(
+            f"the module {name} is expected to be importable, but is not found",
+            "give a dotted name that python -m would take, or leave out -m for a file",
+        )
+
+
+def _find(name: str) -> ModuleSpec | None:
+    """Like importlib.util.find_spec, which however imports the parents of `name`."""
+    path: Sequence[str] | None = [str(Path.cwd()), *sys.path]  # python -m puts the working directory first
+    spec = None
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        if path is None or not parts[depth - 1]:
+            return None
+        spec = _ask_finders(".".join(parts[:depth]), path, top=depth == 1)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    return spec
+
+
+def _ask_finders(name: str, path: Sequence[str], *, top: bool) -> ModuleSpec | None:
+    from importlib.machinery import PathFinder
+
+    spec = PathFinder.find_spec(name, path)
+    for finder in sys.meta_path if spec is None else ():
+        spec = finder.find_spec(name, None if top else path)  # editable installs bring finders of their own
+        if spec is not None:
+            break
+    return spec

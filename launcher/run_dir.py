@@ -1,0 +1,61 @@
+"""Make the run directory ready: private, and without the error records of earlier runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from samestep.launcher.contract import RunDir, UsageError
+
+
+def check(path: Path) -> None:
+    """Judge whether `path` can become a run directory, and create nothing.
+
+    Raises:
+        UsageError: it is a file, or can't be created or written to.
+    """
+    nearest = path.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise _unusable(path, f"{nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unusable(path, f"{nearest} is not writable")
+
+
+def prepare(path: Path) -> RunDir:
+    """Create the directory (0700) with logs/ and errors/, and drop what earlier runs left in errors/.
+
+    Raises:
+        UsageError: the file system refuses.
+    """
+    run_dir = RunDir(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)  # one that exists keeps its mode: it may be a folder of somebody's
+        run_dir.logs.mkdir(exist_ok=True)
+        run_dir.errors.mkdir(exist_ok=True)
+        for stale in run_dir.errors.glob("rank-*.json"):
+            stale.unlink()
+    except OSError as error:
+        raise _unusable(path, (error.strerror or str(error)).lower()) from None
+    return run_dir
+
+
+def prepare_logs(path: Path) -> None:
+    """Create a log folder outside the run directory.
+
+    Raises:
+        UsageError: the file system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(path, (error.strerror or str(error)).lower()) from None
+
+
+def _unusable(path: Path, reason: str) -> UsageError:
+    return UsageError(
+        f"the run directory {path} is expected to be writable, but {reason}",
+        "choose another one with --run-dir after the recipe",
+    )

@@ -1,0 +1,28 @@
+"""Facts about ranks that have ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnd:
+    """How one rank ended. `signalled`: we had asked it to, so its status tells nothing about the cause."""
+
+    rank: int
+    pid: int
+    returncode: int
+    signalled: bool
+    ended_ns: int
+    stdout: tuple[str, ...] = ()
+    stderr: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What is known once all ranks have ended, in the order of their deaths."""
+
+    number: int
+    ends: tuple[RankEnd, ...]
+    stopped_by: int | None = None  # the operator's signal, if it came before any failure
+    interrupted: bool = False  # the operator has asked at all: nothing is started any more

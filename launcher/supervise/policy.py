@@ -1,0 +1,86 @@
+"""Pure: how long the others may live once one rank has ended, and whether a failed run starts again."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from samestep.launcher.contract import ExitCode
+
+# A rank that leaves with one of these did so on purpose; the launcher hands them on and never starts again.
+ORDERLY = frozenset(
+    {
+        ExitCode.USAGE,
+        ExitCode.PREEMPTED_SAVED,
+        ExitCode.PREEMPTED_KEPT,
+        ExitCode.NO_PROGRESS,
+        ExitCode.NO_CHECKPOINT,
+    }
+)
+_PREEMPTED = frozenset({ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT})
+
+OPERATOR_GRACE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds until the remaining ranks get SIGTERM, and from there to SIGKILL."""
+
+    wait: float
+    grace: float
+
+
+def after_exit(code: int) -> Patience:
+    """What the others get once a rank has ended with `code`, not zero.
+
+    After a failure they sit in a collective that can't end, in C++, where no Python handler runs: waiting is useless.
+    After an orderly exit they are about to leave by themselves, and rank zero has the message to print.
+    """
+    if code in _PREEMPTED:
+        return Patience(wait=30.0, grace=0.5)
+    if code in ORDERLY:
+        return Patience(wait=2.0, grace=0.5)
+    return Patience(wait=0.0, grace=0.5)
+
+
+def after_signal(presses: int, shutdown_timeout: float | None) -> Patience:
+    """What all ranks get when the operator has asked `presses` times."""
+    if presses > 1:
+        return Patience(wait=0.0, grace=0.0)
+    return Patience(wait=0.0, grace=OPERATOR_GRACE if shutdown_timeout is None else shutdown_timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run is over."""
+
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """All ranks start again, in the next generation."""
+
+
+def decide(
+    *, failure_code: int | None, stopped_by: int | None, own_codes: frozenset[int], restarts_left: int
+) -> Stop | Restart:
+    """What follows the end of a generation.
+
+    Args:
+        failure_code: exit status of the culprit (negative for a signal), None if no rank failed.
+        stopped_by: the operator's first signal, if it came before any failure.
+        own_codes: statuses of the ranks that ended by themselves.
+        restarts_left: how many starts are still allowed.
+    """
+    if stopped_by is not None:
+        if own_codes and own_codes <= _PREEMPTED:  # every rank saved what it could and said so
+            return Stop(int(max(own_codes)))
+        return Stop(ExitCode.INTERRUPTED if stopped_by == signal.SIGINT else ExitCode.TERMINATED)
+    if failure_code is None:
+        return Stop(ExitCode.DONE)
+    if failure_code in ORDERLY:
+        return Stop(failure_code)
+    if restarts_left > 0:
+        return Restart()
+    return Stop(ExitCode.BUG if failure_code == ExitCode.BUG else ExitCode.FAILED)

@@ -1,0 +1,188 @@
+"""The only loop: events in, decisions out. Runs one generation of ranks from start to last exit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from samestep.launcher.config import LaunchConfig
+from samestep.launcher.contract import RunDir
+from samestep.launcher.plan import Command
+from samestep.launcher.supervise import policy, process
+from samestep.launcher.supervise.console import Console
+from samestep.launcher.supervise.events import Due, EventSource, Exited, Output, Signalled, Stream
+from samestep.launcher.supervise.logs import RankLog, routes
+from samestep.launcher.supervise.outcome import Generation, RankEnd
+from samestep.launcher.supervise.policy import Patience
+from samestep.launcher.supervise.process import Worker
+from samestep.launcher.supervise.progress import REFRESH_SECONDS, ProgressLine
+from samestep.launcher.supervise.signals import SignalSocket
+
+_DRAIN_READS = 1024  # a pipe holds far less, unless somebody who outlives the rank goes on writing
+_ABANDON_SECONDS = 10.0  # after SIGKILL, only a process stuck in the kernel is still there
+
+
+class Supervisor:
+    """Owns the processes of the current generation; usable for several generations one after another."""
+
+    def __init__(self, config: LaunchConfig, run_dir: RunDir, console: Console, signals: SignalSocket) -> None:
+        self._config = config
+        self._console = console
+        self._progress = ProgressLine(run_dir) if console.has_bar and not config.quiet else None
+        self._source = EventSource(signals)
+        self._workers: dict[int, Worker] = {}
+        self._logs: dict[int, RankLog] = {}
+        self._pipes: dict[tuple[int, Stream], int] = {}
+        self._ends: list[RankEnd] = []
+        self._failed = False
+        self._stopped_by: int | None = None
+        self._presses = 0
+        self._patience = Patience(0.0, 0.0)
+        process.adopt_orphans()
+
+    def run(
+        self, generation: int, commands: Sequence[Command], environ: Mapping[str, str], started: Callable[[], None]
+    ) -> Generation:
+        """Start the ranks, call `started`, and return when none of them lives, whatever happens.
+
+        Raises:
+            OSError: a rank or its log file can't be started.
+        """
+        self._ends, self._failed = [], False
+        try:
+            for command in commands:
+                self._start(generation, command, environ)
+            started()
+            if self._progress:
+                self._source.start_timer("progress", REFRESH_SECONDS)
+            while self._running():
+                for event in self._source.wait():
+                    self._handle(event)
+        finally:
+            self._leave_nothing()
+        return Generation(generation, tuple(self._ends), self._stopped_by, self._presses > 0)
+
+    def close(self) -> None:
+        """Release what the last generation used."""
+        self._source.close()
+
+    def _start(self, generation: int, command: Command, environ: Mapping[str, str]) -> None:
+        worker = Worker(command, environ)
+        rank = command.rank
+        self._workers[rank] = worker
+        self._source.watch_exit(rank, worker.pid)
+        self._logs[rank] = RankLog(rank, command.log, routes(self._config, command.local_rank), self._console)
+        pipes: dict[Stream, int] = {"stdout": worker.stdout, "stderr": worker.stderr}
+        for stream, fd in pipes.items():
+            self._pipes[rank, stream] = fd
+            self._source.watch_output(rank, stream, fd)
+        self._logs[rank].open(generation, worker.pid)
+
+    def _running(self) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker.returncode is None]
+
+    def _handle(self, event: Output | Signalled | Exited | Due) -> None:
+        match event:
+            case Output(rank, stream, data):
+                self._output(rank, stream, data)
+            case Exited(rank):
+                self._exited(rank)
+            case Signalled(signum):
+                self._operator(signum)
+            case Due("terminate"):
+                self._terminate()
+            case Due("kill"):
+                self._kill()
+            case Due("progress"):
+                self._show_progress()
+            case Due("abandon"):
+                pids = ", ".join(str(worker.pid) for worker in self._running())
+                raise TimeoutError(f"processes {pids} survive SIGKILL: they are stuck in the kernel")
+
+    def _exited(self, rank: int) -> None:
+        worker = self._workers[rank]
+        if worker.returncode is not None or not worker.collect():
+            return
+        self._source.forget_exit(rank)
+        self._drain(rank)
+        log, code = self._logs[rank], worker.returncode or 0
+        end = RankEnd(rank, worker.pid, code, worker.signalled, worker.ended_ns, log.tail("stdout"), log.tail("stderr"))
+        self._ends.append(end)
+        if code != 0 and not self._failed and self._stopped_by is None:
+            self._failed = True
+            self._end_all(policy.after_exit(code))
+
+    def _operator(self, signum: int) -> None:
+        self._presses += 1
+        if self._stopped_by is None and not self._failed:
+            self._stopped_by = signum
+        if self._presses == 1 and not self._config.quiet:
+            self._console.say("samestep: stopping all ranks (once more: at once)")
+        self._end_all(policy.after_signal(self._presses, self._config.shutdown_timeout))
+
+    def _end_all(self, patience: Patience) -> None:
+        self._patience = patience
+        self._source.start_timer("terminate", patience.wait)
+
+    def _terminate(self) -> None:
+        if self._patience.grace == 0:
+            self._kill()
+            return
+        for worker in self._running():
+            worker.terminate()
+        self._source.start_timer("kill", self._patience.grace)
+
+    def _kill(self) -> None:
+        for worker in self._running():
+            worker.kill()
+        self._source.start_timer("abandon", _ABANDON_SECONDS)
+
+    def _output(self, rank: int, stream: Stream, data: bytes) -> None:
+        if data:
+            self._logs[rank].feed(stream, data)
+        else:
+            self._close_pipe(rank, stream)
+
+    def _drain(self, rank: int) -> None:
+        """Read what an ended rank has left; a process that outlives it may still hold the other end."""
+        for stream in ("stdout", "stderr"):
+            for _ in range(_DRAIN_READS):
+                fd = self._pipes.get((rank, stream))
+                if fd is None:
+                    break
+                try:
+                    self._output(rank, stream, os.read(fd, 1 << 16))
+                except BlockingIOError:
+                    break
+
+    def _close_pipe(self, rank: int, stream: Stream) -> None:
+        fd = self._pipes.pop((rank, stream), None)
+        if fd is not None:
+            self._source.forget_output(fd)
+            os.close(fd)
+
+    def _show_progress(self) -> None:
+        assert self._progress is not None
+        line = self._progress.update()
+        if line:
+            self._console.show_bar(line)
+        self._source.start_timer("progress", REFRESH_SECONDS)
+
+    def _leave_nothing(self) -> None:
+        """After this no process, descriptor or timer of the generation is left, also if we fail ourselves."""
+        undisturbed = all(worker.returncode == 0 for worker in self._workers.values())
+        for timer in ("terminate", "kill", "abandon", "progress"):
+            self._source.stop_timer(timer)
+        for rank, worker in self._workers.items():
+            worker.kill()
+            self._source.forget_exit(rank)
+        if undisturbed:
+            process.reap_adopted()  # a service that detached itself from a successful rank is none of our business
+        else:
+            process.sweep()
+        for rank, log in self._logs.items():
+            self._drain(rank)
+            for stream in ("stdout", "stderr"):
+                self._close_pipe(rank, stream)
+            log.close()
+        self._workers, self._logs = {}, {}

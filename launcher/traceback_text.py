@@ -1,0 +1,80 @@
+"""Pure: find in the last lines of a log what a script that knows nothing of samestep said about its end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch's own excepthook
+_FRAME = re.compile(r'^\s+File "(?P<file>.+?)", line (?P<line>\d+),? in (?P<name>.+)$')
+_EXCEPTION = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(: (?P<message>.*))?$")
+_NOT_A_CAUSE = frozenset({"SystemExit", "KeyboardInterrupt", "SignalException"})
+
+# What a rank says when another one has gone away, or when the group never came together.
+_OTHER_RANK_GONE = re.compile(
+    r"connection (was )?(closed|reset|aborted|refused)|broken pipe|remote (process|peer) (exited|closed)"
+    r"|socket (closed|timeout)|unexpected EOF|failed to recv, got 0 bytes|recvBytes|sendBytes"
+    r"|application timeout caused pair closure|timed out waiting \d+ms for (send|recv)|connectFullMesh"
+    r"|DistNetworkError|DistStoreError|nccl(RemoteError|SystemError)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An exception as its traceback shows it; `frame` is in the user's code where one is."""
+
+    kind: str
+    message: str
+    frame: str
+
+    @property
+    def text(self) -> str:
+        """`ValueError: boom`."""
+        return f"{self.kind}: {self.message}" if self.message else self.kind
+
+
+def last_exception(lines: Sequence[str]) -> Said | None:
+    """The last traceback among `lines`, None if there is none or it tells of being stopped."""
+    clean = [_RANK_PREFIX.sub("", line).rstrip() for line in lines]
+    starts = [index for index, line in enumerate(clean) if line.startswith("Traceback (most recent call last)")]
+    if not starts:
+        return None
+    frames: list[tuple[str, str]] = []
+    for line in clean[starts[-1] + 1 :]:
+        frame = _FRAME.match(line)
+        found = None if frame or line.startswith(" ") else _EXCEPTION.match(line)
+        if frame:
+            frames.append(_described(frame))
+        elif found and frames:
+            if found["kind"].rsplit(".", 1)[-1] in _NOT_A_CAUSE:
+                return None
+            return Said(found["kind"], (found["message"] or "").strip(), _users(frames[::-1]))
+    return None
+
+
+def crash_frame(lines: Sequence[str]) -> str:
+    """Innermost user frame of faulthandler's `Fatal Python error`, or an empty string."""
+    clean = [_RANK_PREFIX.sub("", line).rstrip() for line in lines]
+    starts = [index for index, line in enumerate(clean) if line.startswith("Fatal Python error")]
+    matches = (_FRAME.match(line) for line in clean[starts[-1] :]) if starts else ()
+    return _users([_described(match) for match in matches if match])
+
+
+def tells_of_another_rank(text: str) -> bool:
+    """Whether an error is what a victim sees when a connection to another rank breaks."""
+    return bool(_OTHER_RANK_GONE.search(text))
+
+
+def _described(match: re.Match[str]) -> tuple[str, str]:
+    return match["file"], f"{match['file']}:{match['line']} in {match['name']}"
+
+
+def _users(innermost_first: Sequence[tuple[str, str]]) -> str:
+    own = [text for file, text in innermost_first if not _is_library(file)]
+    return own[0] if own else (innermost_first[0][1] if innermost_first else "")
+
+
+def _is_library(file: str) -> bool:
+    return "site-packages" in file or "dist-packages" in file or "/lib/python" in file or file.startswith("<frozen")
