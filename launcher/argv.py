@@ -41,7 +41,8 @@ class Recipe:
         # below another run the variable names that run's directory, which is not ours to share
         inherited = None if environ.get(ENV_LAUNCHED) else environ.get(ENV_RUN_DIR)
         found = flag or inherited or _run_dir_in_file(peek(self.arguments, "config"))
-        return Path(found) if found else default_run_dir(self.target)
+        name = self.target if self.kind is Kind.MODULE else f"{Path(self.target).stem}.py"
+        return Path(found) if found else default_run_dir(name)
 
     @property
     def device(self) -> str:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 
 from samestep.launcher.contract import EXIT_MEANING, ErrorRecord, ExitCode
 from samestep.launcher.supervise.outcome import RankEnd
-from samestep.launcher.supervise.policy import ORDERLY
 from samestep.launcher.traceback_text import Said, crash_frame, last_exception, tells_of_another_rank
 
 _SIGNAL_HINTS = {
@@ -59,7 +58,7 @@ def diagnose(ranks: Sequence[Evidence]) -> Failure | None:
     if all(item.end.returncode == 0 for item in ranks):
         return None
     culprit = _culprit(ranks)
-    left_early = _left_early(ranks) if _is_consequence(culprit) else None
+    left_early = _left_early(ranks) if is_consequence(culprit) else None
     if left_early is not None:
         return _early(left_early, culprit, ranks)
     said = last_exception(culprit.end.stderr)
@@ -73,16 +72,16 @@ def diagnose(ranks: Sequence[Evidence]) -> Failure | None:
         step=record.step if record else None,
         phase=record.phase if record else "",
         others_stopped=sum(item.end.returncode != 0 for item in ranks) - 1,
-        hint=record.hint if record and record.hint else _hint(culprit),
+        hint=record.hint if record and record.hint else _hint(culprit, said),
         told=_is_told(ranks),
     )
 
 
 def _culprit(ranks: Sequence[Evidence]) -> Evidence:
     for pool in (
-        [item for item in ranks if _ended_by_itself(item) and not _is_consequence(item)],
+        [item for item in ranks if _ended_by_itself(item) and not is_consequence(item)],
         # asked to end while it was still busy telling what had gone wrong
-        [item for item in ranks if item.end.signalled and _told_something(item) and not _is_consequence(item)],
+        [item for item in ranks if item.end.signalled and _told_something(item) and not is_consequence(item)],
         [item for item in ranks if _ended_by_itself(item)],
         [item for item in ranks if item.end.returncode != 0],
     ):
@@ -101,7 +100,8 @@ def _told_something(item: Evidence) -> bool:
     return bool(item.elastic_message) or last_exception(item.end.stderr) is not None
 
 
-def _is_consequence(item: Evidence) -> bool:
+def is_consequence(item: Evidence) -> bool:
+    """Whether a rank ended because another one had."""
     if item.record is not None:
         return item.record.consequence
     if item.end.returncode < 0 and item.end.returncode != -signal.SIGABRT:
@@ -129,6 +129,8 @@ def _cause(item: Evidence, said: Said | None) -> str:
         message = item.record.message.strip().splitlines()
         return f"{item.record.kind}: {message[0]}" if message else item.record.kind
     code = item.end.returncode
+    if code == -signal.SIGABRT and said is not None:
+        return f"{said.text} (and aborted while it was leaving)"  # torch's destructors do so with a group still open
     if code < 0 and not item.end.signalled:
         return f"killed by {_signal_name(-code)}"
     if item.elastic_message:
@@ -146,8 +148,8 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _hint(item: Evidence) -> str:
-    if item.end.returncode < 0 and not item.end.signalled:
+def _hint(item: Evidence, said: Said | None) -> str:
+    if item.end.returncode < 0 and not item.end.signalled and said is None:
         return _SIGNAL_HINTS.get(-item.end.returncode, "")  # type: ignore[call-overload, no-any-return]
     return ""
 
@@ -193,8 +195,3 @@ def describe(failure: Failure, exit_code: int) -> list[str]:
         f"  hint: {failure.hint}" if failure.hint else "",
     ]
     return [line for line in lines if line]
-
-
-def is_orderly(failure: Failure) -> bool:
-    """Whether the culprit left on purpose, with a status that the launcher hands on."""
-    return failure.exit_code in ORDERLY

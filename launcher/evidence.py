@@ -11,19 +11,19 @@ from pathlib import Path
 from samestep.launcher.contract import ErrorRecord, RunDir, WorkerFailed
 from samestep.launcher.diagnose import Evidence, Failure
 from samestep.launcher.plan import Command
-from samestep.launcher.supervise.outcome import Generation
+from samestep.launcher.supervise.outcome import Generation, RankEnd
 
 
 def gather(generation: Generation, commands: Sequence[Command], run_dir: RunDir) -> list[Evidence]:
     """One Evidence a rank, in the order of their deaths."""
     by_rank = {command.rank: command for command in commands}
-    found = []
-    for end in generation.ends:
-        command = by_rank[end.rank]
-        message, time_ns = _elastic(command.elastic_error)
-        record = _record(run_dir.error(end.rank), generation.number)
-        found.append(Evidence(end, str(command.log), record, message, time_ns))
-    return found
+    return [of_rank(end, by_rank[end.rank], run_dir, generation.number) for end in generation.ends]
+
+
+def of_rank(end: RankEnd, command: Command, run_dir: RunDir, generation: int) -> Evidence:
+    """What one rank left behind."""
+    message, time_ns = _elastic(command.elastic_error)
+    return Evidence(end, str(command.log), _record(run_dir.error(end.rank), generation), message, time_ns)
 
 
 def _record(path: Path, generation: int) -> ErrorRecord | None:

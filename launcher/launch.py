@@ -12,10 +12,10 @@ from samestep.launcher import evidence, host, meeting, recipe_file, run_dir
 from samestep.launcher.argv import Recipe
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import RunDir, UsageError
-from samestep.launcher.diagnose import Failure, describe, diagnose
+from samestep.launcher.diagnose import Failure, describe, diagnose, is_consequence
 from samestep.launcher.plan import Command, Facts, plan, render
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.outcome import Generation
+from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.policy import Restart, decide
 from samestep.launcher.supervise.signals import SignalSocket
 from samestep.launcher.supervise.supervisor import Supervisor
@@ -115,14 +115,21 @@ def _one_generation(run: _Run, facts: Facts) -> tuple[tuple[Command, ...], Gener
     place, store = meeting.open_store(run.config.master_addr, run.config.master_port)
     with store:
         commands = plan(run.config, run.recipe, run.directory, place, facts)
+
+        def is_victim(end: RankEnd) -> bool:
+            return is_consequence(evidence.of_rank(end, commands[end.rank], run.directory, facts.generation))
+
         try:
             # once rank zero has the store's socket, ours would only keep its port open after it
-            return commands, run.supervisor.run(facts.generation, commands, run.environ, started=store.close)
+            ended = run.supervisor.run(
+                facts.generation, commands, run.environ, started=store.close, is_victim=is_victim
+            )
         except OSError as error:
             raise UsageError(
                 f"{commands[0].argv[0]} is expected to start, but: {error.strerror or error}",
                 "a script needs a #! line for --no-python; a log folder must be writable",
             ) from None
+        return commands, ended
 
 
 def _tell(run: _Run, failure: Failure, exit_code: int) -> None:

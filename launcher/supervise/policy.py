@@ -30,17 +30,18 @@ class Patience:
     grace: float
 
 
-def after_exit(code: int) -> Patience:
+def after_exit(code: int, *, is_victim: bool = False) -> Patience:
     """What the others get once a rank has ended with `code`, not zero.
 
     After a failure they sit in a collective that can't end, in C++, where no Python handler runs: waiting is useless.
-    After an orderly exit they are about to leave by themselves, and rank zero has the message to print.
+    After an orderly exit they are about to leave by themselves, and rank zero has the message to print. After the
+    death of a victim the culprit is among them, and may need a moment to say what happened.
     """
     if code in _PREEMPTED:
         return Patience(wait=30.0, grace=0.5)
     if code in ORDERLY:
         return Patience(wait=2.0, grace=0.5)
-    return Patience(wait=0.0, grace=0.5)
+    return Patience(wait=0.5 if is_victim else 0.0, grace=0.5)
 
 
 def after_signal(presses: int, shutdown_timeout: float | None) -> Patience:

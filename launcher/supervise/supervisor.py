@@ -35,20 +35,29 @@ class Supervisor:
         self._pipes: dict[tuple[int, Stream], int] = {}
         self._ends: list[RankEnd] = []
         self._failed = False
+        self._is_victim: Callable[[RankEnd], bool]
         self._stopped_by: int | None = None
         self._presses = 0
         self._patience = Patience(0.0, 0.0)
         process.adopt_orphans()
 
     def run(
-        self, generation: int, commands: Sequence[Command], environ: Mapping[str, str], started: Callable[[], None]
+        self,
+        generation: int,
+        commands: Sequence[Command],
+        environ: Mapping[str, str],
+        *,
+        started: Callable[[], None],
+        is_victim: Callable[[RankEnd], bool],
     ) -> Generation:
         """Start the ranks, call `started`, and return when none of them lives, whatever happens.
+
+        `is_victim` judges the first rank that fails: did it end because of another one?
 
         Raises:
             OSError: a rank or its log file can't be started.
         """
-        self._ends, self._failed = [], False
+        self._ends, self._failed, self._is_victim = [], False, is_victim
         try:
             for command in commands:
                 self._start(generation, command, environ)
@@ -110,7 +119,7 @@ class Supervisor:
         self._ends.append(end)
         if code != 0 and not self._failed and self._stopped_by is None:
             self._failed = True
-            self._end_all(policy.after_exit(code))
+            self._end_all(policy.after_exit(code, is_victim=self._is_victim(end)))
 
     def _operator(self, signum: int) -> None:
         self._presses += 1

@@ -1,0 +1,121 @@
+"""A mistake on the command line costs under a second, two lines and exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = {
+    "no recipe": (["--nproc-per-node", "2"], "a recipe is expected"),
+    "missing file": (["nosuch.py"], "does not exist"),
+    "missing file with a neighbour": (["recip.py"], "did you mean recipe.py?"),
+    "directory": (["folder"], "is a directory"),
+    "missing module": (["-m", "nosuch.module"], "nosuch.module is expected to be importable"),
+    "missing module of a package": (["-m", "email.nosuch"], "email.nosuch is expected to be importable"),
+    "package without __main__": (["-m", "email"], "email is expected to be importable"),
+    "missing command": (["--no-python", "nosuch-command"], "nosuch-command is expected to be a program"),
+    "unknown flag": (["--nproc-per-nod", "2", "recipe.py"], "did you mean --nproc-per-node?"),
+    "unknown flag with underscores": (["--nproc_per_nodes=2", "recipe.py"], "did you mean --nproc-per-node?"),
+    "flag without value": (["--nproc-per-node"], "followed by a value"),
+    "no ranks": (["--nproc-per-node", "0", "recipe.py"], "at least 1, or auto, gpu or cpu, but is '0'"),
+    "negative ranks": (["--nproc-per-node", "-1", "recipe.py"], "but is '-1'"),
+    "ranks in words": (["--nproc-per-node", "two", "recipe.py"], "but is 'two'"),
+    "ranks by accelerate's name": (["--num_processes", "0", "recipe.py"], "but is '0'"),
+    "contradiction": (["--num-processes", "3", "--nproc_per_node", "2", "recipe.py"], "expected to agree"),
+    "contradicting ports": (["--main_process_port=1", "--master-port=2", "recipe.py"], "expected to agree"),
+    "several nodes": (["--nnodes", "2", "recipe.py"], "--nnodes is expected to be 1"),
+    "several machines": (["--num_machines", "2", "recipe.py"], "--nnodes is expected to be 1"),
+    "elastic nodes": (["--nnodes", "1:4", "recipe.py"], "--nnodes is expected to be 1"),
+    "node rank": (["--node-rank", "1", "recipe.py"], "--node-rank is expected to be 0"),
+    "numa binding": (["--numa-binding", "node", "recipe.py"], "--numa-binding is expected to be left out"),
+    "module and program": (["-m", "--no-python", "recipe.py"], "one at a time"),
+    "negative restarts": (["--max-restarts", "-1", "recipe.py"], "--max-restarts is expected to be at least 0"),
+    "restarts in words": (["--max-restarts", "some", "recipe.py"], "--max-restarts"),
+    "port out of range": (["--master-port", "70000", "recipe.py"], "between 0 and 65535"),
+    "tee": (["--tee", "7", "recipe.py"], "--tee is expected"),
+    "redirects": (["-r", "0:9", "recipe.py"], "--redirects is expected"),
+    "filter": (["--local-ranks-filter", "a", "recipe.py"], "--local-ranks-filter is expected"),
+    "run dir below a file": (["recipe.py", "--run-dir", "recipe.py/x"], "recipe.py is not a directory"),
+    "run dir is a file": (["recipe.py", "--run_dir=recipe.py"], "is not a directory"),
+    "log dir below a file": (["--log-dir", "recipe.py/logs", "recipe.py"], "is not a directory"),
+}
+
+
+def _stage(cwd: Path) -> set[str]:
+    (cwd / "recipe.py").write_text("print('must not run')\n")
+    (cwd / "folder").mkdir()
+    return {item.name for item in cwd.iterdir()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_is_named_in_one_line_with_a_hint(case, samestep):
+    before = _stage(samestep.cwd)
+    words, expected = CASES[case]
+    ended = samestep("run", *words)
+    assert ended.code == 2
+    assert ended.stdout == ""
+    assert expected in ended.stderr
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 2, ended.stderr
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    assert {item.name for item in samestep.cwd.iterdir()} == before
+    assert ended.seconds < 1.0
+
+
+def test_environment_is_judged_like_a_flag(samestep):
+    _stage(samestep.cwd)
+    ended = samestep("run", "recipe.py", env={"PET_NPROC_PER_NODE": "none"})
+    assert (ended.code, "'none'" in ended.stderr) == (2, True)
+
+
+def test_taken_port_is_named_with_its_holder(samestep):
+    _stage(samestep.cwd)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = samestep("run", "--master-port", port, "recipe.py")
+    assert ended.code == 2
+    assert f"{port} is taken by pid {os.getpid()} ({Path(sys.executable).name[:6]}" in ended.stderr
+    assert not (samestep.cwd / "runs").exists()
+
+
+def test_more_ranks_than_gpus_is_refused_where_there_are_gpus(samestep, tmp_path):
+    _stage(samestep.cwd)
+    tools = tmp_path / "folder"
+    tool = tools / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA'\n")
+    tool.chmod(0o755)
+    path = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    ended = samestep("run", "--nproc-per-node", "2", "recipe.py", env=path)
+    assert ended.code == 2
+    assert "at most 1 (GPUs on this host), but is 2" in ended.stderr
+    assert samestep("run", "--nproc-per-node", "2", "recipe.py", "--device", "cpu", env=path).code == 0
+    assert samestep("run", "--nproc-per-node", "2", "--cpu", "recipe.py", env=path).code == 0
+
+
+@pytest.mark.parametrize("words", [[], ["run"]])
+def test_no_words_print_a_short_usage(words, samestep):
+    ended = samestep(*words)
+    assert (ended.code, ended.stdout) == (2, "")
+    assert "usage: samestep run" in ended.stderr
+    assert len(ended.stderr.splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rum"], "did you mean run?"),
+        (["recipe.py"], "samestep run recipe.py"),
+        (["digest"], "digest is expected to be followed by one path"),
+        (["digest", "nosuch"], "nosuch can't be read"),
+    ],
+)
+def test_unknown_words_are_explained(words, expected, samestep):
+    ended = samestep(*words)
+    assert (ended.code, ended.stdout) == (2, "")
+    assert expected in ended.stderr
+    assert "Traceback" not in ended.stderr

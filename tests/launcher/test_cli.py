@@ -1,0 +1,64 @@
+"""The command itself: fast, without torch, and honest about its own bugs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from samestep.launcher import cli
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"], ["digest", "--help"]])
+def test_help_is_printed_to_stdout(words, samestep):
+    ended = samestep(*words)
+    assert (ended.code, ended.stderr) == (0, "")
+    assert "samestep" in ended.stdout
+
+
+def test_help_of_run_lists_every_option_with_its_other_names(samestep):
+    shown = samestep("run", "--help").stdout
+    for flag in ("--nproc-per-node", "--num-processes", "--main-process-port", "--max-restarts", "--dry-run", "-m"):
+        assert flag in shown
+
+
+def test_help_takes_a_quarter_of_a_second_at_most():
+    def seconds():
+        since = time.monotonic()
+        subprocess.run([sys.executable, "-m", "samestep.launcher", "--help"], check=True, capture_output=True)
+        return time.monotonic() - since
+
+    assert min(seconds() for _ in range(3)) < 0.25
+
+
+def test_launcher_never_imports_torch_or_numpy():
+    code = (
+        "import sys, json; from samestep.launcher import cli, launch, options; "
+        "print(json.dumps([name for name in ('torch', 'numpy', 'accelerate', 'rich') if name in sys.modules]))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert [name for name in json.loads(shown.stdout) if name != "rich"] == []
+
+
+def test_bug_of_ours_is_called_one(monkeypatch, capsys):
+    def broken(_argv):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    assert cli.run(["run", "x.py"]) == 70
+    printed = capsys.readouterr().err
+    assert "RuntimeError: unforeseen" in printed
+    assert "this is a bug of samestep" in printed.splitlines()[-1]
+
+
+def test_digest_prints_64_hex_characters(samestep):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = samestep.cwd / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    ended = samestep("digest", path)
+    assert (ended.code, ended.stderr) == (0, "")
+    assert len(ended.stdout.strip()) == 64
+    assert set(ended.stdout.strip()) <= set("0123456789abcdef")

@@ -1,0 +1,101 @@
+"""The person at the keyboard, and worse: signals end everything, in the time that was promised."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from .conftest import WORKERS, gone, wait_until
+
+
+def all_gone(samestep, pattern="*.pid"):
+    pids = [int(path.read_text()) for path in samestep.cwd.glob(pattern)]
+    assert pids
+    return all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)],
+)
+def test_signal_ends_everything_with_its_code(signum, code, samestep):
+    process = samestep.start_acting("0=spawn,detach,wait", "1=wait")
+    since = time.monotonic()
+    process.send_signal(signum)
+    ended = samestep.finish(process, since)
+    assert ended.code == code
+    assert ended.seconds < 1.0
+    assert all_gone(samestep)
+    assert "Traceback" not in ended.stderr
+    assert "failed" not in ended.stderr
+
+
+def test_second_ctrl_c_ends_stubborn_ranks_at_once(samestep):
+    process = samestep.start_acting("*=ignore-term,spawn,wait")
+    process.send_signal(signal.SIGINT)
+    assert b"stopping all ranks" in process.stderr.readline()
+    since = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    ended = samestep.finish(process, since)
+    assert ended.code == 130
+    assert ended.seconds < 1.0
+    assert all_gone(samestep)
+
+
+def test_stubborn_ranks_get_the_time_that_was_given_and_no_more(samestep):
+    process = samestep.start_acting("0=ignore-term,wait", "1=wait", options=("--shutdown-timeout", "0.3"))
+    since = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    ended = samestep.finish(process, since)
+    assert ended.code == 143
+    assert 0.3 <= ended.seconds < 1.3
+    assert all_gone(samestep)
+
+
+def test_ranks_that_saved_before_leaving_are_believed(samestep):
+    process = samestep.start_acting("*=exit-on-term:75,wait")
+    process.terminate()
+    assert samestep.finish(process, time.monotonic()).code == 75
+
+
+def test_ranks_die_with_a_killed_launcher(samestep):
+    process = samestep.start_acting("*=ignore-term,wait")
+    process.kill()
+    wait_until(lambda: all_gone(samestep, "rank-*.pid"), "no rank outlives the launcher", seconds=2.0)
+
+
+def test_shells_pass_the_signal_on_to_their_children(samestep):
+    actor = f"{sys.executable} {WORKERS / 'actor.py'} '*=exit-on-term:75,wait'; exit $?"
+    process = samestep.start("run", "--no-python", "sh", "-c", f"trap : TERM; {actor}")
+    wait_until(lambda: (samestep.cwd / "rank-0.generation-0.pid").exists(), "the actor is on stage")
+    process.terminate()
+    assert samestep.finish(process, time.monotonic()).code in (75, 143)
+    assert all_gone(samestep)
+
+
+def test_closed_console_does_not_end_the_run(samestep):
+    process = samestep.start("run", "--nproc-per-node", "2", WORKERS / "actor.py", "0=say:a,say:b,exit:0")
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0
+    assert "b" in (samestep.cwd / "runs/actor/logs/rank-0.log").read_text()
+
+
+def test_run_survives_a_terminal_that_hangs_up_under_nohup(samestep):
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-m", "samestep.launcher", "run", str(WORKERS / "actor.py"), "0=wait"],
+        cwd=samestep.cwd,
+        env=samestep.environ(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    samestep.started.append(process)
+    wait_until(lambda: (samestep.cwd / "rank-0.generation-0.pid").exists(), "the actor is on stage")
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    ended = samestep.finish(process, time.monotonic())
+    assert ended.code == 143
