@@ -1,0 +1,8 @@
+"""The worker: trains a recipe on one or many ranks so that its result does not depend on how many."""
+
+from samestep.train.config import TrainConfig
+from samestep.train.data.sampler import SameOrderSampler
+from samestep.train.entry import Result, train
+from samestep.train.recipe import Components, Weighted, supervised
+
+__all__ = ["Components", "Result", "SameOrderSampler", "TrainConfig", "Weighted", "supervised", "train"]

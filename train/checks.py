@@ -1,0 +1,89 @@
+"""What is wrong with a recipe before its first step, as sentences."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from samestep.launcher.contract import UsageError
+from samestep.train.data.loader import require_map_style
+from samestep.train.parallel.shards import smallest_shard
+from samestep.train.recipe import Components
+
+
+def check_components(components: object) -> Components:
+    """Judge what `build` returned.
+
+    Raises:
+        UsageError: it is no Components, a dataset is unusable, nothing can be learned, or the optimizer holds other
+            parameters than the model's.
+    """
+    if not isinstance(components, Components):
+        raise UsageError(
+            f"build is expected to return Components, but returned {type(components).__name__}",
+            "return Components(model=…, loss=…, optimizer=…, train_data=…)",
+        )
+    if not isinstance(components.model, nn.Module):
+        raise UsageError(f"Components.model is expected to be a torch.nn.Module, but is {type(components.model).__name__}")
+    if not callable(components.loss):
+        raise UsageError(
+            f"Components.loss is expected to be a function of (model, batch), but is {type(components.loss).__name__}",
+            "wrap a criterion: loss=supervised(nn.MSELoss())",
+        )
+    require_map_style(components.train_data, "train_data")
+    if components.eval_data is not None:
+        require_map_style(components.eval_data, "eval_data")
+    _check_parameters(components.model, components.optimizer)
+    return components
+
+
+def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise UsageError(
+            "the model is expected to have a trainable parameter, but has none",
+            "build layers in __init__, and check requires_grad",
+        )
+    known = {id(p) for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = [tuple(p.shape) for p in held if id(p) not in known]
+    if strangers:
+        raise UsageError(
+            f"the optimizer is expected to hold parameters of the model, but {len(strangers)} of {len(held)} are not, "
+            f"the first of shape {strangers[0]}",
+            "make the optimizer from model.parameters(), after the last change of the model",
+        )
+    if not set(trainable) & {id(p) for p in held}:
+        raise UsageError(
+            "the optimizer is expected to hold a trainable parameter of the model, but holds none",
+            "make the optimizer from model.parameters()",
+        )
+
+
+def check_shard_size(model: nn.Module, samples: int, global_batch_size: int, shards: int) -> None:
+    """Refuse one-sample shards under BatchNorm1d over plain features, where a single sample has no variance.
+
+    Layers that see more than one value a channel and sample (images, sequences) are fine, so their input decides: a hook
+    looks at the first forward and then goes.
+
+    Raises:
+        UsageError: from the first forward.
+    """
+    if smallest_shard(samples, global_batch_size, shards) > 1:
+        return
+
+    def judge(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        for handle in handles:
+            handle.remove()
+        if inputs[0].dim() == 2 and module.training:
+            tail = samples % global_batch_size
+            raise UsageError(
+                f"{type(module).__name__} is expected to get at least 2 samples a shard, but with {samples} samples, "
+                f"--global-batch-size {global_batch_size} and {shards} shards "
+                f"{'the last batch of ' + str(tail) + ' samples' if tail else 'a batch'} leaves a shard with 1",
+                "choose another --global-batch-size or fewer --shards, or use GroupNorm or LayerNorm",
+            )
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    handles = [module.register_forward_pre_hook(judge) for module in norms]

@@ -1,0 +1,75 @@
+"""Every option of a recipe, defined once: flag, environment name, TOML key, help and README table come from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from samestep.launcher.contract import UsageError
+from samestep.launcher.options import Option
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What a run is asked to do. Subclass it to add a recipe's own options or change a default.
+
+    Raises:
+        UsageError: a value outside its range; names the option, the range and the value.
+    """
+
+    epochs: Annotated[int, Option("total epochs of the run, not additional ones", "epochs")] = 1
+    max_steps: Annotated[int | None, Option("stop after so many optimizer steps in total", "steps")] = None
+    global_batch_size: Annotated[int, Option("samples of one optimizer step, over all ranks", "samples")] = 32
+    seed: Annotated[int, Option("key of order, initialisation, dropout and augmentation")] = 0
+    shards: Annotated[
+        int | None, Option("logical shards of a global batch; default: world size of the first launch", "shards")
+    ] = None
+    reduction: Annotated[
+        Literal["exact", "fast"], Option("exact: same bits on any world size; fast: the backend's all-reduce")
+    ] = "exact"
+    precision: Annotated[Literal["no", "fp16", "bf16"], Option("autocast of forward and loss")] = "no"
+    device: Annotated[str, Option("auto, cpu, cuda or cuda:N")] = "auto"
+    threads: Annotated[
+        int | None, Option("CPU threads of a rank; default: physical cores // shards, at least 1", "threads")
+    ] = None
+    clip_grad_norm: Annotated[float | None, Option("largest norm of the reduced gradient", "norm")] = None
+    num_workers: Annotated[int | Literal["auto"], Option("DataLoader workers of a rank; never changes the bits", "processes")] = (
+        "auto"
+    )
+    log_every: Annotated[int, Option("steps between log lines; losses are read from the device only then", "steps")] = 100
+    eval_every: Annotated[int | None, Option("steps between evaluations; default: after each epoch", "steps")] = None
+    checkpoint_every: Annotated[int | None, Option("steps between checkpoints; always one at the end", "steps")] = None
+    checkpoint_seconds: Annotated[float | None, Option("time between checkpoints", "seconds")] = None
+    keep_checkpoints: Annotated[int, Option("newest checkpoints that are kept", "checkpoints")] = 2
+    resume: Annotated[str, Option("auto: go on from the newest valid checkpoint; never; or a checkpoint's PATH")] = "auto"
+    run_dir: Annotated[Path | None, Option("where everything of the run is kept; default: runs/<recipe>", "folder")] = None
+    allow_nondeterministic: Annotated[
+        bool, Option("go on where torch has no deterministic kernel; outside the bit promises")
+    ] = False
+    config: Annotated[Path | None, Option("TOML file with options; flags and environment win", "file")] = None
+
+    def __post_init__(self) -> None:
+        """Judge each value by itself; what depends on world size or data is judged where these are known."""
+        least: dict[str, float] = {
+            "epochs": 0,
+            "max_steps": 0,
+            "global_batch_size": 1,
+            "shards": 1,
+            "threads": 1,
+            "num_workers": 0,
+            "log_every": 1,
+            "eval_every": 1,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 1,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if isinstance(value, int) and value < bound:
+                raise UsageError(f"--{name.replace('_', '-')} is expected to be at least {bound}, but is {value}")
+        for name in ("clip_grad_norm", "checkpoint_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')} is expected to be above 0, but is {value}")
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed is expected to be at least 0 and below 2**63, but is {self.seed}")

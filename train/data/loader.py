@@ -1,0 +1,98 @@
+"""The DataLoader of a rank: fetches whole shards, with random streams keyed by sample.
+
+How a shard is fetched is decided by the dataset's type, never by trying: tensors, arrays and TensorDataset are indexed
+once with all ids (no Python a sample), others sample by sample (or through `__getitems__`) and then collated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from samestep.launcher.contract import UsageError
+from samestep.train.data.rng import seed_collate, seed_sample, streams_restored
+from samestep.train.data.sampler import SameOrderSampler, ShardSamples
+
+Batch = Any
+
+
+def require_map_style(dataset: Any, name: str) -> int:
+    """Length of a dataset that can be indexed.
+
+    Raises:
+        UsageError: it is iterable only, or empty.
+    """
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise UsageError(
+            f"{name} is expected to be a map-style dataset with __len__ and __getitem__, but is {type(dataset).__name__}",
+            "an iterable dataset has no order that could be kept over ranks and restarts: samestep promises nothing "
+            "for it and does not train on it; index it, or read it into a map-style dataset",
+        )
+    samples = len(cast(Sized, dataset))
+    if samples == 0:
+        raise UsageError(f"{name} is expected to have at least one sample, but is empty")
+    return samples
+
+
+class ShardDataset(Dataset[Batch]):
+    """A dataset indexed by `ShardSamples`: one item is one shard's batch."""
+
+    def __init__(self, dataset: Any, seed: int, collate_fn: Callable[[list[Any]], Batch] | None) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.collate_fn = collate_fn or default_collate
+        self.whole = collate_fn is None and isinstance(dataset, TensorDataset | torch.Tensor | np.ndarray)
+        self.batched = hasattr(dataset, "__getitems__")
+
+    def __getitem__(self, samples: ShardSamples) -> Batch:
+        """Fetch and collate the samples of one shard."""
+        if self.whole:
+            batch = self.dataset[torch.tensor(samples)] if not isinstance(self.dataset, np.ndarray) else self.dataset[samples]
+            return torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
+        with streams_restored():
+            if self.batched:
+                seed_collate(self.seed, samples.epoch, samples[0])
+                items = self.dataset.__getitems__(list(samples))
+            else:
+                items = [self._sample(samples.epoch, sample) for sample in samples]
+            seed_collate(self.seed, samples.epoch, samples[0])
+            return self.collate_fn(items)
+
+    def _sample(self, epoch: int, sample: int) -> Any:
+        seed_sample(self.seed, epoch, sample)
+        try:
+            return self.dataset[sample]
+        except Exception as error:
+            error.add_note(f"samestep: raised by sample {sample} of the dataset")
+            raise
+
+
+def build_loader(
+    dataset: Any,
+    sampler: SameOrderSampler,
+    *,
+    collate_fn: Callable[[list[Any]], Batch] | None,
+    num_workers: int | Literal["auto"],
+    device: torch.device,
+) -> DataLoader[Batch]:
+    """DataLoader that gives, for each list of `sampler`, the collated batch."""
+    shards = ShardDataset(dataset, sampler.seed, collate_fn)
+    workers = 0 if num_workers == "auto" or shards.whole else num_workers
+    return DataLoader(
+        shards,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # workers' base seed: drawn here, not from the caller's stream
+    )
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

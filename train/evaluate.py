@@ -1,0 +1,82 @@
+"""Evaluation over the whole of a dataset, each sample exactly once, with the same bits on any world size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from samestep.train.data.rng import seed_evaluation
+from samestep.train.data.sampler import SameOrderSampler
+from samestep.train.observe.tally import scalar
+from samestep.train.parallel.group import Group
+from samestep.train.parallel.shards import owned_span
+from samestep.train.recipe import Loss, weigh
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """model.eval() without gradients; afterwards each module is back in the mode it was in."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+@dataclass(slots=True)
+class Evaluator:
+    """Averages the loss and the metrics over a dataset. Calling it is a collective."""
+
+    functions: dict[str, Loss]
+    loader: DataLoader[Any]
+    sampler: SameOrderSampler
+    group: Group
+    device: torch.device
+    seed: int
+    autocast: AbstractContextManager[None]
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """One value a function, in float64: sum of totals over sum of weights, in the dataset's order."""
+        rows: list[Tensor] = []
+        with evaluation_mode(model):
+            batches = iter(self.loader)
+            for plan in self.sampler.plans():
+                for shard in plan.present(self.sampler.owned):
+                    batch = send_to_device(next(batches), self.device, non_blocking=True)
+                    seed_evaluation(self.seed, plan.step, shard)
+                    rows.append(self._row(model, batch, plan.size(shard)))
+        sums = self._in_order(rows).cumsum(0)[-1].tolist()
+        values = {}
+        for index, name in enumerate(self.functions):
+            total, weight = sums[2 * index : 2 * index + 2]
+            values[name] = total / weight if weight else float("nan")
+        return values
+
+    def _row(self, model: nn.Module, batch: Any, samples: int) -> Tensor:
+        values = []
+        with self.autocast:
+            for name, function in self.functions.items():
+                outcome = weigh(function(model, batch), samples, name)
+                values += [outcome.total.double().reshape(()), scalar(outcome.weight, self.device)]
+        return torch.stack(values)
+
+    def _in_order(self, rows: list[Tensor]) -> Tensor:
+        """Rows of all ranks, in the order of steps and shards, whoever computed them."""
+        group, sampler = self.group, self.sampler
+        spans = [owned_span(rank, group.world_size, sampler.shards) for rank in range(group.world_size)]
+        counts = [sum(len(plan.present(span)) for plan in sampler.plans()) for span in spans]
+        mine = torch.zeros(max(counts), 2 * len(self.functions), dtype=torch.float64, device=self.device)
+        if rows:
+            mine[: len(rows)] = torch.stack(rows)
+        by_rank = [iter(part) for part in group.gather(mine).cpu()]
+        return torch.stack([next(by_rank[r]) for plan in sampler.plans() for r, s in enumerate(spans) for _ in plan.present(s)])

@@ -1,0 +1,130 @@
+"""The order of a run. Read this first.
+
+A run is epochs of steps. Between steps, on all ranks at once: losses are read and reported, the model is evaluated,
+the state is saved. Nothing here asks which rank it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from samestep.train.config import TrainConfig
+from samestep.train.data.sampler import SameOrderSampler, epoch_plans
+from samestep.train.evaluate import Evaluator
+from samestep.train.observe.ledger import Ledger
+from samestep.train.observe.reporter import Reporter
+from samestep.train.recipe import Components
+from samestep.train.state.saver import Saver
+from samestep.train.state.train_state import TrainState
+from samestep.train.step import OptimizerStep
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that a run is made of, assembled by `entry`."""
+
+    config: TrainConfig
+    components: Components
+    state: TrainState
+    loader: DataLoader[Any]
+    sampler: SameOrderSampler
+    step: OptimizerStep
+    ledger: Ledger
+    evaluator: Evaluator | None
+    saver: Saver
+    reporter: Reporter
+    progress: Callable[[int, str], None]  # told step and phase, for error records
+
+    @property
+    def max_steps(self) -> int:
+        """Steps after which the run is over."""
+        per_epoch = -(-self.sampler.samples // self.config.global_batch_size)
+        whole = per_epoch * self.config.epochs
+        return whole if self.config.max_steps is None else min(whole, self.config.max_steps)
+
+
+def run_to_the_end(run: Run) -> dict[str, float]:
+    """Train until the last step, save, and return the metrics of the last evaluation."""
+    metrics: dict[str, float] = {}
+    while run.state.step < run.max_steps:
+        run.sampler.load_state_dict({"epoch": run.state.epoch, "cursor": run.state.cursor})
+        metrics = _rest_of_epoch(run) or metrics
+    run.progress(run.state.step, "checkpoint")
+    run.saver.save(run.state, run.reporter)
+    run.saver.wait()
+    return metrics
+
+
+def _rest_of_epoch(run: Run) -> dict[str, float]:
+    config, state, metrics = run.config, run.state, dict[str, float]()
+    batches = iter(run.loader)
+    run.components.model.train()
+    plans = epoch_plans(
+        run.sampler.samples, config.global_batch_size, run.sampler.shards, state.epoch, state.cursor, state.step
+    )
+    for plan in plans:
+        # --- one step
+        run.progress(plan.step, "step")
+        sums = run.step(plan, batches)
+        run.ledger.add(plan, sums, run.step.clock.take())
+        state.advance(plan)
+        epoch_done, last = state.cursor == run.sampler.samples, state.step >= run.max_steps
+        save = run.saver.due(state.step) or last
+
+        # --- read losses, report
+        if state.step % config.log_every == 0 or epoch_done or save or _evaluation_due(run, epoch_done):
+            _report(run)
+
+        # --- evaluate
+        if run.evaluator is not None and _evaluation_due(run, epoch_done):
+            run.progress(state.step, "evaluation")
+            metrics = _evaluate(run, run.evaluator)
+
+        # --- end the epoch, save
+        if epoch_done:
+            _end_epoch(run)
+        if save:
+            run.progress(state.step, "checkpoint")
+            run.saver.save(state, run.reporter)
+        if last:
+            break
+    return metrics
+
+
+def _report(run: Run) -> None:
+    run.ledger.epoch = run.state.sums
+    records = run.ledger.flush(run.step.tally.extras or [])
+    run.state.useful_seconds += sum(record.wall_seconds for record in records)
+    run.reporter.steps(records)
+
+
+def _evaluation_due(run: Run, epoch_done: bool) -> bool:
+    if run.evaluator is None:
+        return False
+    every = run.config.eval_every
+    return epoch_done if every is None else run.state.step % every == 0
+
+
+def _evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
+    begin = time.perf_counter()
+    metrics = evaluator(run.components.model)
+    seconds = time.perf_counter() - begin
+    run.reporter.evaluated(run.state.step, run.state.epoch, metrics, evaluator.sampler.samples, seconds)
+    scheduler = run.components.scheduler
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(metrics[run.components.plateau_metric])
+    return metrics
+
+
+def _end_epoch(run: Run) -> None:
+    scheduler = run.components.scheduler
+    if run.components.scheduler_interval == "epoch" and not isinstance(scheduler, ReduceLROnPlateau | None):
+        scheduler.step()
+    run.reporter.epoch(run.state.epoch, run.state.sums)
+    run.state.end_epoch()

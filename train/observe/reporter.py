@@ -1,0 +1,289 @@
+"""What people and programs see of a run: rank zero writes lines and events.jsonl, the other ranks a null object.
+
+Every method takes values that are already equal on all ranks; nothing here is a collective.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from samestep.launcher.contract import RankInfo
+from samestep.train.observe.ledger import EpochSums, StepRecord
+from samestep.train.observe.phases import PHASES
+
+
+class Reporter(Protocol):
+    """Told what happened, in order."""
+
+    def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
+        """All ranks have joined."""
+
+    def resumed(self, step: int, epoch: int, source: str) -> None:
+        """State was loaded after `step` steps."""
+
+    def steps(self, records: list[StepRecord]) -> None:
+        """Steps finished since the last call."""
+
+    def epoch(self, epoch: int, sums: EpochSums) -> None:
+        """An epoch is complete."""
+
+    def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
+        """The evaluation data was gone through."""
+
+    def checkpoint(self, step: int, path: Path, seconds: float) -> None:
+        """A checkpoint is committed."""
+
+    def warning(self, text: str) -> None:
+        """Something the person should know; training goes on."""
+
+    def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
+        """Trained to the end; the last call."""
+
+    def already_finished(self, digest: str, steps: int) -> None:
+        """A finished run was started again; nothing was done."""
+
+    def offset(self) -> int:
+        """Bytes of events.jsonl so far: a checkpoint keeps it, a resume cuts there."""
+
+
+class NullReporter:
+    """Says nothing: what every rank but zero has."""
+
+    def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
+        """Nothing."""
+
+    def resumed(self, step: int, epoch: int, source: str) -> None:
+        """Nothing."""
+
+    def steps(self, records: list[StepRecord]) -> None:
+        """Nothing."""
+
+    def epoch(self, epoch: int, sums: EpochSums) -> None:
+        """Nothing."""
+
+    def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
+        """Nothing."""
+
+    def checkpoint(self, step: int, path: Path, seconds: float) -> None:
+        """Nothing."""
+
+    def warning(self, text: str) -> None:
+        """Nothing."""
+
+    def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
+        """Nothing."""
+
+    def already_finished(self, digest: str, steps: int) -> None:
+        """Nothing."""
+
+    def offset(self) -> int:
+        """No file, no bytes."""
+        return 0
+
+
+class EventLog:
+    """Appends JSON objects to events.jsonl, one a line; a line is written whole or not at all."""
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        self.path = path
+        self.clock = clock
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, events: Iterable[dict[str, Any]]) -> None:
+        """Append events that carry `event`; the time is added here."""
+        now = self.clock()
+        self._file.write("".join(json.dumps({"event": e["event"], "time": now, **e}) + "\n" for e in events))
+        self._file.flush()
+
+    def offset(self) -> int:
+        """Bytes written so far."""
+        return self.path.stat().st_size
+
+
+@dataclass(slots=True)
+class RankZeroReporter:
+    """Lines for people in the form of a hand-written loop, events for programs."""
+
+    log: EventLog
+    epochs: int
+    steps_per_epoch: int
+    total_steps: int
+    log_every: int
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
+    _bar: Any = None
+
+    def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
+        """Write who takes part."""
+        event = "restarted" if generation else "run_started"
+        self.log.write(
+            [{"event": event, "generation": generation, "world_size": len(ranks), "shards": shards, "ranks": ranks}]
+        )
+        self._bar = _progress_bar(self.stream, self.total_steps)
+
+    def resumed(self, step: int, epoch: int, source: str) -> None:
+        """Say where training goes on."""
+        self.log.write([{"event": "resumed", "step": step, "epoch": epoch + 1, "checkpoint": source}])
+        self._print(f"Resumed at epoch {epoch + 1}, step {step}, from {source}")
+
+    def steps(self, records: list[StepRecord]) -> None:
+        """Write an event a step, print a line each `log_every` steps of an epoch."""
+        self.log.write(_step_event(record) for record in records)
+        for record in records:
+            position = record.step - record.epoch * self.steps_per_epoch
+            if position % self.log_every == 0:
+                extra = "".join(f", {name}: {value:.4f}" for name, value in record.extra.items())
+                self._print(
+                    f"Epoch [{record.epoch + 1}/{self.epochs}], Step [{position}/{self.steps_per_epoch}], "
+                    f"Loss: {record.loss:.4f}{extra}"
+                )
+        if records:
+            self._bar.advance_to(records[-1].step, records[-1].loss)
+
+    def epoch(self, epoch: int, sums: EpochSums) -> None:
+        """Print the average and write the event."""
+        self.log.write(
+            [
+                {
+                    "event": "epoch",
+                    "epoch": epoch + 1,
+                    "loss": _finite(sums.loss),
+                    "loss_hex": sums.loss.hex(),
+                    "samples": sums.samples,
+                    "seconds": sums.seconds,
+                }
+            ]
+        )
+        self._print(
+            f"Epoch [{epoch + 1}/{self.epochs}] finished in {sums.seconds:.2f}s. Average Loss: {sums.loss:.4f}"
+        )
+
+    def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
+        """Print all metrics in one line."""
+        values = {name: _finite(value) for name, value in metrics.items()}
+        hexes = {name: value.hex() for name, value in metrics.items()}
+        self.log.write(
+            [
+                {
+                    "event": "eval",
+                    "step": step,
+                    "epoch": epoch + 1,
+                    "metrics": values,
+                    "metrics_hex": hexes,
+                    "samples": samples,
+                    "seconds": seconds,
+                }
+            ]
+        )
+        shown = ", ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
+        self._print(f"Evaluation after step {step} on {samples} samples: {shown}")
+
+    def checkpoint(self, step: int, path: Path, seconds: float) -> None:
+        """Write the event."""
+        self.log.write([{"event": "checkpoint", "step": step, "path": path.name, "seconds": seconds}])
+
+    def warning(self, text: str) -> None:
+        """Print to stderr and write the event."""
+        self.log.write([{"event": "warning", "text": text}])
+        self._bar_print(f"warning: {text}", sys.stderr)
+
+    def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
+        """Write the last event, close the bar, print the digest."""
+        self.log.write(
+            [{"event": "run_finished", "digest": digest, "steps": steps, "restarts": restarts, "goodput": goodput}]
+        )
+        self._print(f"Finished Training: {steps} steps, digest {digest}")
+        if self._bar is not None:
+            self._bar.close()
+
+    def already_finished(self, digest: str, steps: int) -> None:
+        """Print the digest that the run ended with."""
+        self._print(f"Already finished: {steps} steps, digest {digest}")
+
+    def offset(self) -> int:
+        """Bytes of events.jsonl so far."""
+        return self.log.offset()
+
+    def _print(self, line: str) -> None:
+        self._bar_print(line, self.stream)
+
+    def _bar_print(self, line: str, stream: TextIO) -> None:
+        if self._bar is not None:
+            self._bar.print(line, stream)
+        else:
+            print(line, file=stream, flush=True)
+
+
+def _step_event(record: StepRecord) -> dict[str, Any]:
+    event: dict[str, Any] = {
+        "event": "step",
+        "step": record.step,
+        "epoch": record.epoch + 1,
+        "loss": _finite(record.loss),
+        "loss_hex": record.loss.hex(),
+        "samples": record.samples,
+        "samples_per_s": record.samples / record.wall_seconds if record.wall_seconds else 0.0,
+        "seconds": record.seconds,
+    }
+    if record.extra:
+        event["extra"] = {name: _finite(value) for name, value in record.extra.items()}
+    return event
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+class _NoBar:
+    """Plain lines: what a log file gets."""
+
+    def advance_to(self, step: int, loss: float) -> None:
+        """Nothing to draw."""
+
+    def print(self, line: str, stream: TextIO) -> None:
+        """Print the line."""
+        print(line, file=stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class _RichBar:
+    """One line that is redrawn, with lines printed above it."""
+
+    def __init__(self, stream: TextIO, total_steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn()]
+        self._progress = Progress(*columns, console=Console(file=stream), transient=True)
+        self._task = self._progress.add_task("steps", total=total_steps, loss=float("nan"))
+        self._progress.start()
+
+    def advance_to(self, step: int, loss: float) -> None:
+        """Redraw."""
+        self._progress.update(self._task, completed=step, loss=loss)
+
+    def print(self, line: str, stream: TextIO) -> None:  # noqa: ARG002 (the bar owns the terminal)
+        """Print above the bar."""
+        self._progress.console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._progress.stop()
+
+
+def _progress_bar(stream: TextIO, total_steps: int) -> _NoBar | _RichBar:
+    return _RichBar(stream, total_steps) if stream.isatty() else _NoBar()
+
+
+def phase_line(records: list[StepRecord]) -> str:
+    """Shares of the phases over some steps, and who was slowest, in one line."""
+    totals = {phase: sum(record.seconds[phase]["mean"] for record in records) for phase in PHASES}
+    whole = sum(totals.values()) or 1.0
+    return "  ".join(f"{phase} {100 * seconds / whole:.0f}%" for phase, seconds in totals.items())

@@ -1,0 +1,143 @@
+"""Buffers that the forward of a shard changes (BatchNorm's running statistics) come out the same on any world size.
+
+Every shard starts from the step's buffers. Afterwards only buffers that some shard changed are combined: floating-point ones
+to their sample-weighted mean over the shards, summed in float64 along the tree; integer ones have to agree. A step of a
+single shard keeps what that shard left. Unchanged buffers are not touched: a mean of equal values can alter bits.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor, nn
+
+from samestep.launcher.contract import UsageError
+from samestep.train.parallel.exchange import Exchange, present_roots
+from samestep.train.parallel.group import Group
+from samestep.train.parallel.shards import Fold, Span, StepPlan, owned_span
+
+
+class BufferCombiner:
+    """Used as begin, (before_shard, after_shard) for each shard, finish; a model without buffers costs nothing."""
+
+    def __init__(self, model: nn.Module, group: Group, exchange: Exchange, shards: int) -> None:
+        self.model = model
+        self.buffers: dict[str, Tensor] = {}
+        self.group = group
+        self.exchange = exchange
+        self.shards = shards
+        self.owned = owned_span(group.rank, group.world_size, shards)
+        self.changing: list[str] | None = None  # agreed by all ranks in the first step
+        self._base: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+
+    def begin(self, plan: StepPlan) -> None:
+        """Remember the step's buffers where a later shard has to start from them."""
+        self._plan = plan
+        self.buffers = dict(self.model.named_buffers())
+        self._present = min(plan.samples, self.shards)
+        self._single = self._present == 1
+        spans = present_roots(self.group.world_size, self.shards, self._present)[self.group.rank]
+        self._folds: dict[Span, Fold[Tensor]] = {span: Fold(span, torch.add) for span in spans}
+        self._changed: set[str] = set()
+        self._names = list(self.buffers) if self.changing is None else self.changing
+        if self.changing is None or len(plan.present(self.owned)) > 1:
+            for name in self._names:
+                if name in self._base:
+                    self._base[name].copy_(self.buffers[name])
+                else:
+                    self._base[name] = self.buffers[name].clone()
+        self._first = True
+
+    def before_shard(self) -> None:
+        """Bring the step's buffers back."""
+        if not self._first:
+            for name, value in self._base.items():
+                self.buffers[name].copy_(value)
+        self._first = False
+        self._versions = {name: buffer._version for name, buffer in self.buffers.items()}
+
+    def after_shard(self, shard: int) -> None:
+        """Take what the shard left in the buffers that it changed."""
+        if self.changing is None:
+            # By value: batch_norm writes running statistics without raising the tensor's version.
+            self._changed |= {name for name, buffer in self.buffers.items() if not torch.equal(buffer, self._base[name])}
+        else:
+            self._refuse_new()
+        if self._single or not self.buffers:
+            return
+        leaf = self._flat() if self._names else None
+        fold = next(fold for span, fold in self._folds.items() if span[0] <= shard < span[1])
+        fold.push(shard, None if leaf is None else leaf * self._plan.size(shard))
+
+    def finish(self) -> None:
+        """Leave the combined buffers on every rank."""
+        if not self.buffers:
+            return
+        self.buffers = dict(self.model.named_buffers())  # wrapping the model, after the first step, can replace them
+        if self.changing is None:
+            self._agree()
+        if not self.changing or (self._single and self.group.world_size == 1):
+            return  # this rank's buffers are what the one shard left
+        if self._single:
+            combined = self._from_first_rank()
+        else:
+            for span, fold in self._folds.items():
+                for shard in range(max(self._present, span[0]), span[1]):
+                    fold.push(shard, None)
+            mine = [fold.total for fold in self._folds.values() if fold.total is not None]
+            combined = self.exchange.start(mine, self._like(), self._present).finish() / self._plan.samples
+        sizes = [self.buffers[name].numel() for name in self._names]
+        for name, value in zip(self._names, combined.split(sizes), strict=True):
+            if name in self.changing:
+                self.buffers[name].copy_(value.view_as(self.buffers[name]))
+
+    def _refuse_new(self) -> None:
+        for name, buffer in self.buffers.items():
+            if buffer._version != self._versions[name] and name not in (self.changing or []):
+                raise UsageError(
+                    f"buffers are expected to change in every step or never, but {name} "
+                    f"changed first in step {self._plan.step + 1}",
+                    "change it in every step, or keep it out of the model",
+                )
+
+    def _flat(self) -> Tensor:
+        return torch.cat([self.buffers[name].detach().reshape(-1).double() for name in self._names])
+
+    def _like(self) -> Tensor:
+        return torch.zeros_like(self._flat())
+
+    def _from_first_rank(self) -> Tensor:
+        """The one shard with samples may be another rank's; float64 carries its buffers without loss."""
+        here = bool(self._plan.present(self.owned))
+        mine = self._flat() if here else self._like()
+        owner = next(
+            rank
+            for rank in range(self.group.world_size)
+            if self._plan.present(owned_span(rank, self.group.world_size, self.shards))
+        )
+        return self.group.gather(mine)[owner]
+
+    def _agree(self) -> None:
+        """All ranks learn which buffers change, and that integer ones change alike."""
+        integers = {
+            name: self.buffers[name].tolist()
+            for name in self._ordered(self._changed)
+            if not self.buffers[name].is_floating_point()
+        }
+        record = json.dumps({"changed": self._ordered(self._changed), "integers": integers}).encode()
+        records = [json.loads(part) for part in self.group.gather_bytes(record)]
+        self.changing = self._ordered({name for part in records for name in part["changed"]})
+        seen: dict[str, object] = {}
+        for part in records:
+            for name, value in part["integers"].items():
+                if seen.setdefault(name, value) != value:
+                    raise UsageError(
+                        f"integer buffer {name} is expected to change alike on every rank, but is {seen[name]} and {value}",
+                        "make it depend on the number of steps only, or floating point so that it can be averaged",
+                    )
+        self._base = {name: value for name, value in self._base.items() if name in self.changing}
+
+    def _ordered(self, names: set[str]) -> list[str]:
+        return [name for name in self.buffers if name in names]

@@ -1,0 +1,179 @@
+"""The ranks of a run as one object: a process group, or the null object of a single process.
+
+Both have the same methods, so nothing above asks whether there are other ranks. Joining goes through accelerate, which
+picks device and backend; below `samestep run` the store is made first, on a socket that the launcher bound to loopback.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+
+from samestep.launcher.contract import ENV_STORE_FD, ENV_STORE_PORT, UsageError, WorkerEnv
+
+# torch 2.13 gave the collective a new name and warns about the old one.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+JOIN_TIMEOUT = datetime.timedelta(seconds=60)
+
+
+class Group(Protocol):
+    """What the parts need of the other ranks. Every method is a collective: all ranks call it in the same order."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Equal-shaped tensors of all ranks, stacked: shape (world_size, *tensor.shape)."""
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Any bytes of each rank, without pickle."""
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+
+@dataclass(slots=True)
+class SoloGroup:
+    """One process that talks to nobody."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensor itself, with a leading dimension of one."""
+        return tensor.unsqueeze(0)
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """The bytes themselves."""
+        return [data]
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+
+@dataclass(slots=True)
+class RankGroup:
+    """The default process group of torch.distributed; tensors live on `device`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """One all_gather."""
+        out = tensor.new_empty((self.world_size, *tensor.shape))
+        all_gather(out.view(-1), tensor.contiguous().view(-1))
+        return out
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Two all_gathers: lengths, then bytes padded to the longest."""
+        lengths = self.gather(torch.tensor([len(data)], device=self.device)).flatten().tolist()
+        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8, device=self.device)
+        if data:
+            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+        rows = self.gather(padded).cpu().numpy()
+        return [rows[rank, : lengths[rank]].tobytes() for rank in range(self.world_size)]
+
+    def barrier(self) -> None:
+        """Smallest gather: also works where a backend's own barrier would pick another device."""
+        self.gather(torch.zeros(1, device=self.device))
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Result of joining."""
+
+    env: WorkerEnv
+    group: Group
+    accelerator: Accelerator
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        device: torch.device = self.accelerator.device
+        return device
+
+
+def pick_device(wanted: str, env: WorkerEnv) -> torch.device:
+    """Device of this rank for `--device`.
+
+    Raises:
+        UsageError: no such device here, or not enough of them for the ranks of this node.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind = ("cuda" if available else "cpu") if wanted == "auto" else wanted
+    try:
+        device = torch.device(kind)
+    except RuntimeError:
+        raise UsageError(f"--device is expected to be auto, cpu, cuda or cuda:N, but is {wanted}") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UsageError(f"--device is expected to be auto, cpu, cuda or cuda:N, but is {wanted}")
+    if device.index is not None and env.world_size > 1:
+        raise UsageError(
+            f"--device is expected to name no index with {env.world_size} ranks, but is {wanted}",
+            "set CUDA_VISIBLE_DEVICES, and pass --device cuda",
+        )
+    index = env.local_rank if device.index is None else device.index
+    if index >= available:
+        raise UsageError(
+            f"--device {wanted} needs CUDA device {index} for local rank {env.local_rank}, but {available} are visible",
+            "start fewer ranks, or pass --device cpu",
+        )
+    return torch.device("cuda", index)
+
+
+def join(env: WorkerEnv, device: torch.device, environ: Mapping[str, str] = os.environ) -> Membership:
+    """Become one rank of the run.
+
+    Raises:
+        UsageError: the world that was joined is not the one the environment asks for.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if env.world_size > 1 and environ.get(ENV_STORE_PORT):
+        _init_on_launchers_store(env, device, environ)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30))]
+    )
+    if accelerator.num_processes != env.world_size or accelerator.process_index != env.rank:
+        raise UsageError(
+            f"the process group is expected to be rank {env.rank} of {env.world_size}, "
+            f"but is rank {accelerator.process_index} of {accelerator.num_processes}",
+            "unset ACCELERATE_* variables that contradict the launcher",
+        )
+    if env.world_size == 1:
+        return Membership(env, SoloGroup(), accelerator)
+    return Membership(env, RankGroup(env.rank, env.world_size, device), accelerator)
+
+
+def _init_on_launchers_store(env: WorkerEnv, device: torch.device, environ: Mapping[str, str]) -> None:
+    """Rank zero serves the store on the socket it inherited: no port is ever bound twice or beyond loopback."""
+    listen_fd = int(environ[ENV_STORE_FD]) if env.rank == 0 and environ.get(ENV_STORE_FD) else None
+    store = dist.TCPStore(
+        "127.0.0.1",
+        int(environ[ENV_STORE_PORT]),
+        env.world_size,
+        is_master=env.rank == 0,
+        timeout=JOIN_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listen_fd,
+    )
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=env.rank,
+        world_size=env.world_size,
+        device_id=device if device.type == "cuda" else None,
+    )

@@ -1,0 +1,219 @@
+"""From the shards' gradients to `p.grad`, the same on every rank: sum over the tree, not yet divided by the weight.
+
+Earlier shards of a rank run on the raw module through `torch.autograd.grad`, which leaves `p.grad` alone and DDP asleep.
+The last one runs through DistributedDataParallel, whose communication hook adds the pending partial sums and exchanges
+bucket by bucket while backward goes on. Where some rank has nothing to do in a step, and in the first step (which finds out
+whether parameters stay unused), all shards take the first way and the exchange follows backward; the bits are the same.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.distributed import GradBucket
+
+from samestep.launcher.contract import UsageError
+from samestep.train.parallel.exchange import Exchange, Flight, present_roots
+from samestep.train.parallel.group import Group
+from samestep.train.parallel.shards import Fold, Span, StepPlan, owned_span
+
+Gradients = list[Tensor]
+
+
+def _add(left: Gradients, right: Gradients) -> Gradients:
+    return list(torch._foreach_add(left, right))
+
+
+class GradientReducer:
+    """Sums gradients of all shards of a step; used as begin, (module, backward) for each shard, finish.
+
+    After `finish`, `p.grad` of every trainable parameter is the sum over all shards, or None where no shard used it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        group: Group,
+        exchange: Exchange,
+        shards: int,
+        find_unused_parameters: bool | None,
+    ) -> None:
+        self.raw = model
+        self.group = group
+        self.exchange = exchange
+        self.owned = owned_span(group.rank, group.world_size, shards)
+        self.shards = shards
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._accelerator = accelerator
+        self._find_unused = find_unused_parameters
+        self._position = {id(p): index for index, p in enumerate(self.parameters)}
+        self._replica: nn.Module | None = None
+        self._flights: list[tuple[Flight, list[Tensor], torch.futures.Future[Tensor]]] = []
+
+    # One step: begin, then for each owned shard module and backward, then finish.
+
+    def begin(self, plan: StepPlan) -> None:
+        """Prepare for the shards of one step."""
+        self.mine = plan.present(self.owned)
+        self.present = min(plan.samples, self.shards)
+        spans = present_roots(self.group.world_size, self.shards, self.present)[self.group.rank]
+        self._folds: dict[Span, Fold[Gradients]] = {span: Fold(span, _add) for span in spans}
+        self._used = [False] * len(self.parameters)  # by some shard of this rank
+        self._skipped = False  # some shard of this rank left a parameter unused
+        self._results: list[tuple[list[Tensor], Tensor]] = []
+        self._overlap = self._replica is not None and plan.everyone_works(self.group.world_size)
+        self._step = plan.step
+
+    def module(self, shard: int) -> nn.Module:
+        """What the loss of `shard` has to call: DDP for the last one where all ranks work, else the raw module."""
+        return self._replica if self._replica is not None and self._through_ddp(shard) else self.raw
+
+    def backward(self, shard: int, total: Tensor) -> None:
+        """Take the gradient of one shard's unnormalised loss."""
+        if self._through_ddp(shard):
+            total.backward()  # type: ignore[no-untyped-call]
+            return
+        gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        leaf = []
+        for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+            self._used[index] |= gradient is not None
+            self._skipped |= gradient is None
+            leaf.append(torch.zeros_like(parameter) if gradient is None else self._dense(index, gradient))
+        self._fold_of(shard).push(shard, leaf)
+
+    def finish(self) -> Gradients:
+        """Leave the sums in `p.grad` and return those that are not None."""
+        if self._overlap:
+            self._collect()
+        elif self.group.world_size == 1:
+            self._assign_solo()
+        else:
+            self._exchange_all()
+        if self._replica is None and self.group.world_size > 1:
+            self._wrap()
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    # Without other ranks, or after backward.
+
+    def _assign_solo(self) -> None:
+        (fold,) = self._folds.values()
+        for shard in range(self.present, self.shards):
+            fold.push(shard, None)
+        sums = fold.total
+        assert sums is not None
+        for parameter, gradient, used in zip(self.parameters, sums, self._used, strict=True):
+            parameter.grad = gradient if used else None
+
+    def _exchange_all(self) -> None:
+        used = self._used_anywhere()
+        for span, fold in self._folds.items():
+            for shard in range(max(self.present, span[0]), span[1]):
+                fold.push(shard, None)
+        totals = [fold.total for fold in self._folds.values()]
+        for kind in {(p.dtype, p.device): None for p in self.parameters}:
+            members = [i for i, p in enumerate(self.parameters) if (p.dtype, p.device) == kind]
+            mine = [torch.cat([total[i].reshape(-1) for i in members]) for total in totals if total is not None]
+            numel = sum(self.parameters[i].numel() for i in members)
+            like = mine[0] if mine else torch.empty(numel, dtype=kind[0], device=kind[1])
+            flat = self.exchange.start(mine, like, self.present).finish()
+            for i, part in zip(members, flat.split([self.parameters[i].numel() for i in members]), strict=True):
+                self.parameters[i].grad = part.view_as(self.parameters[i]) if used[i] else None
+
+    def _used_anywhere(self) -> list[bool]:
+        bits = torch.tensor(self._used, dtype=torch.uint8, device=self.parameters[0].device)
+        used: list[bool] = self.group.gather(bits).any(0).tolist()
+        if self._find_unused is None:
+            skipped = torch.tensor([self._skipped], dtype=torch.uint8, device=bits.device)
+            self._find_unused = bool(self.group.gather(skipped).any())
+        return used
+
+    # Through DistributedDataParallel.
+
+    def _wrap(self) -> None:
+        self._accelerator.ddp_handler = DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=bool(self._find_unused),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # accelerate passes broadcast_buffers, which torch renames
+            replica: Any = self._accelerator.prepare_model(self.raw)
+        replica.register_comm_hook(self, _communication_hook)
+        self._replica = replica
+
+    def _through_ddp(self, shard: int) -> bool:
+        return self._overlap and shard == self.mine[-1]
+
+    def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Add this rank's partial sums to the last shard's bucket and send it; advance the one before."""
+        parameters, buffer = bucket.parameters(), bucket.buffer()
+        positions = [self._position[id(p)] for p in parameters]
+        last = self.mine[-1]
+        for partial in reversed(self._fold_of(last).pending(last)):
+            torch._foreach_add_(bucket.gradients(), [partial[i] for i in positions])
+        flats = []
+        for span, fold in self._folds.items():
+            if span[0] <= last < span[1]:
+                flats.append(buffer)
+            else:
+                total = fold.total
+                assert total is not None
+                flats.append(torch.cat([total[i].reshape(-1) for i in positions]))
+        devices = [buffer.device] if buffer.device.type == "cuda" else None
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        self._flights.append((self.exchange.start(flats, buffer, self.present), parameters, future))
+        if len(self._flights) > 1:
+            self._flights[-2][0].advance()
+        if bucket.is_last():
+            self._drain()
+        return future
+
+    def _drain(self) -> None:
+        for flight, parameters, future in self._flights:
+            flight.advance()
+            total = flight.finish()
+            self._results.append((parameters, total))
+            future.set_result(total)
+        self._flights.clear()
+
+    def _collect(self) -> None:
+        if not self._results or self._flights:
+            self._flights.clear()
+            missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+            raise UsageError(
+                f"every parameter is expected to be used in each step as in the first one, but in step {self._step + 1} "
+                f"rank {self.group.rank} did not use {', '.join(missing[:3]) or 'some of them'}",
+                "pass find_unused_parameters=True to Components",
+            )
+        if not self._find_unused:
+            return
+        for parameters, total in self._results:
+            views = total.split([p.numel() for p in parameters])
+            for parameter, view in zip(parameters, views, strict=True):
+                self._used[self._position[id(parameter)]] |= parameter.grad is not None
+                parameter.grad = view.view_as(parameter)
+        used = self._used_anywhere()
+        for parameter, kept in zip(self.parameters, used, strict=True):
+            if not kept:
+                parameter.grad = None
+
+    def _fold_of(self, shard: int) -> Fold[Gradients]:
+        return next(fold for span, fold in self._folds.items() if span[0] <= shard < span[1])
+
+    def _dense(self, index: int, gradient: Tensor) -> Tensor:
+        if gradient.layout != torch.strided:
+            raise UsageError(
+                f"gradients are expected to be dense, but that of {self.names[index]} is {gradient.layout}",
+                "build the layer with sparse=False",
+            )
+        return gradient
+
+
+# torch reads these annotations at run time, so this file does not postpone their evaluation.
+def _communication_hook(state: GradientReducer, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    return state.on_bucket(bucket)

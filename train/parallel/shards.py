@@ -1,0 +1,132 @@
+"""How a global batch is cut into logical shards, who owns them, and the one tree over which they are summed.
+
+Everything here is a pure function of small integers. V shards are fixed for the life of a run; W ranks may change at
+every start. A span `(lo, hi)` is the contiguous run of shards lo..hi-1. The tree over `(0, V)` splits every span at its
+midpoint, so for W = 2^k ranks and V a multiple of W each rank owns exactly one complete subtree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Span = tuple[int, int]
+Value = TypeVar("Value")
+
+
+def slice_of(lo: int, hi: int, part: int, parts: int) -> Span:
+    """The `part`-th of `parts` near-equal contiguous slices of [lo, hi); the first ones get the remainder."""
+    size, remainder = divmod(hi - lo, parts)
+    begin = lo + part * size + min(part, remainder)
+    return begin, begin + size + (part < remainder)
+
+
+def owned_span(rank: int, world_size: int, shards: int) -> Span:
+    """The shards that a rank runs. With more ranks than shards the surplus ranks get an empty span and idle."""
+    return rank * shards // world_size, (rank + 1) * shards // world_size
+
+
+def midpoint(span: Span) -> int:
+    """Where the tree splits a span of two shards or more."""
+    return (span[0] + span[1]) // 2
+
+
+def roots(owned: Span, span: Span) -> list[Span]:
+    """Largest complete subtrees of the tree over `span` that lie inside `owned`, from left to right."""
+    if owned[0] <= span[0] and span[1] <= owned[1]:
+        return [span]
+    if span[1] <= owned[0] or owned[1] <= span[0]:
+        return []
+    middle = midpoint(span)
+    return roots(owned, (span[0], middle)) + roots(owned, (middle, span[1]))
+
+
+def tree_sum(span: Span, known: Mapping[Span, Value], add: Callable[[Value, Value], Value]) -> Value | None:
+    """Sum along the tree from subtrees already summed; a leaf that is not known is an empty shard and adds nothing."""
+    if span in known:
+        return known[span]
+    if span[1] - span[0] < 2:
+        return None
+    middle = midpoint(span)
+    left, right = tree_sum((span[0], middle), known, add), tree_sum((middle, span[1]), known, add)
+    if left is None or right is None:
+        return right if left is None else left
+    return add(left, right)
+
+
+def smallest_shard(samples: int, global_batch_size: int, shards: int) -> int:
+    """Size of the smallest shard that is not empty, over all steps of an epoch of `samples`."""
+    batches = {min(global_batch_size, samples), samples % global_batch_size} - {0}
+    return min(max(1, size // shards) for size in batches)
+
+
+@dataclass(slots=True)
+class Fold(Generic[Value]):
+    """Sums leaves as they come, from left to right, keeping at most one partial sum a level of the tree.
+
+    `span` is the subtree that is being summed and `add` a function of two values that alters neither.
+    """
+
+    span: Span
+    add: Callable[[Value, Value], Value]
+    partial: list[tuple[Span, Value | None]] = field(default_factory=list)
+
+    def push(self, shard: int, value: Value | None) -> None:
+        """Take the next leaf; None is an empty shard."""
+        done: Span = (shard, shard + 1)
+        while done != self.span:
+            parent = self._parent(done)
+            if done[0] == parent[0]:
+                break
+            _, left = self.partial.pop()
+            value = value if left is None else left if value is None else self.add(left, value)
+            done = parent
+        self.partial.append((done, value))
+
+    def pending(self, shard: int) -> list[Value]:
+        """Partial sums to which leaf `shard`, the last one of `span`, has to be added: innermost last."""
+        return [value for _, value in self.partial if value is not None]
+
+    @property
+    def total(self) -> Value | None:
+        """The sum, once the last leaf was pushed."""
+        return self.partial[0][1] if self.partial else None
+
+    def _parent(self, child: Span) -> Span:
+        span = self.span
+        while True:
+            middle = midpoint(span)
+            half = (span[0], middle) if child[0] < middle else (middle, span[1])
+            if half == child:
+                return span
+            span = half
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One optimizer step as every rank can compute it: positions [begin, end) of an epoch, cut into `shards`."""
+
+    step: int  # optimizer steps completed before this one
+    epoch: int
+    begin: int
+    end: int
+    shards: int
+
+    @property
+    def samples(self) -> int:
+        """Samples in the global batch."""
+        return self.end - self.begin
+
+    def size(self, shard: int) -> int:
+        """Samples of one shard."""
+        begin, end = slice_of(self.begin, self.end, shard, self.shards)
+        return end - begin
+
+    def present(self, span: Span) -> list[int]:
+        """The shards of `span` that are not empty."""
+        return [shard for shard in range(*span) if self.size(shard)]
+
+    def everyone_works(self, world_size: int) -> bool:
+        """Whether each rank has at least one sample."""
+        return all(self.present(owned_span(rank, world_size, self.shards)) for rank in range(world_size))

@@ -1,0 +1,179 @@
+"""What a recipe hands to `train`: plain PyTorch objects, and a loss that says how much each batch weighs.
+
+A step's objective is sum(w_i * l_i) / sum(w_i) over the global batch, exactly, however the batch is cut: a loss therefore
+returns its unnormalised total together with its weight, or something from which both follow (`weigh`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from samestep.launcher.contract import UsageError
+
+Number = int | float | bool
+
+
+@dataclass(slots=True)
+class Weighted:
+    """A batch's unnormalised loss and its weight.
+
+    Attributes:
+        total: scalar tensor with gradient, sum of w_i * l_i over the batch.
+        weight: sum of w_i: a number, or an int, bool or float scalar tensor; 0 for a batch without anything to learn.
+        log: extra scalars to report, averaged over the global batch with the same weights.
+    """
+
+    total: Tensor
+    weight: Tensor | Number
+    log: Mapping[str, Tensor | Number] = field(default_factory=dict)
+
+
+class SampleWeighted(Weighted):
+    """Weighed by the number of samples, which every rank can compute without asking."""
+
+
+LossOutput = Tensor | Weighted
+Loss = Callable[[Any, Any], LossOutput]
+
+
+@dataclass(kw_only=True)
+class Components:
+    """What `build(config)` returns.
+
+    Attributes:
+        model: on any device; it is moved, and wrapped in DistributedDataParallel.
+        loss: `loss(model, batch)` returns per-sample losses `(n,)`, a scalar mean over the batch, or `Weighted`.
+        optimizer: any torch optimizer over parameters of `model`, used as written.
+        train_data: a map-style dataset (`__len__` and `__getitem__`), or a tensor or numpy array.
+        eval_data: the same, for evaluation; every sample counts exactly once.
+        collate_fn: list of samples -> batch; torch's `default_collate` if None.
+        scheduler: any torch scheduler; None for a constant learning rate.
+        scheduler_interval: when `scheduler.step()` is called: after each optimizer step or each epoch.
+            ReduceLROnPlateau is always stepped after an evaluation, with `plateau_metric`.
+        plateau_metric: "loss" or a name of `metrics`.
+        metrics: name -> function of (model, batch) with the loss's return forms, averaged over `eval_data`.
+        find_unused_parameters: whether some step may leave a parameter without gradient; None: found in the first step.
+    """
+
+    model: nn.Module
+    loss: Loss
+    optimizer: Optimizer
+    train_data: Dataset[Any] | Any
+    eval_data: Dataset[Any] | Any | None = None
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    scheduler: LRScheduler | None = None
+    scheduler_interval: Literal["step", "epoch"] = "step"
+    plateau_metric: str = "loss"
+    metrics: Mapping[str, Loss] = field(default_factory=dict)
+    find_unused_parameters: bool | None = None
+
+
+def weigh(output: LossOutput, samples: int, name: str = "loss") -> Weighted:
+    """Bring what a loss or metric returned for a batch of `samples` into the form total and weight.
+
+    Raises:
+        UsageError: it is no tensor, has the wrong shape, or (for a loss, with gradients on) no gradient.
+    """
+    if isinstance(output, Weighted):
+        result = output
+    elif not isinstance(output, Tensor):
+        raise UsageError(
+            f"{name} is expected to return a tensor or Weighted, but returned {type(output).__name__}",
+            "return the criterion's tensor itself, without .item()",
+        )
+    elif output.dim() == 0:
+        result = SampleWeighted(_floating(output) * samples, samples)
+    elif output.shape == (samples,):
+        result = SampleWeighted(_floating(output).sum(), samples)
+    else:
+        raise UsageError(
+            f"{name} is expected to return shape ({samples},), a scalar mean or Weighted, "
+            f"but returned shape {tuple(output.shape)}",
+            "average the other dimensions, or return Weighted(total, weight)",
+        )
+    for part, value in (("total", result.total), ("weight", result.weight)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise UsageError(f"{name}: Weighted.{part} is expected to be a scalar, but has shape {tuple(value.shape)}")
+    if not isinstance(result.total, Tensor):
+        raise UsageError(
+            f"{name}: Weighted.total is expected to be a tensor, but is {type(result.total).__name__}",
+            "pass the summed loss itself, without .item()",
+        )
+    return result
+
+
+def _floating(output: Tensor) -> Tensor:
+    return output if output.is_floating_point() else output.double()
+
+
+def require_gradient(total: Tensor) -> None:
+    """Refuse a loss that can't be learned from.
+
+    Raises:
+        UsageError: the loss does not depend on any parameter.
+    """
+    if not total.requires_grad:
+        raise UsageError(
+            "loss is expected to depend on the model's parameters, but its result has no gradient",
+            "look for .item(), .detach(), .data or torch.no_grad() between the model and the loss",
+        )
+
+
+class supervised:  # noqa: N801 (used like a function)
+    """`loss(model, batch)` for batches `(x, y)` and a criterion of torch, a module or its functional form.
+
+    Reduction `mean` weighs a batch by its samples, or by the criterion's true denominator where class weights or
+    `ignore_index` make that another number; `none` averages the other dimensions of each sample.
+
+    Raises:
+        UsageError: the criterion sums, so the weight of a batch can't be known.
+    """
+
+    def __init__(self, criterion: Callable[..., Tensor]) -> None:
+        functional: dict[Any, type[nn.Module]] = {F.cross_entropy: nn.CrossEntropyLoss, F.nll_loss: nn.NLLLoss}
+        self.criterion = functional[criterion]() if criterion in functional else criterion
+        if getattr(self.criterion, "reduction", "mean") == "sum":
+            raise UsageError(
+                f"supervised() is expected to get a criterion with reduction 'mean' or 'none', "
+                f"but {type(self.criterion).__name__} has 'sum'",
+                "pass reduction='mean' (or 'none'); samestep itself weighs batches exactly",
+            )
+        self._summed = _sum_form(self.criterion)
+
+    def __call__(self, model: Any, batch: Any) -> LossOutput:
+        """Run the model on x and compare with y."""
+        x, y = batch
+        output = model(x)
+        if self._summed is not None:
+            return Weighted(self._summed(output, y), _denominator(self._summed, y))
+        loss = self.criterion(output, y)
+        return loss.flatten(1).mean(1) if loss.dim() > 1 else loss
+
+
+def _sum_form(criterion: Any) -> nn.Module | None:
+    """Criteria whose mean is not over samples are summed instead: 0/0 has no mean, but a sum and a weight of zero."""
+    if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or criterion.reduction != "mean":
+        return None
+    summed = copy.copy(criterion)
+    summed.reduction = "sum"
+    return summed
+
+
+def _denominator(criterion: Any, y: Tensor) -> Tensor | int:
+    """What torch divides by for reduction `mean` (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss: section Shape)."""
+    if y.is_floating_point():  # class probabilities: the mean is over samples and positions, weights are inside
+        return y.numel() // y.shape[1] if y.dim() > 1 else 1
+    counted = y != criterion.ignore_index
+    if criterion.weight is None:
+        return counted.sum()
+    return torch.where(counted, criterion.weight.to(y.device)[y.clamp(min=0)], 0.0).sum(dtype=torch.float64)

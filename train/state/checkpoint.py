@@ -1,0 +1,177 @@
+"""Checkpoints that are complete and verified, or do not exist.
+
+A folder is written beside its final name, each file is synced, MANIFEST.json with sizes and sha256 comes last, and a
+rename publishes it; only then older ones go. Tensors are safetensors, the rest is JSON: loading runs no code. The newest
+valid folder wins; what is damaged is set aside and named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from samestep.launcher import manifest
+from samestep.launcher.contract import MANIFEST, WEIGHTS, ExitCode, RunDir, UsageError
+from samestep.launcher.digest import file_digest
+
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """All of a run's state between two steps.
+
+    Attributes:
+        step: optimizer steps completed.
+        weights: parameters and persistent buffers, a tied one once.
+        tensors: every other tensor of the state.
+        state: JSON: counters, trees of optimizer, scheduler and scaler, alias names.
+        facts: for the manifest: seed, shards, versions.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def commit(snapshot: Snapshot, run_dir: RunDir, generation: int, keep: int) -> Path:
+    """Write a checkpoint, publish it, then remove all but the newest `keep`.
+
+    Raises:
+        OSError: it could not be written; the ones that were there still are, and nothing half-written is left.
+    """
+    final = run_dir.checkpoint(snapshot.step)
+    if final.exists():
+        return final
+    temporary = final.with_name(f"{final.name}.tmp-{generation}")
+    _remove(temporary)
+    try:
+        temporary.mkdir(mode=0o700, parents=True)
+        _write(snapshot, temporary)
+        _sync(temporary)
+        temporary.rename(final)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _sync(final.parent)
+    for old in manifest.committed(run_dir.checkpoints)[keep:]:
+        _remove(old)
+    return final
+
+
+def _write(snapshot: Snapshot, folder: Path) -> None:
+    save_file(_storable(snapshot.weights), folder / WEIGHTS)
+    save_file(_storable(snapshot.tensors), folder / OPTIMIZER)
+    (folder / STATE).write_text(json.dumps(snapshot.state, sort_keys=True, indent=1))
+    names = (WEIGHTS, OPTIMIZER, STATE)
+    files = {}
+    for name in names:
+        _sync(folder / name)
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": manifest.file_sha256(folder / name)}
+    content = {
+        "format": manifest.FORMAT,
+        "step": snapshot.step,
+        "files": files,
+        "digest": file_digest(folder / WEIGHTS),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **snapshot.facts,
+    }
+    (folder / MANIFEST).write_bytes(manifest.encode(content))
+    _sync(folder / MANIFEST)
+
+
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def load(folder: Path) -> Snapshot:
+    """Read a folder that `manifest.verify` found valid."""
+    content = manifest.read(folder)
+    facts = {key: value for key, value in content.items() if key not in ("format", "step", "files")}
+    return Snapshot(
+        step=content["step"],
+        weights=load_file(folder / WEIGHTS),
+        tensors=load_file(folder / OPTIMIZER),
+        state=json.loads((folder / STATE).read_text()),
+        facts=facts,
+    )
+
+
+def find(run_dir: RunDir, resume: str) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The checkpoint that `--resume` means, and damaged newer ones with the reason.
+
+    Raises:
+        UsageError: `never` although there are checkpoints; a path that is not a valid checkpoint; or (exit code 78)
+            checkpoints exist, but none is valid.
+    """
+    existing = manifest.committed(run_dir.checkpoints)
+    if resume == "never":
+        if existing:
+            raise UsageError(
+                f"--resume never is expected to start in a run directory without checkpoints, but {run_dir.path} "
+                f"has {len(existing)}",
+                "pass another --run-dir, or remove the old one",
+            )
+        return None, []
+    if resume != "auto":
+        folder = Path(resume)
+        problem = manifest.verify(folder)
+        if problem:
+            raise UsageError(f"--resume {resume} is expected to be a valid checkpoint folder, but {problem}")
+        return folder, []
+    newest, damaged = manifest.newest_valid(run_dir.checkpoints)
+    if newest is None and damaged:
+        listed = "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged)
+        raise UsageError(
+            f"no checkpoint in {run_dir.checkpoints} is valid ({listed})",
+            "restore one from a backup, or start over with another --run-dir",
+            ExitCode.NO_CHECKPOINT,
+        )
+    return newest, damaged
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that nobody takes it for one, and keep it for inspection."""
+    aside = folder.with_name(f"{folder.name}.corrupt")
+    _remove(aside)
+    folder.rename(aside)
+    _sync(folder.parent)
+    return aside
+
+
+def remove_unfinished(run_dir: RunDir) -> None:
+    """Remove what an earlier process began to write and never published."""
+    if run_dir.checkpoints.is_dir():
+        for leftover in run_dir.checkpoints.glob("*.tmp-*"):
+            _remove(leftover)
+
+
+def _sync(path: Path) -> None:
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

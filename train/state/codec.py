@@ -1,0 +1,108 @@
+"""State trees (what `state_dict()` returns) as JSON plus tensors, without pickle.
+
+Dicts with string keys, lists, strings, booleans, None, integers and floats are JSON as they are (Python writes floats so
+that they read back to the same bits). Other containers and tensors become `{"$kind": payload}`: `$tensor` names a tensor
+kept beside, `$tuple` a tuple, `$set` a sorted set, `$map` a dict with any keys as pairs. Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samestep.launcher.contract import UsageError
+
+
+def encode(tree: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
+    """JSON value and the tensors it refers to; `name` is the root of their names and of error messages.
+
+    Raises:
+        UsageError: something in the tree could only be saved with pickle; says where.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _encode(tree, name, tensors), tensors
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach()
+        return {"$tensor": path}
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, np.generic):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list):
+        return [_encode(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
+    if type(value) is tuple:
+        return {"$tuple": [_encode(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
+    if isinstance(value, set | frozenset):
+        return {"$set": [_encode(item, path, tensors) for item in sorted(value)]}
+    if isinstance(value, dict) and type(value) in (dict, OrderedDict, defaultdict) or _is_counter(value):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: _encode(item, f"{path}.{key}", tensors) for key, item in value.items()}
+        pairs = [[_encode(key, f"{path}.key", tensors), _encode(item, f"{path}.{key}", tensors)] for key, item in value.items()]
+        return {"$map": pairs}
+    raise UsageError(
+        f"{path} is expected to be made of tensors, numbers, strings and containers of them, "
+        f"but holds a {type(value).__module__}.{type(value).__qualname__}",
+        "it could only be saved with pickle; keep it out of state_dict(), or write it as numbers there",
+    )
+
+
+def _is_counter(value: Any) -> bool:
+    return isinstance(value, dict) and type(value).__module__ == "collections"
+
+
+def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Inverse of `encode`; dict subclasses come back as dict.
+
+    Raises:
+        ValueError: an unknown kind.
+        KeyError: a tensor is missing.
+    """
+    if isinstance(value, list):
+        return [decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1 and (kind := next(iter(value))).startswith("$"):
+        payload = value[kind]
+        match kind:
+            case "$tensor":
+                return tensors[payload]
+            case "$tuple":
+                return tuple(decode(item, tensors) for item in payload)
+            case "$set":
+                return {decode(item, tensors) for item in payload}
+            case "$map":
+                return {decode(key, tensors): decode(item, tensors) for key, item in payload}
+        raise ValueError(f"unknown kind {kind!r} in a saved state")
+    return {key: decode(item, tensors) for key, item in value.items()}
+
+
+def unshared(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each distinct tensor once, under its first name, and which other names stand for it."""
+    first: dict[tuple[Any, ...], str] = {}
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+            continue
+        first[place] = name
+        kept[name] = tensor
+    return kept, aliases
+
+
+def finite(tensors: dict[str, Tensor]) -> str:
+    """Name of the first tensor that holds NaN or infinity, or an empty string."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return ""

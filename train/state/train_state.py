@@ -1,0 +1,104 @@
+"""The complete list of what a run needs to go on: nothing else is state, and none of it belongs to a rank.
+
+Random numbers are keyed by position, so there is no generator state; losses that were not flushed are never saved, because
+a checkpoint is taken after a flush.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.amp.grad_scaler import GradScaler
+
+from samestep.train.observe.ledger import EpochSums
+from samestep.train.parallel.shards import StepPlan
+from samestep.train.recipe import Components
+from samestep.train.state.checkpoint import Snapshot
+from samestep.train.state.codec import decode, encode, unshared
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Counters of the run and the objects whose state it has.
+
+    Attributes:
+        step: optimizer steps completed.
+        epoch: epochs completed.
+        cursor: samples of finished steps in the current epoch.
+        sums: losses of those steps.
+        useful_seconds: time spent in steps that count, over all starts.
+    """
+
+    components: Components
+    scaler: GradScaler
+    facts: dict[str, Any]
+    step: int = 0
+    epoch: int = 0
+    cursor: int = 0
+    sums: EpochSums = field(default_factory=EpochSums)
+    useful_seconds: float = 0.0
+
+    def advance(self, plan: StepPlan) -> None:
+        """A step is done."""
+        self.step, self.cursor = plan.step + 1, plan.end
+
+    def end_epoch(self) -> None:
+        """All samples of the epoch were used."""
+        self.epoch, self.cursor = self.epoch + 1, 0
+        self.sums = EpochSums()
+
+    def capture(self, events_offset: int) -> Snapshot:
+        """The state as it is now; tensors are the live ones.
+
+        Raises:
+            UsageError: some part of it could only be saved with pickle.
+        """
+        model_json, model_tensors = encode(dict(self.components.model.state_dict()), "model")
+        weights, aliases = unshared({name.removeprefix("model."): t for name, t in model_tensors.items()})
+        trees, tensors = encode(self._trees(), "state")
+        other, other_aliases = unshared(tensors)
+        state = {
+            "counters": {
+                "step": self.step,
+                "epoch": self.epoch,
+                "cursor": self.cursor,
+                "useful_seconds": self.useful_seconds,
+                "sums": [self.sums.total, self.sums.weight, self.sums.samples, self.sums.seconds],
+            },
+            "events_offset": events_offset,
+            "model": model_json,
+            "aliases": aliases,
+            "trees": trees,
+            "tree_aliases": other_aliases,
+        }
+        return Snapshot(self.step, weights, other, state, {"epoch": self.epoch, "cursor": self.cursor, **self.facts})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot; the model's names and shapes have to fit.
+
+        Raises:
+            RuntimeError: they do not (torch's message names them).
+        """
+        counters = snapshot.state["counters"]
+        self.step, self.epoch, self.cursor = counters["step"], counters["epoch"], counters["cursor"]
+        self.useful_seconds = counters["useful_seconds"]
+        self.sums = EpochSums(*counters["sums"])
+        weights = {f"model.{name}": tensor for name, tensor in snapshot.weights.items()}
+        weights |= {f"model.{name}": snapshot.weights[first] for name, first in snapshot.state["aliases"].items()}
+        self.components.model.load_state_dict(decode(snapshot.state["model"], weights))
+        tensors = snapshot.tensors
+        tensors |= {name: tensors[first].clone() for name, first in snapshot.state["tree_aliases"].items()}
+        trees = decode(snapshot.state["trees"], tensors)
+        self.components.optimizer.load_state_dict(trees["optimizer"])
+        if self.components.scheduler is not None:
+            self.components.scheduler.load_state_dict(trees["scheduler"])
+        self.scaler.load_state_dict(trees["scaler"])
+
+    def _trees(self) -> dict[str, Any]:
+        scheduler = self.components.scheduler
+        return {
+            "optimizer": self.components.optimizer.state_dict(),
+            "scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "scaler": self.scaler.state_dict(),
+        }

@@ -1,0 +1,96 @@
+"""One optimizer step: zero_grad, then forward, loss and backward for each shard, gradient sync, clip, step, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from samestep.train.data.rng import seed_shard
+from samestep.train.observe.phases import PhaseClock
+from samestep.train.observe.tally import StepTally
+from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.parallel.reduction import GradientReducer
+from samestep.train.parallel.shards import StepPlan
+from samestep.train.recipe import Components, require_gradient, weigh
+
+
+@dataclass(slots=True)
+class OptimizerStep:
+    """Calling it runs one step on this rank and returns its sums over all ranks, still on the device (see StepTally)."""
+
+    components: Components
+    seed: int
+    device: torch.device
+    clip_grad_norm: float | None
+    autocast: AbstractContextManager[None]
+    scaler: GradScaler
+    reducer: GradientReducer
+    buffers: BufferCombiner
+    tally: StepTally
+    clock: PhaseClock
+    warn: Callable[[str], None]
+
+    def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Tensor:
+        """Take this rank's shards of `plan` from `batches`."""
+        self.components.optimizer.zero_grad(set_to_none=True)
+        self.reducer.begin(plan)
+        self.buffers.begin(plan)
+        self.tally.begin(plan)
+
+        for shard in plan.present(self.reducer.owned):
+            self.clock.enter("data")
+            batch = send_to_device(next(batches), self.device, non_blocking=True)
+
+            self.clock.enter("forward")
+            seed_shard(self.seed, plan.step, shard)
+            self.buffers.before_shard()
+            with self.autocast:
+                outcome = weigh(self.components.loss(self.reducer.module(shard), batch), plan.size(shard))
+            require_gradient(outcome.total)
+            self.tally.add(outcome)
+
+            self.clock.enter("backward")
+            self.reducer.backward(shard, self.scaler.scale(outcome.total))
+            self.buffers.after_shard(shard)
+
+        self.clock.enter("sync")
+        gradients = self.reducer.finish()
+        self.buffers.finish()
+        sums = self.tally.finish()
+
+        self.clock.enter("optimizer")
+        if self._divide(gradients, plan, sums):
+            self._update()
+        return sums
+
+    def _divide(self, gradients: list[Tensor], plan: StepPlan, sums: Tensor) -> bool:
+        """Turn sums into the gradient of the objective; False where nothing in the batch had weight."""
+        if not self.tally.own_weights:
+            torch._foreach_div_(gradients, float(plan.samples))
+            return True
+        if float(sums[1]) == 0.0:  # host-device sync: only for losses that bring their own weights
+            self.warn(f"step {plan.step + 1} has no weight in its whole batch: no update")
+            return False
+        torch._foreach_div_(gradients, sums[1])
+        return True
+
+    def _update(self) -> None:
+        optimizer, scheduler = self.components.optimizer, self.components.scheduler
+        self.scaler.unscale_(optimizer)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.reducer.parameters, self.clip_grad_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        skipped = self.scaler.get_scale() < scale
+        every_step = self.components.scheduler_interval == "step" and not isinstance(scheduler, ReduceLROnPlateau | None)
+        if every_step and not skipped:
+            scheduler.step()
