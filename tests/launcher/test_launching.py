@@ -299,7 +299,7 @@ def test_other_codes_become_failure(samestep):
 
 
 def test_restart_begins_a_new_generation_on_fresh_ports(samestep):
-    ended = samestep.act("1=on-restart:0,raise", "0=on-restart:0,wait", options=("--max-restarts", "2", "--json"))
+    ended = samestep.act("1=later:exit:0,raise", "0=later:exit:0,wait", options=("--max-restarts", "2", "--json"))
     assert ended.code == 0
     assert "samestep: rank 1 failed: ValueError: boom; restart 1 of 2" in ended.stderr
     assert json.loads(ended.stdout.splitlines()[-1])["generations"] == 2
@@ -313,6 +313,13 @@ def test_restarts_are_counted_and_the_last_failure_is_told(samestep):
     assert ended.stderr.count("; restart ") == 2
     assert ended.stderr.count("exit code 1: user code") == 1
     assert len(ended.pids("rank-0.generation-*.pid")) == 3
+
+
+def test_records_of_an_earlier_generation_accuse_nobody(samestep):
+    parts = ("1=first:record:KeyError,first:exit:1,later:await-death:0,exit:1", "0=first:wait,raise:new")
+    ended = samestep.act(*parts, options=("--max-restarts", "1"))
+    assert "rank 1 failed: KeyError: recorded; restart 1 of 1" in ended.stderr
+    assert "samestep: rank 0 failed: ValueError: new\n" in ended.stderr
 
 
 def test_launcher_never_polls(samestep):

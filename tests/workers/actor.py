@@ -63,6 +63,10 @@ def spawn(name: str, *, detached: bool) -> None:
 def act(part: str) -> None:  # noqa: C901, PLR0912 (a list of one-liners)
     """Play one part of a comma-separated list."""
     word, _, value = part.partition(":")
+    if word in ("first", "later"):  # only in the first generation, or only in those after it
+        if (GENERATION == "0") == (word == "first"):
+            act(value)
+        return
     match word:
         case "wait":
             note(f"waiting-{RANK}.pid", os.getpid())
@@ -99,9 +103,6 @@ def act(part: str) -> None:  # noqa: C901, PLR0912 (a list of one-liners)
         case "await-waiting":
             while not Path(f"waiting-{value}.pid").exists():
                 time.sleep(0.002)
-        case "on-restart":
-            if GENERATION != "0":
-                sys.exit(int(value))
         case _:
             raise SystemExit(f"unknown part {part}")
 
