@@ -77,6 +77,18 @@ def test_shells_pass_the_signal_on_to_their_children(samestep):
     assert all_gone(samestep)
 
 
+def test_exits_are_seen_where_there_is_no_pidfd(samestep):
+    code = "import os; del os.pidfd_open; from samestep.launcher.cli import main; main()"
+    words = [sys.executable, "-c", code, "run", "--nproc-per-node", "2", str(WORKERS / "actor.py")]
+    for parts, expected in ((["*=exit:0"], 0), (["0=ignore-term,wait", "1=raise"], 1)):
+        ended = subprocess.run(
+            [*words, *parts], cwd=samestep.cwd, env=samestep.environ(), capture_output=True, timeout=30, check=False
+        )
+        assert ended.returncode == expected, ended.stderr
+        for leftover in samestep.cwd.glob("*.pid"):
+            leftover.unlink()
+
+
 def test_closed_console_does_not_end_the_run(samestep):
     process = samestep.start("run", "--nproc-per-node", "2", WORKERS / "actor.py", "0=say:a,say:b,exit:0")
     process.stdout.close()
