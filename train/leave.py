@@ -35,7 +35,8 @@ def end_hard(*keep: object) -> None:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "on_exit"):
             libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
-    for thing in keep:
+    group = [dist.group.WORLD] if dist.is_initialized() else []
+    for thing in (*keep, *group):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
         _immortal.append(thing)
 

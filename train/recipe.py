@@ -7,6 +7,7 @@ returns its unnormalised total together with its weight, or something from which
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -140,9 +141,9 @@ class supervised:  # noqa: N801 (used like a function)
     """
 
     def __init__(self, criterion: Callable[..., Tensor]) -> None:
-        functional: dict[Any, type[nn.Module]] = {F.cross_entropy: nn.CrossEntropyLoss, F.nll_loss: nn.NLLLoss}
-        self.criterion = functional[criterion]() if criterion in functional else criterion
-        if getattr(self.criterion, "reduction", "mean") == "sum":
+        self.criterion = _as_module(criterion)
+        given = getattr(self.criterion, "keywords", {})  # of a functools.partial
+        if getattr(self.criterion, "reduction", given.get("reduction", "mean")) == "sum":
             raise UsageError(
                 f"supervised() is expected to get a criterion with reduction 'mean' or 'none', "
                 f"but {type(self.criterion).__name__} has 'sum'",
@@ -158,6 +159,16 @@ class supervised:  # noqa: N801 (used like a function)
             return Weighted(self._summed(output, y), _denominator(self._summed, y))
         loss = self.criterion(output, y)
         return loss.flatten(1).mean(1) if loss.dim() > 1 else loss
+
+
+def _as_module(criterion: Any) -> Any:
+    """Functional forms whose mean is not over samples as the module that says what it is over."""
+    function, options = criterion, {}
+    if isinstance(criterion, functools.partial) and not criterion.args:
+        function, options = criterion.func, criterion.keywords
+    if function is F.cross_entropy:
+        return nn.CrossEntropyLoss(**options)
+    return nn.NLLLoss(**options) if function is F.nll_loss else criterion
 
 
 def _sum_form(criterion: Any) -> nn.Module | None:
@@ -176,4 +187,4 @@ def _denominator(criterion: Any, y: Tensor) -> Tensor | int:
     counted = y != criterion.ignore_index
     if criterion.weight is None:
         return counted.sum()
-    return torch.where(counted, criterion.weight.to(y.device)[y.clamp(min=0)], 0.0).sum(dtype=torch.float64)
+    return torch.where(counted, criterion.weight.to(y.device)[y.where(counted, 0)], 0.0).sum(dtype=torch.float64)

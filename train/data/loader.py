@@ -45,7 +45,7 @@ class ShardDataset(Dataset[Batch]):
         self.dataset = dataset
         self.seed = seed
         self.collate_fn = collate_fn or default_collate
-        self.whole = collate_fn is None and isinstance(dataset, TensorDataset | torch.Tensor | np.ndarray)
+        self.whole = collate_fn is None and _indexable_at_once(dataset)
         self.batched = hasattr(dataset, "__getitems__")
 
     def __getitem__(self, samples: ShardSamples) -> Batch:
@@ -69,6 +69,12 @@ class ShardDataset(Dataset[Batch]):
         except Exception as error:
             error.add_note(f"samestep: raised by sample {sample} of the dataset")
             raise
+
+
+def _indexable_at_once(dataset: Any) -> bool:
+    """A TensorDataset with a `__getitem__` of its own may draw random numbers, which are keyed by sample."""
+    plain = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
+    return plain or isinstance(dataset, torch.Tensor | np.ndarray)
 
 
 def build_loader(

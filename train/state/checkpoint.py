@@ -94,7 +94,15 @@ def _write(snapshot: Snapshot, folder: Path) -> None:
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """On the host, contiguous, and each with memory of its own: safetensors refuses views of one storage."""
+    result: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        result[name] = plain.clone() if place in storages else plain
+        storages.add(place)
+    return result
 
 
 def load(folder: Path) -> Snapshot:

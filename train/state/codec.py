@@ -29,13 +29,15 @@ def encode(tree: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        while path in tensors:  # {"a": {"b": …}, "a.b": …} and {1: …, "1": …} are different places
+            path += "'"
         tensors[path] = value.detach()
         return {"$tensor": path}
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float) and not isinstance(value, np.generic):
         return value
-    if isinstance(value, np.generic):
+    if isinstance(value, np.bool_ | np.integer | np.floating):
         return value.item()
     if isinstance(value, list):
         return [_encode(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
