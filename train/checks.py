@@ -25,7 +25,9 @@ def check_components(components: object) -> Components:
             "return Components(model=…, loss=…, optimizer=…, train_data=…)",
         )
     if not isinstance(components.model, nn.Module):
-        raise UsageError(f"Components.model is expected to be a torch.nn.Module, but is {type(components.model).__name__}")
+        raise UsageError(
+            f"Components.model is expected to be a torch.nn.Module, but is {type(components.model).__name__}"
+        )
     if not callable(components.loss):
         raise UsageError(
             f"Components.loss is expected to be a function of (model, batch), but is {type(components.loss).__name__}",
@@ -64,8 +66,8 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
 def check_shard_size(model: nn.Module, samples: int, global_batch_size: int, shards: int) -> None:
     """Refuse one-sample shards under BatchNorm1d over plain features, where a single sample has no variance.
 
-    Layers that see more than one value a channel and sample (images, sequences) are fine, so their input decides: a hook
-    looks at the first forward and then goes.
+    Layers that see more than one value a channel and sample (images, sequences) are fine, so their input decides: a
+    hook looks at the first forward and then goes.
 
     Raises:
         UsageError: from the first forward.

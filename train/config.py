@@ -34,16 +34,22 @@ class TrainConfig:
         int | None, Option("CPU threads of a rank; default: physical cores // shards, at least 1", "threads")
     ] = None
     clip_grad_norm: Annotated[float | None, Option("largest norm of the reduced gradient", "norm")] = None
-    num_workers: Annotated[int | Literal["auto"], Option("DataLoader workers of a rank; never changes the bits", "processes")] = (
-        "auto"
+    num_workers: Annotated[
+        int | Literal["auto"], Option("DataLoader workers of a rank; never changes the bits", "processes")
+    ] = "auto"
+    log_every: Annotated[int, Option("steps between log lines; losses are read from the device only then", "steps")] = (
+        100
     )
-    log_every: Annotated[int, Option("steps between log lines; losses are read from the device only then", "steps")] = 100
     eval_every: Annotated[int | None, Option("steps between evaluations; default: after each epoch", "steps")] = None
     checkpoint_every: Annotated[int | None, Option("steps between checkpoints; always one at the end", "steps")] = None
     checkpoint_seconds: Annotated[float | None, Option("time between checkpoints", "seconds")] = None
     keep_checkpoints: Annotated[int, Option("newest checkpoints that are kept", "checkpoints")] = 2
-    resume: Annotated[str, Option("auto: go on from the newest valid checkpoint; never; or a checkpoint's PATH")] = "auto"
-    run_dir: Annotated[Path | None, Option("where everything of the run is kept; default: runs/<recipe>", "folder")] = None
+    resume: Annotated[str, Option("auto: go on from the newest valid checkpoint; never; or a checkpoint's PATH")] = (
+        "auto"
+    )
+    run_dir: Annotated[Path | None, Option("where everything of the run is kept; default: runs/<recipe>", "folder")] = (
+        None
+    )
     allow_nondeterministic: Annotated[
         bool, Option("go on where torch has no deterministic kernel; outside the bit promises")
     ] = False

@@ -277,13 +277,9 @@ def _resume(run: Run, run_dir: RunDir, config: TrainConfig, member: Membership) 
     run.reporter.resumed(run.state.step, run.state.epoch, Path(found["path"]).name)
 
 
-def _announce(
-    run: Run, run_dir: RunDir, config: TrainConfig, member: Membership, shards: int, generation: int
-) -> None:
+def _announce(run: Run, run_dir: RunDir, config: TrainConfig, member: Membership, shards: int, generation: int) -> None:
     """Write config.json and the first event; needs every rank's place."""
-    here = RankInfo(
-        rank=member.env.rank, local_rank=member.env.local_rank, host=socket.gethostname(), pid=os.getpid()
-    )
+    here = RankInfo(rank=member.env.rank, local_rank=member.env.local_rank, host=socket.gethostname(), pid=os.getpid())
     ranks = [json.loads(part) for part in member.group.gather_bytes(json.dumps(here).encode())]
     if member.group.rank == 0:
         content = {

@@ -23,7 +23,8 @@ def pin(threads: int, allow_nondeterministic: bool) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=allow_nondeterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 25 ms for each 100 MB tensor, and no bit depends on it
+    # 25 ms for each 100 MB tensor, and no bit depends on it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 

@@ -79,4 +79,6 @@ class Evaluator:
         if rows:
             mine[: len(rows)] = torch.stack(rows)
         by_rank = [iter(part) for part in group.gather(mine).cpu()]
-        return torch.stack([next(by_rank[r]) for plan in sampler.plans() for r, s in enumerate(spans) for _ in plan.present(s)])
+        return torch.stack(
+            [next(by_rank[r]) for plan in sampler.plans() for r, s in enumerate(spans) for _ in plan.present(s)]
+        )

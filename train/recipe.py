@@ -1,7 +1,7 @@
 """What a recipe hands to `train`: plain PyTorch objects, and a loss that says how much each batch weighs.
 
-A step's objective is sum(w_i * l_i) / sum(w_i) over the global batch, exactly, however the batch is cut: a loss therefore
-returns its unnormalised total together with its weight, or something from which both follow (`weigh`).
+A step's objective is sum(w_i * l_i) / sum(w_i) over the global batch, exactly, however the batch is cut: a loss
+therefore returns its unnormalised total together with its weight, or something from which both follow (`weigh`).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class supervised:  # noqa: N801 (used like a function)
         output = model(x)
         if self._summed is not None:
             return Weighted(self._summed(output, y), _denominator(self._summed, y))
-        loss = self.criterion(output, y)
+        loss: Tensor = self.criterion(output, y)
         return loss.flatten(1).mean(1) if loss.dim() > 1 else loss
 
 
@@ -184,7 +184,7 @@ def _denominator(criterion: Any, y: Tensor) -> Tensor | int:
     """What torch divides by for reduction `mean` (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss: section Shape)."""
     if y.is_floating_point():  # class probabilities: the mean is over samples and positions, weights are inside
         return y.numel() // y.shape[1] if y.dim() > 1 else 1
-    counted = y != criterion.ignore_index
+    counted: Tensor = y != criterion.ignore_index
     if criterion.weight is None:
         return counted.sum()
     return torch.where(counted, criterion.weight.to(y.device)[y.where(counted, 0)], 0.0).sum(dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One optimizer step: zero_grad, then forward, loss and backward for each shard, gradient sync, clip, step, schedule."""
+"""One optimizer step: zero_grad; forward, loss and backward for each shard; gradient sync, clip, step, schedule."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from samestep.train.recipe import Components, require_gradient, weigh
 
 @dataclass(slots=True)
 class OptimizerStep:
-    """Calling it runs one step on this rank and returns its sums over all ranks, still on the device (see StepTally)."""
+    """Calling it runs one step on this rank and returns its sums over all ranks, on the device still (StepTally)."""
 
     components: Components
     seed: int
@@ -91,6 +91,7 @@ class OptimizerStep:
         self.scaler.step(optimizer)
         self.scaler.update()
         skipped = self.scaler.get_scale() < scale
-        every_step = self.components.scheduler_interval == "step" and not isinstance(scheduler, ReduceLROnPlateau | None)
-        if every_step and not skipped:
+        if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
+            return
+        if self.components.scheduler_interval == "step" and not skipped:
             scheduler.step()

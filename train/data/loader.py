@@ -28,7 +28,8 @@ def require_map_style(dataset: Any, name: str) -> int:
     """
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise UsageError(
-            f"{name} is expected to be a map-style dataset with __len__ and __getitem__, but is {type(dataset).__name__}",
+            f"{name} is expected to be a map-style dataset with __len__ and __getitem__, "
+            f"but is {type(dataset).__name__}",
             "an iterable dataset has no order that could be kept over ranks and restarts: samestep promises nothing "
             "for it and does not train on it; index it, or read it into a map-style dataset",
         )
@@ -51,7 +52,11 @@ class ShardDataset(Dataset[Batch]):
     def __getitem__(self, samples: ShardSamples) -> Batch:
         """Fetch and collate the samples of one shard."""
         if self.whole:
-            batch = self.dataset[torch.tensor(samples)] if not isinstance(self.dataset, np.ndarray) else self.dataset[samples]
+            batch = (
+                self.dataset[torch.tensor(samples)]
+                if not isinstance(self.dataset, np.ndarray)
+                else self.dataset[samples]
+            )
             return torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
         with streams_restored():
             if self.batched:

@@ -1,10 +1,10 @@
 """Which sample stands at which position of an epoch: a keyed permutation that can be computed anywhere, at any point.
 
 `permute(positions, n, seed, epoch)` is a balanced Feistel network over the smallest even number of bits that holds `n`,
-with cycle walking: whoever lands at `n` or above walks on until inside (Black and Rogaway, "Ciphers with arbitrary finite
-domains", CT-RSA 2002). Round keys and the round function use the splitmix64 finaliser (Steele, Lea and Flood, OOPSLA 2014).
-Integers only, so the order is the same with every version of torch and numpy; `tests/train/data/test_order.py` holds
-fixed vectors. SPEC changes when the order does.
+with cycle walking: whoever lands at `n` or above walks on until inside (Black and Rogaway, "Ciphers with arbitrary
+finite domains", CT-RSA 2002). Round keys and the round function use the splitmix64 finaliser (Steele, Lea and Flood,
+OOPSLA 2014). Integers only, so the order is the same with every version of torch and numpy;
+`tests/train/data/test_order.py` holds fixed vectors. SPEC changes when the order does.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ class ShardSamples(list[int]):
     epoch: int = 0
 
 
-def epoch_plans(samples: int, global_batch_size: int, shards: int, epoch: int, cursor: int, step: int) -> Iterator[StepPlan]:
+def epoch_plans(
+    samples: int, global_batch_size: int, shards: int, epoch: int, cursor: int, step: int
+) -> Iterator[StepPlan]:
     """The remaining steps of an epoch, from position `cursor` and after `step` completed optimizer steps."""
     while cursor < samples:
         end = min(cursor + global_batch_size, samples)
@@ -77,7 +79,7 @@ class SameOrderSampler(DistributedSampler[Any]):
         """Steps that remain in this epoch, for all ranks alike; `step` counts from 0 in this iteration."""
         return epoch_plans(self.samples, self.global_batch_size, self.shards, self.epoch, self.cursor, 0)
 
-    def __iter__(self) -> Iterator[ShardSamples]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[ShardSamples]:
         """Lists of this rank's remaining shards in this epoch."""
         ids, begin = np.empty(0, np.int64), self.cursor
         for plan in self.plans():

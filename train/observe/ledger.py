@@ -1,6 +1,7 @@
 """Finished steps between two log intervals, and the running average of the epoch.
 
-Losses stay on the device until `flush`, which reads them all at once and exchanges the ranks' phase times in one gather.
+Losses stay on the device until `flush`, which reads them all at once and exchanges the ranks' phase times in one
+gather.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ class Ledger:
                     samples=plan.samples,
                     seconds=_spreads(by_rank[:, index]),
                     wall_seconds=float(by_rank[:, index].sum(1).max()),
-                    extra={name: value / weight if weight else float("nan") for name, value in zip(extras, more, strict=True)},
+                    extra={
+                        name: value / weight if weight else float("nan")
+                        for name, value in zip(extras, more, strict=True)
+                    },
                 )
             )
         self._pending.clear()

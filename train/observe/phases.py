@@ -6,6 +6,7 @@ recorded and read when they are long done; the host never waits for them inside 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -91,7 +92,7 @@ class CudaClock:
 def _elapsed(marks: list[tuple[str, Any]], data_seconds: float) -> list[float]:
     marks[-1][1].synchronize()
     seconds = dict.fromkeys(PHASES, 0.0)
-    for (phase, begin), (_, end) in zip(marks, marks[1:], strict=False):
+    for (phase, begin), (_, end) in itertools.pairwise(marks):
         seconds[phase] += begin.elapsed_time(end) / 1000
     seconds["data"] = data_seconds
     return list(seconds.values())

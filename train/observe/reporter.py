@@ -159,9 +159,7 @@ class RankZeroReporter:
                 }
             ]
         )
-        self._print(
-            f"Epoch [{epoch + 1}/{self.epochs}] finished in {sums.seconds:.2f}s. Average Loss: {sums.loss:.4f}"
-        )
+        self._print(f"Epoch [{epoch + 1}/{self.epochs}] finished in {sums.seconds:.2f}s. Average Loss: {sums.loss:.4f}")
 
     def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
         """Print all metrics in one line."""

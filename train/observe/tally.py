@@ -1,8 +1,8 @@
-"""Losses and weights of a step over all shards of all ranks, summed in float64 along the tree, without leaving the device.
+"""Losses and weights of a step over all shards of all ranks, summed in float64 along the tree, on the device.
 
-Each shard contributes a row [total, weight, extra...]. The gather starts as soon as this rank's last forward is done, so it
-runs while backward does. Nothing is read by the host here, except a token-weighted step's weight, which decides whether
-there is an update at all.
+Each shard contributes a row [total, weight, extra...]. The gather starts as soon as this rank's last forward is done,
+so it runs while backward does. Nothing is read by the host here, except a token-weighted step's weight, which decides
+whether there is an update at all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class StepTally:
         self.shards = shards
         self.device = device
         self.owned = owned_span(group.rank, group.world_size, shards)
-        self.width = max(hi - lo for lo, hi in (owned_span(r, group.world_size, shards) for r in range(group.world_size)))
+        self.width = max(
+            hi - lo for lo, hi in (owned_span(r, group.world_size, shards) for r in range(group.world_size))
+        )
         self.extras: list[str] | None = None  # agreed by all ranks in the first step, as is the next
         self.own_weights = False  # the loss brings weights that are not sample counts
 
@@ -47,7 +49,11 @@ class StepTally:
         total = outcome.total.detach()
         weight = scalar(outcome.weight, self.device)
         names = self.extras if self.extras is not None else self._first_extras
-        values = [total.double().reshape(()), weight, *(scalar(outcome.log[name], self.device) * weight for name in names)]
+        values = [
+            total.double().reshape(()),
+            weight,
+            *(scalar(outcome.log[name], self.device) * weight for name in names),
+        ]
         self._rows.append(torch.stack(values))
         if len(self._rows) == len(self._expected):
             self._start(list(outcome.log))

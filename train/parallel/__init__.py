@@ -1,0 +1,1 @@
+"""Ranks: how they form a group, share the shards and add up what each has."""

@@ -1,8 +1,8 @@
 """Buffers that the forward of a shard changes (BatchNorm's running statistics) come out the same on any world size.
 
-Every shard starts from the step's buffers. Afterwards only buffers that some shard changed are combined: floating-point ones
-to their sample-weighted mean over the shards, summed in float64 along the tree; integer ones have to agree. A step of a
-single shard keeps what that shard left. Unchanged buffers are not touched: a mean of equal values can alter bits.
+Every shard starts from the step's buffers. Afterwards only buffers that some shard changed are combined: floating-point
+ones to their sample-weighted mean over the shards, summed in float64 along the tree; integer ones have to agree. A step
+of a single shard keeps what that shard left. Unchanged buffers are not touched: a mean of equal values can alter bits.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class BufferCombiner:
         """Take what the shard left in the buffers that it changed."""
         if self.changing is None:
             # By value: batch_norm writes running statistics without raising the tensor's version.
-            self._changed |= {name for name, buffer in self.buffers.items() if not torch.equal(buffer, self._base[name])}
+            self._changed |= {
+                name for name, buffer in self.buffers.items() if not torch.equal(buffer, self._base[name])
+            }
         else:
             self._refuse_new()
         if self._single or not self.buffers:
@@ -134,7 +136,8 @@ class BufferCombiner:
             for name, value in part["integers"].items():
                 if seen.setdefault(name, value) != value:
                     raise UsageError(
-                        f"integer buffer {name} is expected to change alike on every rank, but is {seen[name]} and {value}",
+                        f"integer buffer {name} is expected to change alike on every rank, "
+                        f"but is {seen[name]} and {value}",
                         "make it depend on the number of steps only, or floating point so that it can be averaged",
                     )
         self._base = {name: value for name, value in self._base.items() if name in self.changing}

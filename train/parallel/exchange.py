@@ -5,9 +5,9 @@ subtrees travel in slices (all_to_all), the owner of a slice finishes the tree o
 together; for one root a rank these are as many bytes as a ring all_reduce moves. `BackendExchange` is the backend's own
 all_reduce: same order of samples and same weights, but bits only at the same world size.
 
-An exchange has three steps, so that several can be in flight: `start`, `advance` (once the first collective is through),
-`finish`. All ranks issue them in the same order, from the thread that runs backward. Never from a completion callback:
-blocking there deadlocks, and asynchronous chaining there gave silently wrong sums on gloo.
+An exchange has three steps, so that several can be in flight: `start`, `advance` (once the first collective is
+through), `finish`. All ranks issue them in the same order, from the thread that runs backward. Never from a completion
+callback: blocking there deadlocks, and asynchronous chaining there gave silently wrong sums on gloo.
 """
 
 from __future__ import annotations
@@ -116,7 +116,11 @@ class TreeExchange:
             sent = like.new_empty(0)
         received = like.new_empty(sum(map(len, by_rank)) * slice_numel)
         work = dist.all_to_all_single(
-            received, sent, [len(owned) * slice_numel for owned in by_rank], [count * slice_numel] * world, async_op=True
+            received,
+            sent,
+            [len(owned) * slice_numel for owned in by_rank],
+            [count * slice_numel] * world,
+            async_op=True,
         )
         spans = [span for owned in by_rank for span in owned]
         return _TreeFlight(numel, spans, self.shards, received.view(len(spans), slice_numel), work, world)

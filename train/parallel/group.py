@@ -6,7 +6,7 @@ picks device and backend; below `samestep run` the store is made first, on a soc
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from samestep.launcher.contract import ENV_STORE_FD, ENV_STORE_PORT, UsageError,
 # torch 2.13 gave the collective a new name and warns about the old one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-JOIN_TIMEOUT = datetime.timedelta(seconds=60)
+JOIN_TIMEOUT = dt.timedelta(seconds=60)
 
 
 class Group(Protocol):
@@ -120,12 +120,13 @@ def pick_device(wanted: str, env: WorkerEnv) -> torch.device:
         return device
     if device.type != "cuda":
         raise UsageError(f"--device is expected to be auto, cpu, cuda or cuda:N, but is {wanted}")
-    if device.index is not None and env.world_size > 1:
+    indexed = device.index is not None  # torch's types say that it always is
+    if indexed and env.world_size > 1:
         raise UsageError(
             f"--device is expected to name no index with {env.world_size} ranks, but is {wanted}",
             "set CUDA_VISIBLE_DEVICES, and pass --device cuda",
         )
-    index = env.local_rank if device.index is None else device.index
+    index = device.index if indexed else env.local_rank
     if index >= available:
         raise UsageError(
             f"--device {wanted} needs CUDA device {index} for local rank {env.local_rank}, but {available} are visible",
@@ -145,7 +146,7 @@ def join(env: WorkerEnv, device: torch.device, environ: Mapping[str, str] = os.e
     if env.world_size > 1 and environ.get(ENV_STORE_PORT):
         _init_on_launchers_store(env, device, environ)
     accelerator = Accelerator(
-        cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30))]
+        cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=dt.timedelta(minutes=30))]
     )
     if accelerator.num_processes != env.world_size or accelerator.process_index != env.rank:
         raise UsageError(

@@ -1,12 +1,14 @@
 """From the shards' gradients to `p.grad`, the same on every rank: sum over the tree, not yet divided by the weight.
 
-Earlier shards of a rank run on the raw module through `torch.autograd.grad`, which leaves `p.grad` alone and DDP asleep.
-The last one runs through DistributedDataParallel, whose communication hook adds the pending partial sums and exchanges
-bucket by bucket while backward goes on. Where some rank has nothing to do in a step, and in the first step (which finds out
-whether parameters stay unused), all shards take the first way and the exchange follows backward; the bits are the same.
+Earlier shards of a rank run on the raw module through `torch.autograd.grad`, which leaves `p.grad` alone and DDP
+asleep. The last one runs through DistributedDataParallel, whose communication hook adds the pending partial sums and
+exchanges bucket by bucket while backward goes on. Where some rank has nothing to do in a step, and in the first step
+(which finds out whether parameters stay unused), all shards take the first way and the exchange follows backward; the
+bits are the same.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,9 +78,9 @@ class GradientReducer:
     def backward(self, shard: int, total: Tensor) -> None:
         """Take the gradient of one shard's unnormalised loss."""
         if self._through_ddp(shard):
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             return
-        gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(total, self.parameters, allow_unused=True)
         leaf = []
         for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             self._used[index] |= gradient is not None
@@ -164,7 +166,7 @@ class GradientReducer:
                 total = fold.total
                 assert total is not None
                 flats.append(torch.cat([total[i].reshape(-1) for i in positions]))
-        devices = [buffer.device] if buffer.device.type == "cuda" else None
+        devices: list[int | str | torch.device] | None = [buffer.device] if buffer.device.type == "cuda" else None
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self._flights.append((self.exchange.start(flats, buffer, self.present), parameters, future))
         if len(self._flights) > 1:
@@ -186,7 +188,8 @@ class GradientReducer:
             self._flights.clear()
             missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
             raise UsageError(
-                f"every parameter is expected to be used in each step as in the first one, but in step {self._step + 1} "
+                f"every parameter is expected to be used in each step as in the first one, "
+                f"but in step {self._step + 1} "
                 f"rank {self.group.rank} did not use {', '.join(missing[:3]) or 'some of them'}",
                 "pass find_unused_parameters=True to Components",
             )

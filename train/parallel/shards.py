@@ -84,7 +84,7 @@ class Fold(Generic[Value]):
             done = parent
         self.partial.append((done, value))
 
-    def pending(self, shard: int) -> list[Value]:
+    def pending(self, shard: int) -> list[Value]:  # noqa: ARG002 (says which leaf the sums are for)
         """Partial sums to which leaf `shard`, the last one of `span`, has to be added: innermost last."""
         return [value for _, value in self.partial if value is not None]
 
