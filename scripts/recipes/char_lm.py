@@ -1,4 +1,4 @@
-"""A small transformer that learns to write like the Zen of Python and the docstrings beside it, character by character."""
+"""A small transformer that learns to write like two modules of Python's standard library, character by character."""
 
 import inspect
 import textwrap
