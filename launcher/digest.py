@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from samestep.launcher.contract import MANIFEST, WEIGHTS, ExitCode, RunDir, UsageError
-from samestep.launcher.manifest import newest_valid, verify
+from samestep.launcher.manifest import CHUNK_BYTES, newest_valid, verify
 
+ALIASES = "samestep.aliases"  # metadata key: names of tied tensors that repeat another name's tensor
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.")
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
-_CHUNK_BYTES = 1 << 20
 
 
 def clean_name(name: str) -> str:
@@ -50,11 +50,13 @@ def file_digest(path: Path) -> str:
         for name in sorted(header, key=clean_name):
             entry = header[name]
             begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end:
+                raise ValueError(f"{path} has no bytes {begin} to {end} for tensor {name}")
             sha.update(tensor_header(name, entry["dtype"], entry["shape"]))
             file.seek(data_start + begin)
             remaining = end - begin
             while remaining > 0:
-                chunk = file.read(min(_CHUNK_BYTES, remaining))
+                chunk = file.read(min(CHUNK_BYTES, remaining))
                 if not chunk:
                     raise ValueError(f"{path} ends inside tensor {name}")
                 sha.update(chunk)
@@ -70,7 +72,11 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, dict[str, Any]],
         header = json.loads(file.read(size))
     except ValueError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    header.pop("__metadata__", None)
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is no JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    for alias in json.loads(metadata.get(ALIASES, "{}")):
+        header.pop(alias, None)
     return header, 8 + size
 
 

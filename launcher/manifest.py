@@ -17,13 +17,17 @@ from typing import Any
 from samestep.launcher.contract import MANIFEST
 
 FORMAT = 1
+CHUNK_BYTES = 16 << 20  # large: a background thread asks for the interpreter lock once a chunk
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
+    sha = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK_BYTES):
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def encode(content: Mapping[str, Any]) -> bytes:
@@ -44,7 +48,7 @@ def read(folder: Path) -> dict[str, Any]:
         raw = (folder / MANIFEST).read_bytes()
         content = json.loads(raw)
         stored = content.pop("sha256", None)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{MANIFEST} can't be read ({type(error).__name__})") from None
     if content.get("format") != FORMAT:
         raise ValueError(f"{MANIFEST} has format {content.get('format')!r}, expected {FORMAT}")
@@ -75,12 +79,17 @@ def verify(folder: Path) -> str:
     return ""
 
 
+def step_of(folder: Path) -> int:
+    """Optimizer steps that a checkpoint folder's name says."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def committed(checkpoints: Path) -> list[Path]:
     """Checkpoint folders below `checkpoints`, newest first, verified or not."""
     if not checkpoints.is_dir():
         return []
     found = [path for path in checkpoints.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:

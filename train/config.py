@@ -28,6 +28,10 @@ class TrainConfig:
     reduction: Annotated[
         Literal["exact", "fast"], Option("exact: same bits on any world size; fast: the backend's all-reduce")
     ] = "exact"
+    comm_hook: Annotated[
+        Literal["fp16", "bf16", "powersgd"] | None,
+        Option("with --reduction fast: torch's hook that compresses gradients; outside the bit promises"),
+    ] = None
     precision: Annotated[Literal["no", "fp16", "bf16"], Option("autocast of forward and loss")] = "no"
     device: Annotated[str, Option("auto, cpu, cuda or cuda:N")] = "auto"
     threads: Annotated[
@@ -47,6 +51,10 @@ class TrainConfig:
     resume: Annotated[str, Option("auto: go on from the newest valid checkpoint; never; or a checkpoint's PATH")] = (
         "auto"
     )
+    weights: Annotated[Path | None, Option("plain state_dict in safetensors that a new run starts from", "file")] = None
+    best: Annotated[
+        str | None, Option("max:METRIC or min:METRIC, an evaluation metric whose best checkpoint is kept besides")
+    ] = None
     run_dir: Annotated[Path | None, Option("where everything of the run is kept; default: runs/<recipe>", "folder")] = (
         None
     )
@@ -77,5 +85,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"--{name.replace('_', '-')} is expected to be above 0, but is {value}")
+        if self.comm_hook is not None and self.reduction != "fast":
+            raise UsageError(
+                f"--comm-hook {self.comm_hook} is expected to go with --reduction fast, but it is {self.reduction}",
+                "a compressed gradient can't have the exact sum's bits; add --reduction fast, or leave the hook out",
+            )
+        if self.best is not None and self.best.partition(":")[0] not in ("max", "min"):
+            raise UsageError(f"--best is expected to be max:METRIC or min:METRIC, but is {self.best}")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed is expected to be at least 0 and below 2**63, but is {self.seed}")

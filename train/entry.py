@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from torch.amp.grad_scaler import GradScaler
-
-from samestep.launcher import options
-from samestep.launcher.contract import ENV_GENERATION, RankInfo, RunDir, UsageError, WorkerEnv, default_run_dir
-from samestep.launcher.digest import path_digest
-from samestep.train import environment, leave
-from samestep.train.checks import check_components, check_shard_size
+from samestep.launcher import manifest, options
+from samestep.launcher.contract import (
+    ENV_GENERATION,
+    ENV_RUN_DIR,
+    ExitCode,
+    RunDir,
+    UsageError,
+    WorkerEnv,
+    default_run_dir,
+)
+from samestep.train import environment, leave, start
+from samestep.train.assemble import Setting, assemble
+from samestep.train.checks import check_components
 from samestep.train.config import TrainConfig
-from samestep.train.data.loader import build_loader
+from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
-from samestep.train.data.sampler import SameOrderSampler
-from samestep.train.evaluate import Evaluator
 from samestep.train.loop import Run, run_to_the_end
-from samestep.train.observe.ledger import Ledger
-from samestep.train.observe.phases import CudaClock, HostClock
-from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
-from samestep.train.observe.tally import StepTally
-from samestep.train.parallel.buffers import BufferCombiner
-from samestep.train.parallel.exchange import BackendExchange, TreeExchange
-from samestep.train.parallel.group import Membership, join, pick_device
-from samestep.train.parallel.reduction import GradientReducer
+from samestep.train.parallel.group import join, pick_device
 from samestep.train.recipe import Components
-from samestep.train.state import checkpoint
-from samestep.train.state.saver import Saver, Schedule, WritingSaver
-from samestep.train.state.train_state import TrainState
-from samestep.train.step import OptimizerStep
+from samestep.train.state.export import export_weights
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -91,7 +81,7 @@ def train(
         Exception: whatever user code raised, after it was recorded for the launcher.
     """
     env, progress = WorkerEnv(), _Progress()
-    run_dir = RunDir(Path(os.environ.get("SAMESTEP_RUN_DIR") or default_run_dir(_program())))
+    run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(_program())))
     generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
         env = WorkerEnv.from_environ(os.environ)
@@ -121,219 +111,75 @@ def _train(
     generation: int,
     progress: _Progress,
 ) -> Result:
-    _make(run_dir)
-    stored = _stored_config(run_dir)
-    shards = _shards(config, stored, env.world_size)
+    # --- join
+    start.make(run_dir)
+    stored = start.stored_config(run_dir)
+    shards = start.choose_shards(config, stored, env.world_size)
     threads = config.threads or stored.get("threads") or environment.threads_for(shards)
     environment.pin(threads, config.allow_nondeterministic)
     member = join(env, pick_device(config.device, env))
     environment.pin(threads, config.allow_nondeterministic)  # joining may have set the thread count
     leave.end_hard(member)
+    snapshot, source, warnings = start.choose_checkpoint(run_dir, config, member)
 
+    # --- build
     progress(0, "build")
     seed_everything(config.seed)
     components = check_components(build(config))
+    if config.weights is not None and snapshot is None:
+        start.load_weights(components.model, config.weights)
     components.model.to(member.device)
-    run = _assemble(components, config, member, run_dir, shards, generation, progress)
+    facts = {
+        "seed": config.seed,
+        "shards": shards,
+        "order": SPEC,
+        "dataset": dataset_fingerprint(components.train_data, config.seed),
+        **environment.record(member.device),
+    }
+    run = assemble(components, Setting(config, member, run_dir, shards, generation, facts), progress)
     leave.end_hard(run)
-    _resume(run, run_dir, config, member)
-    _announce(run, run_dir, config, member, shards, generation)
+    if snapshot is not None:
+        start.restore(run, snapshot, source)
+        warnings += start.changes(config, stored, environment.record(member.device))
 
-    begin = time.monotonic()
-    already_finished = run.state.step >= run.max_steps and bool(checkpoint.manifest.committed(run_dir.checkpoints))
-    metrics = run_to_the_end(run)
-    progress(run.state.step, "closing")
-    member.group.barrier()
-    digest = path_digest(run_dir.checkpoint(run.state.step))
-    if already_finished:
-        run.reporter.already_finished(digest, run.state.step)
+    # --- train
+    if snapshot is None or run.state.step < run.max_steps:
+        start.announce(run, run_dir, member, shards, generation)
+        for text in warnings:
+            run.reporter.warning(text)
+        if snapshot is not None:
+            run.reporter.resumed(run.state.step, run.state.epoch, source)
+        run_to_the_end(run)
+        progress(run.state.step, "closing")
+        digest = _close(run, run_dir, env.rank)
+        run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))
     else:
-        goodput = min(1.0, run.state.useful_seconds / max(time.monotonic() - begin, 1e-9))
-        run.reporter.finished(digest, run.state.step, generation, goodput)
+        digest = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
+        run.reporter.already_finished(digest, run.state.step)
     member.group.barrier()
-    return Result(digest, run.state.step, metrics, run_dir.path)
+    return Result(digest, run.state.step, run.state.metrics, run_dir.path)
 
 
-def _assemble(
-    components: Components,
-    config: TrainConfig,
-    member: Membership,
-    run_dir: RunDir,
-    shards: int,
-    generation: int,
-    progress: _Progress,
-) -> Run:
-    """Make every part of the run and connect them."""
-    group, device = member.group, member.device
-    exchange_type = TreeExchange if config.reduction == "exact" else BackendExchange
-    exchange = exchange_type(group.rank, group.world_size, shards)
-    autocast = _autocast(config.precision, device)
-    scaler = GradScaler(device.type, enabled=config.precision == "fp16")
-    sampler = _sampler(components.train_data, config, member, shards, shuffle=True)
-    check_shard_size(components.model, sampler.samples, config.global_batch_size, shards)
-    loader = build_loader(
-        components.train_data,
-        sampler,
-        collate_fn=components.collate_fn,
-        num_workers=config.num_workers,
-        device=device,
-    )
-    evaluator = None
-    if components.eval_data is not None:
-        eval_sampler = _sampler(components.eval_data, config, member, shards, shuffle=False)
-        eval_loader = build_loader(
-            components.eval_data,
-            eval_sampler,
-            collate_fn=components.collate_fn,
-            num_workers=config.num_workers,
-            device=device,
-        )
-        functions = {"loss": components.loss, **components.metrics}
-        evaluator = Evaluator(functions, eval_loader, eval_sampler, group, device, config.seed, autocast)
-    reporter = _reporter(run_dir, config, sampler, group.rank)
-    clock = CudaClock(time.perf_counter) if device.type == "cuda" else HostClock(time.perf_counter)
-    step = OptimizerStep(
-        components=components,
-        seed=config.seed,
-        device=device,
-        clip_grad_norm=config.clip_grad_norm,
-        autocast=autocast,
-        scaler=scaler,
-        reducer=GradientReducer(
-            components.model, member.accelerator, group, exchange, shards, components.find_unused_parameters
-        ),
-        buffers=BufferCombiner(components.model, group, exchange, shards),
-        tally=StepTally(group, shards, device),
-        clock=clock,
-        warn=reporter.warning,
-    )
-    facts = {"seed": config.seed, "shards": shards, "order": SPEC, "generation": generation}
-    schedule = Schedule(config.checkpoint_every, config.checkpoint_seconds, group, device)
-    saver = WritingSaver(schedule, run_dir, generation, config.keep_checkpoints) if group.rank == 0 else Saver(schedule)
-    return Run(
-        config=config,
-        components=components,
-        state=TrainState(components, scaler, facts),
-        loader=loader,
-        sampler=sampler,
-        step=step,
-        ledger=Ledger(group, device),
-        evaluator=evaluator,
-        saver=saver,
-        reporter=reporter,
-        progress=progress,
-    )
-
-
-def _sampler(dataset: Any, config: TrainConfig, member: Membership, shards: int, *, shuffle: bool) -> SameOrderSampler:
-    return SameOrderSampler(
-        dataset,
-        num_replicas=member.group.world_size,
-        rank=member.group.rank,
-        shuffle=shuffle,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        shards=shards,
-    )
-
-
-def _reporter(run_dir: RunDir, config: TrainConfig, sampler: SameOrderSampler, rank: int) -> Reporter:
-    if rank:
-        return NullReporter()
-    per_epoch = -(-sampler.samples // config.global_batch_size)
-    total = per_epoch * config.epochs
-    return RankZeroReporter(
-        log=EventLog(run_dir.events, time.time),
-        epochs=config.epochs,
-        steps_per_epoch=per_epoch,
-        total_steps=total if config.max_steps is None else min(total, config.max_steps),
-        log_every=config.log_every,
-    )
-
-
-def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    if precision == "no":
-        return contextlib.nullcontext()
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    autocast: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
-    return autocast
-
-
-def _resume(run: Run, run_dir: RunDir, config: TrainConfig, member: Membership) -> None:
-    """Load what rank zero finds, on every rank."""
-    found: dict[str, Any] = {"path": "", "damaged": []}
-    if member.group.rank == 0:
-        checkpoint.remove_unfinished(run_dir)
-        path, damaged = checkpoint.find(run_dir, config.resume)
-        for folder, problem in damaged:
-            aside = checkpoint.set_aside(folder)
-            run.reporter.warning(f"{folder.name} is damaged ({problem}); set aside as {aside.name}")
-        found = {"path": str(path or "")}
-    found = json.loads(member.group.gather_bytes(json.dumps(found).encode())[0])
-    if not found["path"]:
-        return
-    snapshot = checkpoint.load(Path(found["path"]))
-    run.state.restore(snapshot)
-    run.reporter.resumed(run.state.step, run.state.epoch, Path(found["path"]).name)
-
-
-def _announce(run: Run, run_dir: RunDir, config: TrainConfig, member: Membership, shards: int, generation: int) -> None:
-    """Write config.json and the first event; needs every rank's place."""
-    here = RankInfo(rank=member.env.rank, local_rank=member.env.local_rank, host=socket.gethostname(), pid=os.getpid())
-    ranks = [json.loads(part) for part in member.group.gather_bytes(json.dumps(here).encode())]
-    if member.group.rank == 0:
-        content = {
-            "config": {name: _plain(value) for name, value in _fields(config).items()},
-            "shards": shards,
-            "total_steps": run.max_steps,
-            "samples": run.sampler.samples,
-            "threads": torch.get_num_threads(),
-            "environment": environment.record(member.device),
-        }
-        run_dir.config.write_text(json.dumps(content, indent=1) + "\n")
-    run.reporter.started(generation, shards, ranks)
-
-
-def _fields(config: TrainConfig) -> dict[str, Any]:
-    return asdict(config) if is_dataclass(config) else vars(config)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str | list | dict | None) else str(value)
-
-
-def _make(run_dir: RunDir) -> None:
+def _close(run: Run, run_dir: RunDir, rank: int) -> str:
+    """Export the weights; the digest of the final checkpoint, on every rank. A collective."""
+    if rank == 0:
+        export_weights(run.evaluated_model, run_dir.path / "weights.safetensors")
+    run.step.reducer.group.barrier()
     try:
-        for folder in (run_dir.path, run_dir.logs, run_dir.checkpoints, run_dir.errors):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        probe = run_dir.path / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
+        digest: str = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
+    except ValueError as error:
         raise UsageError(
-            f"--run-dir is expected to be a folder that can be written, but {run_dir.path}: {error.strerror}",
-            "pass --run-dir with another folder",
+            f"the run is expected to end with a checkpoint of step {run.state.step}, but it was not saved ({error})",
+            "the warnings above say why; run again to go on from the last good checkpoint",
+            ExitCode.FAILED,
         ) from None
+    return digest
 
 
-def _stored_config(run_dir: RunDir) -> dict[str, Any]:
-    """What an earlier start of this run wrote; empty for a new one."""
-    try:
-        stored = json.loads(run_dir.config.read_text())
-        return stored if isinstance(stored, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _shards(config: TrainConfig, stored: dict[str, Any], world_size: int) -> int:
-    """V: as at the first launch; by default the world size of that launch."""
-    known = stored.get("shards")
-    if known is not None and config.shards not in (None, known):
-        raise UsageError(
-            f"--shards is expected to stay {known}, as at the first launch of this run, but is {config.shards}",
-            "leave --shards out, or start a new run with another --run-dir",
-        )
-    return int(known or config.shards or world_size)
+def _goodput(run: Run) -> float:
+    """Seconds in steps that count over seconds since the first start."""
+    wall = time.time() - run.state.started_at
+    return min(1.0, run.state.useful_seconds / wall) if wall > 0 else 1.0
 
 
 def _program() -> str:

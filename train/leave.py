@@ -1,9 +1,10 @@
 """How a worker ends: which record it leaves, what it prints, and that it really ends, with its own exit status.
 
-While the interpreter finalises, a thread of the process group that wants the interpreter lock (to drop a tensor) is ended by
-CPython in a way that C++ answers with std::terminate: "terminate called without an active exception", status 134. Destroying
-the group instead can deadlock: its destructor joins such a thread. So group and DDP objects are kept for ever, a thread
-that is to be terminated sleeps, and glibc's `on_exit` ends the process right after Python ran exit handlers and flushed.
+While the interpreter finalises, a thread of the process group that wants the interpreter lock (to drop a tensor) is
+ended by CPython in a way that C++ answers with std::terminate: "terminate called without an active exception", status
+134. Destroying the group instead can deadlock: its destructor joins such a thread. So group and DDP objects are kept
+for ever, a thread that is to be terminated sleeps, and glibc's `on_exit` ends the process right after Python ran exit
+handlers and flushed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import socket
 import sys
+import sysconfig
 import time
 import traceback
 from pathlib import Path
@@ -52,7 +54,7 @@ def _sleep_instead_of_terminate() -> None:
 def is_consequence(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone."""
     text = str(error)
-    network = isinstance(error, dist.DistNetworkError | dist.DistBackendError | ConnectionError | dist.DistStoreError)
+    network = isinstance(error, dist.DistNetworkError | dist.DistBackendError | dist.DistStoreError)
     return network or (isinstance(error, RuntimeError) and any(phrase in text for phrase in _BROKEN_CONNECTION))
 
 
@@ -80,8 +82,8 @@ def error_record(error: BaseException, rank: int, generation: int, step: int, ph
 def _user_frame(error: BaseException) -> str:
     """Innermost frame that is neither ours nor a library's."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = str(Path(__file__).parent)
-    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith((ours, "<"))]
+    others = (str(Path(__file__).parent) + os.sep, sysconfig.get_path("stdlib") + os.sep, "<")
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(others)]
     if not own:
         return ""
     frame = own[-1]

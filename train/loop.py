@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
@@ -37,6 +38,7 @@ class Run:
     step: OptimizerStep
     ledger: Ledger
     evaluator: Evaluator | None
+    evaluated_model: nn.Module
     saver: Saver
     reporter: Reporter
     progress: Callable[[int, str], None]  # told step and phase, for error records
@@ -49,20 +51,18 @@ class Run:
         return whole if self.config.max_steps is None else min(whole, self.config.max_steps)
 
 
-def run_to_the_end(run: Run) -> dict[str, float]:
-    """Train until the last step, save, and return the metrics of the last evaluation."""
-    metrics: dict[str, float] = {}
+def run_to_the_end(run: Run) -> None:
+    """Train until the last step, and return when its state is saved."""
     while run.state.step < run.max_steps:
         run.sampler.load_state_dict({"epoch": run.state.epoch, "cursor": run.state.cursor})
-        metrics = _rest_of_epoch(run) or metrics
+        _rest_of_epoch(run)
     run.progress(run.state.step, "checkpoint")
     run.saver.save(run.state, run.reporter)
-    run.saver.wait()
-    return metrics
+    run.saver.wait(run.reporter)
 
 
-def _rest_of_epoch(run: Run) -> dict[str, float]:
-    config, state, metrics = run.config, run.state, dict[str, float]()
+def _rest_of_epoch(run: Run) -> None:
+    config, state = run.config, run.state
     batches = iter(run.loader)
     run.components.model.train()
     plans = epoch_plans(
@@ -74,27 +74,20 @@ def _rest_of_epoch(run: Run) -> dict[str, float]:
         sums = run.step(plan, batches)
         run.ledger.add(plan, sums, run.step.clock.take())
         state.advance(plan)
+
+        # --- what is due after it
         epoch_done, last = state.cursor == run.sampler.samples, state.step >= run.max_steps
-        save = run.saver.due(state.step) or last
-
-        # --- read losses, report
-        if state.step % config.log_every == 0 or epoch_done or save or _evaluation_due(run, epoch_done):
+        evaluate, due = _evaluation_due(run, epoch_done), run.saver.due(state.step) or last
+        if state.step % config.log_every == 0 or epoch_done or evaluate or due:
             _report(run)
-
-        # --- evaluate
-        if run.evaluator is not None and _evaluation_due(run, epoch_done):
-            run.progress(state.step, "evaluation")
-            metrics = _evaluate(run, run.evaluator)
-
-        # --- end the epoch, save
+        better = evaluate and _evaluate(run)
         if epoch_done:
             _end_epoch(run)
-        if save:
+        if due or better:
             run.progress(state.step, "checkpoint")
             run.saver.save(state, run.reporter)
         if last:
             break
-    return metrics
 
 
 def _report(run: Run) -> None:
@@ -111,15 +104,19 @@ def _evaluation_due(run: Run, epoch_done: bool) -> bool:
     return epoch_done if every is None else run.state.step % every == 0
 
 
-def _evaluate(run: Run, evaluator: Evaluator) -> dict[str, float]:
+def _evaluate(run: Run) -> bool:
+    """Evaluate; True where the state is now the best by the metric of `--best`."""
+    evaluator, state = run.evaluator, run.state
+    assert evaluator is not None
+    run.progress(state.step, "evaluation")
     begin = time.perf_counter()
-    metrics = evaluator(run.components.model)
+    state.metrics = evaluator(run.evaluated_model)
     seconds = time.perf_counter() - begin
-    run.reporter.evaluated(run.state.step, run.state.epoch, metrics, evaluator.sampler.samples, seconds)
+    run.reporter.evaluated(state.step, state.epoch, state.metrics, evaluator.sampler.samples, seconds)
     scheduler = run.components.scheduler
     if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(metrics[run.components.plateau_metric])
-    return metrics
+        scheduler.step(state.metrics[run.components.plateau_metric])
+    return state.note_best(run.config.best)
 
 
 def _end_epoch(run: Run) -> None:

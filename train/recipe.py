@@ -63,6 +63,7 @@ class Components:
             ReduceLROnPlateau is always stepped after an evaluation, with `plateau_metric`.
         plateau_metric: "loss" or a name of `metrics`.
         metrics: name -> function of (model, batch) with the loss's return forms, averaged over `eval_data`.
+        ema: decay of an exponential moving average of the weights, which is then what is evaluated and exported.
         find_unused_parameters: whether some step may leave a parameter without gradient; None: found in the first step.
     """
 
@@ -77,6 +78,7 @@ class Components:
     plateau_metric: str = "loss"
     metrics: Mapping[str, Loss] = field(default_factory=dict)
     find_unused_parameters: bool | None = None
+    ema: float | None = None
 
 
 def weigh(output: LossOutput, samples: int, name: str = "loss") -> Weighted:

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.data.rng import seed_shard
 from samestep.train.observe.phases import PhaseClock
@@ -36,6 +37,7 @@ class OptimizerStep:
     buffers: BufferCombiner
     tally: StepTally
     clock: PhaseClock
+    ema: AveragedModel | None
     warn: Callable[[str], None]
 
     def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from samestep.launcher.contract import Spread
 from samestep.train.observe.phases import PHASES, Reading
+from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan
 
@@ -51,6 +52,7 @@ class Ledger:
 
     group: Group
     device: torch.device
+    fingerprint: StateFingerprint
     epoch: EpochSums = field(default_factory=EpochSums)
     _pending: list[tuple[StepPlan, Tensor, Reading]] = field(default_factory=list)
 
@@ -59,11 +61,19 @@ class Ledger:
         self._pending.append((plan, sums, reading))
 
     def flush(self, extras: list[str]) -> list[StepRecord]:
-        """Records of the steps added since the last flush, equal on every rank. A collective."""
+        """Records of the steps added since the last flush, equal on every rank. A collective.
+
+        Raises:
+            UsageError: a rank holds other weights, or stands at another step (see StateFingerprint.compare).
+        """
         if not self._pending:
             return []
         seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)
-        by_rank = self.group.gather(seconds).cpu()
+        last = self._pending[-1][0]
+        mark = self.fingerprint.row(last.step + 1, last.end).view(torch.float64)  # carried as bits, never computed with
+        gathered = self.group.gather(torch.cat([seconds.flatten(), mark]))
+        self.fingerprint.compare(gathered[:, seconds.numel() :].contiguous().view(torch.int64), last.step + 1)
+        by_rank = gathered[:, : seconds.numel()].view(-1, *seconds.shape).cpu()
         sums = torch.stack([sums for _, sums, _ in self._pending]).cpu().tolist()
         records = []
         for index, (plan, _, _) in enumerate(self._pending):

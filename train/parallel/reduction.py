@@ -20,6 +20,7 @@ from torch.distributed import GradBucket
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.exchange import Exchange, Flight, present_roots
 from samestep.train.parallel.group import Group
+from samestep.train.parallel.hooks import CompressionHook
 from samestep.train.parallel.shards import Fold, Span, StepPlan, owned_span
 
 Gradients = list[Tensor]
@@ -43,6 +44,7 @@ class GradientReducer:
         exchange: Exchange,
         shards: int,
         find_unused_parameters: bool | None,
+        compress: CompressionHook | None = None,
     ) -> None:
         self.raw = model
         self.group = group
@@ -52,6 +54,7 @@ class GradientReducer:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._accelerator = accelerator
+        self._compress = compress
         self._find_unused = find_unused_parameters
         self._position = {id(p): index for index, p in enumerate(self.parameters)}
         self._replica: nn.Module | None = None
@@ -158,6 +161,8 @@ class GradientReducer:
         last = self.mine[-1]
         for partial in reversed(self._fold_of(last).pending(last)):
             torch._foreach_add_(bucket.gradients(), [partial[i] for i in positions])
+        if self._compress is not None:
+            return self._compressed(bucket, parameters, self._compress)
         flats = []
         for span, fold in self._folds.items():
             if span[0] <= last < span[1]:
@@ -174,6 +179,19 @@ class GradientReducer:
         if bucket.is_last():
             self._drain()
         return future
+
+    def _compressed(
+        self, bucket: GradBucket, parameters: list[Tensor], compress: CompressionHook
+    ) -> torch.futures.Future[Tensor]:
+        for span, fold in self._folds.items():
+            if not span[0] <= self.mine[-1] < span[1] and (total := fold.total) is not None:
+                torch._foreach_add_(bucket.gradients(), [total[self._position[id(p)]] for p in parameters])
+
+        def keep(done: torch.futures.Future[Tensor]) -> Tensor:
+            self._results.append((parameters, done.value()))
+            return done.value()
+
+        return compress(bucket).then(keep)
 
     def _drain(self) -> None:
         for flight, parameters, future in self._flights:

@@ -1,8 +1,8 @@
 """Checkpoints that are complete and verified, or do not exist.
 
 A folder is written beside its final name, each file is synced, MANIFEST.json with sizes and sha256 comes last, and a
-rename publishes it; only then older ones go. Tensors are safetensors, the rest is JSON: loading runs no code. The newest
-valid folder wins; what is damaged is set aside and named.
+rename publishes it; only then older ones go. Tensors are safetensors, the rest is JSON: loading runs no code. The
+newest valid folder wins; what is damaged is set aside and named.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from samestep.launcher import manifest
 from samestep.launcher.contract import MANIFEST, WEIGHTS, ExitCode, RunDir, UsageError
 from samestep.launcher.digest import file_digest
+from samestep.train.state.codec import not_finite
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -47,12 +48,22 @@ class Snapshot:
     facts: dict[str, Any]
 
 
-def commit(snapshot: Snapshot, run_dir: RunDir, generation: int, keep: int) -> Path:
-    """Write a checkpoint, publish it, then remove all but the newest `keep`.
+class NotFiniteError(ValueError):
+    """The state holds NaN or infinity; saving it would replace something good."""
+
+
+def commit(
+    snapshot: Snapshot, run_dir: RunDir, generation: int, keep: int, protected: Collection[int] = frozenset()
+) -> Path:
+    """Write a checkpoint, publish it, then remove all but the newest `keep` and those of `protected` steps.
 
     Raises:
+        NotFiniteError: a weight is NaN or infinite; nothing is written.
         OSError: it could not be written; the ones that were there still are, and nothing half-written is left.
     """
+    bad = not_finite(snapshot.weights)
+    if bad:
+        raise NotFiniteError(f"{bad} holds NaN or infinity")
     final = run_dir.checkpoint(snapshot.step)
     if final.exists():
         return final
@@ -68,7 +79,8 @@ def commit(snapshot: Snapshot, run_dir: RunDir, generation: int, keep: int) -> P
         raise
     _sync(final.parent)
     for old in manifest.committed(run_dir.checkpoints)[keep:]:
-        _remove(old)
+        if manifest.step_of(old) not in protected:
+            _remove(old)
     return final
 
 

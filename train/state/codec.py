@@ -1,8 +1,9 @@
 """State trees (what `state_dict()` returns) as JSON plus tensors, without pickle.
 
-Dicts with string keys, lists, strings, booleans, None, integers and floats are JSON as they are (Python writes floats so
-that they read back to the same bits). Other containers and tensors become `{"$kind": payload}`: `$tensor` names a tensor
-kept beside, `$tuple` a tuple, `$set` a sorted set, `$map` a dict with any keys as pairs. Anything else is refused by name.
+Dicts with string keys, lists, strings, booleans, None, integers and floats are JSON as they are (Python writes floats
+so that they read back to the same bits). Other containers and tensors become `{"$kind": payload}`: `$tensor` names a
+tensor kept beside, `$tuple` a tuple, `$set` a sorted set, `$map` a dict with any keys as pairs. Anything else is
+refused by name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def encode(tree: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
     return _encode(tree, name, tensors), tensors
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:  # noqa: C901, PLR0911 (one case a type)
     if isinstance(value, Tensor):
         while path in tensors:  # {"a": {"b": …}, "a.b": …} and {1: …, "1": …} are different places
             path += "'"
@@ -45,10 +46,13 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"$tuple": [_encode(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
     if isinstance(value, set | frozenset):
         return {"$set": [_encode(item, path, tensors) for item in sorted(value)]}
-    if isinstance(value, dict) and type(value) in (dict, OrderedDict, defaultdict) or _is_counter(value):
+    if type(value) in (dict, OrderedDict, defaultdict) or _is_counter(value):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: _encode(item, f"{path}.{key}", tensors) for key, item in value.items()}
-        pairs = [[_encode(key, f"{path}.key", tensors), _encode(item, f"{path}.{key}", tensors)] for key, item in value.items()]
+        pairs = [
+            [_encode(key, f"{path}.key", tensors), _encode(item, f"{path}.{key}", tensors)]
+            for key, item in value.items()
+        ]
         return {"$map": pairs}
     raise UsageError(
         f"{path} is expected to be made of tensors, numbers, strings and containers of them, "
@@ -61,7 +65,7 @@ def _is_counter(value: Any) -> bool:
     return isinstance(value, dict) and type(value).__module__ == "collections"
 
 
-def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def decode(value: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: PLR0911 (one case a kind)
     """Inverse of `encode`; dict subclasses come back as dict.
 
     Raises:
@@ -102,7 +106,7 @@ def unshared(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     return kept, aliases
 
 
-def finite(tensors: dict[str, Tensor]) -> str:
+def not_finite(tensors: dict[str, Tensor]) -> str:
     """Name of the first tensor that holds NaN or infinity, or an empty string."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -1,17 +1,20 @@
-"""When the state is saved, and by whom: rank zero writes, the other ranks only agree on when."""
+"""When the state is saved, and by whom: rank zero writes in the background, the other ranks only agree on when."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from samestep.launcher.contract import RunDir
 from samestep.train.observe.reporter import Reporter
 from samestep.train.parallel.group import Group
-from samestep.train.state.checkpoint import Snapshot, commit
+from samestep.train.state.checkpoint import NotFiniteError, Snapshot, commit
 from samestep.train.state.train_state import TrainState
 
 
@@ -41,7 +44,7 @@ class Schedule:
 
 
 class Saver:
-    """What every rank but zero has: the state is checked, somebody else writes it."""
+    """What every rank but zero has: somebody else writes."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -53,28 +56,77 @@ class Saver:
     def save(self, state: TrainState, reporter: Reporter) -> None:
         """Nothing to write here."""
 
-    def wait(self) -> None:
+    def wait(self, reporter: Reporter) -> None:
         """Nothing to wait for."""
 
 
+class CopyBuffers:
+    """Host copies of a snapshot's tensors, kept from save to save: the first clone costs page faults, later ones do not."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with tensors that training will not touch; they are valid until the next call."""
+        live = {f"w/{n}": t for n, t in snapshot.weights.items()} | {f"t/{n}": t for n, t in snapshot.tensors.items()}
+        kept = {name: self._buffer(name, tensor) for name, tensor in live.items()}
+        for name, tensor in live.items():
+            kept[name].copy_(tensor, non_blocking=True)
+        if any(tensor.device.type == "cuda" for tensor in live.values()):
+            torch.cuda.synchronize()
+        self._kept = kept
+        weights = {name: kept[f"w/{name}"] for name in snapshot.weights}
+        tensors = {name: kept[f"t/{name}"] for name in snapshot.tensors}
+        return Snapshot(snapshot.step, weights, tensors, snapshot.state, snapshot.facts)
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        known = self._kept.get(name)
+        if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
+            return known
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+
+
 class WritingSaver(Saver):
-    """Rank zero's: commits checkpoints below the run directory."""
+    """Rank zero's: copies the state between two steps, and commits it on a thread while training goes on.
+
+    At most one checkpoint is being written; a second `save` waits for the first. One that can't be written (disk full) or
+    must not be (not finite) is a warning, and the last good one stays.
+    """
 
     def __init__(self, schedule: Schedule, run_dir: RunDir, generation: int, keep: int) -> None:
         super().__init__(schedule)
         self.run_dir = run_dir
         self.generation = generation
         self.keep = keep
-        self._saved_step: int | None = None
+        self._copies = CopyBuffers()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: tuple[int, float, Future[Path]] | None = None
 
     def save(self, state: TrainState, reporter: Reporter) -> None:
-        """Commit the state, unless this step already is."""
-        if state.step == self._saved_step or self.run_dir.checkpoint(state.step).exists():
+        """Begin to commit the state, unless this step already is."""
+        if self._writing is not None and self._writing[0] == state.step:
             return
-        self._write(state.capture(reporter.offset()), reporter)
-        self._saved_step = state.step
-
-    def _write(self, snapshot: Snapshot, reporter: Reporter) -> None:
+        self.wait(reporter)
+        if self.run_dir.checkpoint(state.step).exists():
+            return
         begin = time.perf_counter()
-        path = commit(snapshot, self.run_dir, self.generation, self.keep)
-        reporter.checkpoint(snapshot.step, path, time.perf_counter() - begin)
+        snapshot = self._copies.copy(state.capture(reporter.offset()))
+        protected = {state.best_step} if state.best_step is not None else set()
+        written = self._thread.submit(commit, snapshot, self.run_dir, self.generation, self.keep, protected)
+        self._writing = (state.step, time.perf_counter() - begin, written)
+
+    def wait(self, reporter: Reporter) -> None:
+        """Return when nothing is being written; report what came of it."""
+        if self._writing is None:
+            return
+        step, stall, written = self._writing
+        self._writing = None
+        try:
+            reporter.checkpoint(step, written.result(), stall)
+        except NotFiniteError as error:
+            reporter.warning(f"the state after step {step} is not saved: {error}; the last good checkpoint is kept")
+        except OSError as error:
+            reporter.warning(
+                f"the checkpoint of step {step} could not be written ({error.strerror or error}); "
+                "training goes on with the last good one"
+            )

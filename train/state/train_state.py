@@ -6,10 +6,12 @@ a checkpoint is taken after a flush.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
+from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.observe.ledger import EpochSums
 from samestep.train.parallel.shards import StepPlan
@@ -26,18 +28,28 @@ class TrainState:
         step: optimizer steps completed.
         epoch: epochs completed.
         cursor: samples of finished steps in the current epoch.
+        started_at: wall clock at the first start, seconds since 1970.
+        restarts: how often a checkpoint was loaded.
         sums: losses of those steps.
         useful_seconds: time spent in steps that count, over all starts.
+        metrics: values of the last evaluation.
+        best_step: steps of the best checkpoint by the chosen metric, `best_value` its value.
     """
 
     components: Components
     scaler: GradScaler
+    ema: AveragedModel | None
     facts: dict[str, Any]
     step: int = 0
     epoch: int = 0
     cursor: int = 0
+    restarts: int = 0
     sums: EpochSums = field(default_factory=EpochSums)
     useful_seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    started_at: float = field(default_factory=time.time)
+    best_step: int | None = None
+    best_value: float | None = None
 
     def advance(self, plan: StepPlan) -> None:
         """A step is done."""
@@ -47,6 +59,17 @@ class TrainState:
         """All samples of the epoch were used."""
         self.epoch, self.cursor = self.epoch + 1, 0
         self.sums = EpochSums()
+
+    def note_best(self, rule: str | None) -> bool:
+        """Whether the last evaluation was the best so far by `max:METRIC` or `min:METRIC`; remembers it."""
+        if rule is None:
+            return False
+        direction, _, name = rule.partition(":")
+        value = self.metrics[name]
+        better = self.best_value is None or (value > self.best_value if direction == "max" else value < self.best_value)
+        if better:
+            self.best_step, self.best_value = self.step, value
+        return better
 
     def capture(self, events_offset: int) -> Snapshot:
         """The state as it is now; tensors are the live ones.
@@ -62,8 +85,12 @@ class TrainState:
             "counters": {
                 "step": self.step,
                 "epoch": self.epoch,
+                "restarts": self.restarts,
                 "cursor": self.cursor,
                 "useful_seconds": self.useful_seconds,
+                "metrics": self.metrics,
+                "started_at": self.started_at,
+                "best": [self.best_step, self.best_value],
                 "sums": [self.sums.total, self.sums.weight, self.sums.samples, self.sums.seconds],
             },
             "events_offset": events_offset,
@@ -82,7 +109,10 @@ class TrainState:
         """
         counters = snapshot.state["counters"]
         self.step, self.epoch, self.cursor = counters["step"], counters["epoch"], counters["cursor"]
-        self.useful_seconds = counters["useful_seconds"]
+        self.useful_seconds, self.metrics = counters["useful_seconds"], counters["metrics"]
+        self.started_at = counters["started_at"]
+        self.restarts = counters["restarts"] + 1
+        self.best_step, self.best_value = counters["best"]
         self.sums = EpochSums(*counters["sums"])
         weights = {f"model.{name}": tensor for name, tensor in snapshot.weights.items()}
         weights |= {f"model.{name}": snapshot.weights[first] for name, first in snapshot.state["aliases"].items()}
@@ -94,6 +124,8 @@ class TrainState:
         if self.components.scheduler is not None:
             self.components.scheduler.load_state_dict(trees["scheduler"])
         self.scaler.load_state_dict(trees["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(trees["ema"])
 
     def _trees(self) -> dict[str, Any]:
         scheduler = self.components.scheduler
@@ -101,4 +133,5 @@ class TrainState:
             "optimizer": self.components.optimizer.state_dict(),
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
             "scaler": self.scaler.state_dict(),
+            "ema": dict(self.ema.state_dict()) if self.ema is not None else None,
         }

@@ -1,0 +1,191 @@
+"""Makes every part of a run and connects them; what is chosen here is never asked again in the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from samestep.launcher.contract import RunDir, UsageError
+from samestep.train.checks import check_shard_size
+from samestep.train.config import TrainConfig
+from samestep.train.data.loader import build_loader
+from samestep.train.data.sampler import SameOrderSampler
+from samestep.train.evaluate import Evaluator
+from samestep.train.loop import Run
+from samestep.train.observe.ledger import Ledger
+from samestep.train.observe.phases import CudaClock, HostClock
+from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
+from samestep.train.observe.tally import StepTally
+from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.parallel.exchange import BackendExchange, TreeExchange
+from samestep.train.parallel.fingerprint import StateFingerprint
+from samestep.train.parallel.group import Membership
+from samestep.train.parallel.hooks import compression_hook
+from samestep.train.parallel.reduction import GradientReducer
+from samestep.train.recipe import Components
+from samestep.train.state.saver import Saver, Schedule, WritingSaver
+from samestep.train.state.train_state import TrainState
+from samestep.train.step import OptimizerStep
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the parts have in common."""
+
+    config: TrainConfig
+    member: Membership
+    run_dir: RunDir
+    shards: int
+    generation: int
+    facts: dict[str, Any]  # kept in every checkpoint, compared at resume and over the ranks
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.member.device
+
+
+def assemble(components: Components, setting: Setting, progress: Callable[[int, str], None]) -> Run:
+    """Connect the parts for one recipe. A collective: settings and initial weights of all ranks are compared.
+
+    Raises:
+        UsageError: something does not fit; says what.
+    """
+    config, group, device = setting.config, setting.member.group, setting.device
+    sampler = _sampler(components.train_data, setting, shuffle=True)
+    check_shard_size(components.model, sampler.samples, config.global_batch_size, setting.shards)
+    fingerprint = StateFingerprint.of(components.model, group, setting.facts)
+    autocast = _autocast(config.precision, device)
+    scaler = GradScaler(device.type, enabled=config.precision == "fp16")
+    ema = _ema(components)
+    reporter = _reporter(setting, sampler)
+    schedule = Schedule(config.checkpoint_every, config.checkpoint_seconds, group, device)
+    writer = WritingSaver(schedule, setting.run_dir, setting.generation, config.keep_checkpoints)
+    return Run(
+        config=config,
+        components=components,
+        state=TrainState(components, scaler, ema, setting.facts),
+        loader=_loader(components.train_data, sampler, components, setting),
+        sampler=sampler,
+        step=_step(components, setting, autocast, scaler, ema, reporter),
+        ledger=Ledger(group, device, fingerprint),
+        evaluator=_evaluator(components, setting, autocast),
+        evaluated_model=components.model if ema is None else ema.module,
+        saver=writer if group.rank == 0 else Saver(schedule),
+        reporter=reporter,
+        progress=progress,
+    )
+
+
+def _step(
+    components: Components,
+    setting: Setting,
+    autocast: contextlib.AbstractContextManager[None],
+    scaler: GradScaler,
+    ema: AveragedModel | None,
+    reporter: Reporter,
+) -> OptimizerStep:
+    config, group, device, shards = setting.config, setting.member.group, setting.device, setting.shards
+    exchange_type = TreeExchange if config.reduction == "exact" else BackendExchange
+    exchange = exchange_type(group.rank, group.world_size, shards)
+    reducer = GradientReducer(
+        components.model,
+        setting.member.accelerator,
+        group,
+        exchange,
+        shards,
+        components.find_unused_parameters,
+        compression_hook(config.comm_hook, device) if group.world_size > 1 else None,
+    )
+    return OptimizerStep(
+        components=components,
+        seed=config.seed,
+        device=device,
+        clip_grad_norm=config.clip_grad_norm,
+        autocast=autocast,
+        scaler=scaler,
+        reducer=reducer,
+        buffers=BufferCombiner(components.model, group, exchange, shards),
+        tally=StepTally(group, shards, device),
+        clock=CudaClock(time.perf_counter) if device.type == "cuda" else HostClock(time.perf_counter),
+        ema=ema,
+        warn=reporter.warning,
+    )
+
+
+def _evaluator(
+    components: Components, setting: Setting, autocast: contextlib.AbstractContextManager[None]
+) -> Evaluator | None:
+    functions = {"loss": components.loss, **components.metrics}
+    best = setting.config.best
+    if best is not None and (components.eval_data is None or best.partition(":")[2] not in functions):
+        known = ", ".join(functions) if components.eval_data is not None else "none without eval_data"
+        raise UsageError(f"--best is expected to name a metric of the evaluation ({known}), but is {best}")
+    if components.eval_data is None:
+        return None
+    sampler = _sampler(components.eval_data, setting, shuffle=False)
+    loader = _loader(components.eval_data, sampler, components, setting)
+    return Evaluator(
+        functions, loader, sampler, setting.member.group, setting.device, setting.config.seed, autocast
+    )
+
+
+def _ema(components: Components) -> AveragedModel | None:
+    """Weights that follow the model's, on every rank alike; buffers are kept as the model's."""
+    if components.ema is None:
+        return None
+    if not 0 < components.ema < 1:
+        raise UsageError(f"Components.ema is expected to be between 0 and 1, but is {components.ema}")
+    return AveragedModel(components.model, multi_avg_fn=get_ema_multi_avg_fn(components.ema))
+
+
+def _sampler(dataset: Any, setting: Setting, *, shuffle: bool) -> SameOrderSampler:
+    return SameOrderSampler(
+        dataset,
+        num_replicas=setting.member.group.world_size,
+        rank=setting.member.group.rank,
+        shuffle=shuffle,
+        seed=setting.config.seed,
+        global_batch_size=setting.config.global_batch_size,
+        shards=setting.shards,
+    )
+
+
+def _loader(dataset: Any, sampler: SameOrderSampler, components: Components, setting: Setting) -> Any:
+    return build_loader(
+        dataset,
+        sampler,
+        collate_fn=components.collate_fn,
+        num_workers=setting.config.num_workers,
+        device=setting.device,
+    )
+
+
+def _reporter(setting: Setting, sampler: SameOrderSampler) -> Reporter:
+    if setting.member.group.rank:
+        return NullReporter()
+    config = setting.config
+    per_epoch = -(-sampler.samples // config.global_batch_size)
+    total = per_epoch * config.epochs
+    return RankZeroReporter(
+        log=EventLog(setting.run_dir.events, time.time),
+        epochs=config.epochs,
+        steps_per_epoch=per_epoch,
+        total_steps=total if config.max_steps is None else min(total, config.max_steps),
+        log_every=config.log_every,
+    )
+
+
+def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    if precision == "no":
+        return contextlib.nullcontext()
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    autocast: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
+    return autocast

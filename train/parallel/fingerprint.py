@@ -1,0 +1,80 @@
+"""Whether all ranks still hold the same state: a few integers that ride in a gather that happens anyway."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samestep.launcher.contract import ExitCode, UsageError
+from samestep.train.data.order import key
+from samestep.train.parallel.group import Group
+
+WIDTH = 4
+_NAMES = ("weights", "step", "cursor", "configuration")
+
+
+@dataclass(slots=True)
+class StateFingerprint:
+    """Sums the bit patterns of the parameters; `configuration` is any text that has to be equal on all ranks."""
+
+    model: nn.Module
+    group: Group
+    configuration: int
+
+    @classmethod
+    def of(cls, model: nn.Module, group: Group, settings: dict[str, Any]) -> StateFingerprint:
+        """Compare settings and initial weights of all ranks.
+
+        Raises:
+            UsageError: a rank has another value; names rank, key and both values.
+        """
+        texts = {name: str(value) for name, value in settings.items()}
+        by_rank = [json.loads(part) for part in group.gather_bytes(json.dumps(texts).encode())]
+        for rank, other in enumerate(by_rank):
+            for name, value in by_rank[0].items():
+                if other.get(name) != value:
+                    raise UsageError(
+                        f"{name} is expected to be equal on all ranks, but is {value} on rank 0 "
+                        f"and {other.get(name)} on rank {rank}",
+                        "start all ranks with the same code, options and data",
+                    )
+        digest = key(*json.dumps(texts, sort_keys=True).encode()) >> 1
+        fingerprint = cls(model, group, digest)
+        fingerprint.compare(group.gather(fingerprint.row(0, 0)), 0)
+        return fingerprint
+
+    def row(self, step: int, cursor: int) -> Tensor:
+        """This rank's fingerprint: int64, shape (WIDTH,), on the parameters' device."""
+        sums = self._sums()
+        rest = torch.tensor([step, cursor, self.configuration], device=sums.device)
+        return torch.cat([sums.sum().reshape(1), rest])
+
+    def compare(self, rows: Tensor, step: int) -> None:
+        """Judge the gathered rows, shape (world_size, WIDTH). A collective where they differ.
+
+        Raises:
+            UsageError: (exit code 1) a rank differs; names rank, step and key, and for weights the first tensor.
+        """
+        different = (rows != rows[0]).nonzero()
+        if not len(different):
+            return
+        rank, column = different[0].tolist()
+        what = _NAMES[column]
+        if what == "weights":
+            sums = self.group.gather(self._sums())
+            names = [name for name, _ in self.model.named_parameters()]
+            what = f"weights (first {names[int((sums[rank] != sums[0]).nonzero()[0])]})"
+        raise UsageError(
+            f"all ranks are expected to hold the same state, but after step {step} rank {rank} differs in its {what}",
+            "look for code that depends on the rank: a random number, a file, an environment variable",
+            ExitCode.FAILED,
+        )
+
+    def _sums(self) -> Tensor:
+        words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        parameters = [p.detach() for p in self.model.parameters()]
+        return torch.stack([p.contiguous().view(words[p.element_size()]).sum(dtype=torch.int64) for p in parameters])
