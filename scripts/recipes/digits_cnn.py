@@ -1,13 +1,12 @@
 """Handwritten digits (1797 real 8x8 images that ship inside scikit-learn), a small convolutional net, random shifts."""
 
-import math
 import random
 from dataclasses import dataclass
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from samestep.train import Components, TrainConfig, supervised, train
 
@@ -19,18 +18,13 @@ class DigitsConfig(TrainConfig):
     log_every: int = 10
 
 
-class Shifted(Dataset[tuple[Tensor, Tensor]]):
+class Shifted(TensorDataset):
     """Each image moved by up to one pixel, differently in each epoch."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = nn.functional.pad(images, (1, 1, 1, 1)), labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, label = super().__getitem__(index)
         row, column = random.randint(0, 2), random.randint(0, 2)
-        return self.images[index, :, row : row + 8, column : column + 8], self.labels[index]
+        return nn.functional.pad(image, (1, 1, 1, 1))[:, row : row + 8, column : column + 8], label
 
 
 def block(width_in: int, width: int) -> list[nn.Module]:
@@ -49,7 +43,7 @@ def build(config: DigitsConfig) -> Components:
     head = [nn.Flatten(), nn.Dropout(0.2), nn.Linear(32 * 16, 10)]
     model = nn.Sequential(*block(1, 32), *block(32, 32), nn.MaxPool2d(2), *head)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=0.01)
-    steps = config.epochs * math.ceil(int((~test).sum()) / config.global_batch_size)
+    steps = config.epochs * len(range(0, int((~test).sum()), config.global_batch_size))
     return Components(
         model=model,
         loss=supervised(nn.CrossEntropyLoss()),
