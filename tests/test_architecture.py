@@ -38,7 +38,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "state", "step"},
 }
 PURE = {"data.order", "parallel.shards"}  # integers in, integers out: import no other part, so every part may use them
-COMPOSERS = {"assemble", "entry", "start"}  # connect the parts and may import all of them; only the package itself imports them
+COMPOSERS = {"assemble", "entry", "start"}  # connect the parts and may import all of them
 
 FORBIDDEN_CALLS = {"eval", "exec", "os.popen", "os.system", "torch.load", "torch.save"}
 VAGUE_NAMES = {"common", "core", "helper", "helpers", "manager", "misc", "util", "utils"}
