@@ -87,7 +87,8 @@ def train(
         env = WorkerEnv.from_environ(os.environ)
         config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
         run_dir = RunDir(config.run_dir or run_dir.path)
-        return _train(build, config, env, run_dir, generation, progress)
+        with leave.nondeterminism_named():
+            return _train(build, config, env, run_dir, generation, progress)
     except UsageError as error:
         record = leave.error_record(error, env.rank, generation, progress.step, progress.phase)
         if run_dir.path.is_dir():

@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,25 @@ def _sleep_instead_of_terminate() -> None:
         cxx = ctypes.CDLL("libstdc++.so.6")
         set_terminate, pause = cxx._ZSt13set_terminatePFvvE, ctypes.CDLL(None).pause
         atexit.register(lambda: set_terminate(ctypes.cast(pause, ctypes.c_void_p)))
+
+
+@contextlib.contextmanager
+def nondeterminism_named() -> Iterator[None]:
+    """Turn torch's refusal of a kernel that has no deterministic form into a usage error.
+
+    Raises:
+        UsageError: in its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise UsageError(
+            f"every kernel is expected to be deterministic, but {operation} has no deterministic form here",
+            "replace the operation, or accept other bits in each run with --allow-nondeterministic",
+        ) from error
 
 
 def is_consequence(error: BaseException) -> bool:
