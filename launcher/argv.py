@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from cyclopts import Parameter
 
@@ -67,13 +67,13 @@ class _Flag:
     takes_value: bool
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def split(argv: Sequence[str], config_type: type[Any] = LaunchConfig) -> tuple[list[str], list[str]]:
     """The launcher's tokens, with repeated flags reduced to the last, and the recipe with its arguments.
 
     Raises:
         UsageError: an unknown flag (names the nearest), one without its value, or two spellings that contradict.
     """
-    known = _flags()
+    known = _flags(config_type)
     given: dict[str, tuple[str, str | None]] = {}
     position = 0
     while position < len(argv):
@@ -93,10 +93,10 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return _tokens(given), list(argv[position:])
 
 
-def _flags() -> dict[str, _Flag]:
-    hints = get_type_hints(LaunchConfig, include_extras=True)
+def _flags(config_type: type[Any]) -> dict[str, _Flag]:
+    hints = get_type_hints(config_type, include_extras=True)
     known = {"--help": _Flag("help", False), "-h": _Flag("help", False)}
-    for field in fields(LaunchConfig):
+    for field in fields(config_type):
         hint = hints[field.name]
         parameter = next(item for item in hint.__metadata__ if isinstance(item, Parameter))
         flag = _Flag(field.name, takes_value=hint.__origin__ is not bool)

@@ -13,7 +13,7 @@ from samestep.launcher.contract import ExitCode, UsageError
 
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
-       samestep digest PATH
+       samestep verify [options] recipe.py | samestep digest PATH
        samestep --version | samestep --help | samestep run --help"""
 
 HELP = f"""\
@@ -22,6 +22,7 @@ HELP = f"""\
 Distributed PyTorch training whose runs come out the same.
 
   run      start a recipe on several processes of this machine: torchrun's options, accelerate's names as aliases
+  verify   run the first steps of a recipe at several world sizes and with stops, and compare the bits
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file
 """
 
@@ -60,7 +61,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     if word == "--version":
         print(f"samestep {_version()}")
         return ExitCode.DONE
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "digest": _digest}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "verify": _verify, "digest": _digest}
     if word not in commands:
         raise _unknown(word, set(commands))
     return commands[word](rest)
@@ -105,6 +106,21 @@ def _run(argv: Sequence[str]) -> int:
         about = {"exit_code": int(result.exit_code), "run_dir": str(result.run_dir), "generations": result.generations}
         print(json.dumps(about | {"failure": failure}), flush=True)
     return result.exit_code
+
+
+def _verify(argv: Sequence[str]) -> int:
+    from samestep.launcher.argv import Recipe, split
+    from samestep.launcher.options import load
+    from samestep.launcher.recipe_file import check
+    from samestep.launcher.verify import VerifyConfig, verify
+
+    own, words = split(argv, VerifyConfig)
+    config = load(VerifyConfig, own, {}, program="samestep verify")
+    if not words:
+        raise UsageError("verify is expected to be followed by a recipe, but is not", "samestep verify recipe.py")
+    recipe = Recipe(words[0], tuple(words[1:]))
+    check(recipe)
+    return verify(config, recipe, os.environ, print)
 
 
 def _digest(argv: Sequence[str]) -> int:

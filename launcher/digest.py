@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,24 +44,43 @@ def file_digest(path: Path) -> str:
         ValueError: the file is not in safetensors format, or shorter than its header says.
         OSError: it can't be read.
     """
+    sha = hashlib.sha256()
+    for _, part in _canonical(path):
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def tensor_digests(path: Path) -> dict[str, str]:
+    """sha256 of each tensor of a safetensors file by its clean name, to find which one differs.
+
+    Raises:
+        ValueError: the file is not in safetensors format.
+        OSError: it can't be read.
+    """
+    shas: dict[str, Any] = {}
+    for name, part in _canonical(path):
+        shas.setdefault(name, hashlib.sha256()).update(part)
+    return {name: sha.hexdigest() for name, sha in shas.items()}
+
+
+def _canonical(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The canonical form in parts, each with the clean name of the tensor that it belongs to."""
     with path.open("rb") as file:
         header, data_start = _read_header(file, path)
-        sha = hashlib.sha256()
         for name in sorted(header, key=clean_name):
             entry = header[name]
             begin, end = entry["data_offsets"]
             if not 0 <= begin <= end:
                 raise ValueError(f"{path} has no bytes {begin} to {end} for tensor {name}")
-            sha.update(tensor_header(name, entry["dtype"], entry["shape"]))
+            yield clean_name(name), tensor_header(name, entry["dtype"], entry["shape"])
             file.seek(data_start + begin)
             remaining = end - begin
             while remaining > 0:
                 chunk = file.read(min(CHUNK_BYTES, remaining))
                 if not chunk:
                     raise ValueError(f"{path} ends inside tensor {name}")
-                sha.update(chunk)
+                yield clean_name(name), chunk
                 remaining -= len(chunk)
-    return sha.hexdigest()
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, dict[str, Any]], int]:

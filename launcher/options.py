@@ -8,11 +8,12 @@ launcher for its own flags, a worker for the recipe's.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import cyclopts
 from cyclopts import Parameter
@@ -44,7 +45,6 @@ def load(
         UsageError: an unknown option (names the nearest), a value of the wrong type, or one the dataclass refuses.
         SystemExit: `--help` was asked for and has been printed.
     """
-    _inherit_help(config_type)
     tokens = _dashed(argv)
     chain: list[Any] = [cyclopts.config.Dict(_from_environ(config_type, environ, prefixes), source="environment")]
     path = _config_path(tokens, environ, prefixes) if "config" in _names(config_type) else None
@@ -52,11 +52,8 @@ def load(
         chain.append(cyclopts.config.Dict(_from_toml(config_type, path), source=str(path)))
     if defaults:
         chain.append(cyclopts.config.Dict(dict(defaults), source="launcher"))
+    _refuse_fractions(config_type, tokens, chain)
 
-    def build(config: Any = None) -> Any:
-        return config_type() if config is None else config
-
-    build.__annotations__ = {"config": Annotated[config_type | None, Parameter(name="*")]}
     app = cyclopts.App(
         name=program,
         help_format="plaintext",
@@ -64,22 +61,20 @@ def load(
         version_flags=[],
         result_action="return_value",
     )
-    app.default(build)
+    app.default(_command(config_type))
     if any(token in ("--help", "-h") for token in tokens):
         app.help_print([])
         raise SystemExit(0)
     try:
-        command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-        config: Config = command(*bound.args, **bound.kwargs)
+        _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         raise _as_usage_error(error, program, prefixes[0]) from error
-    return config
+    return config_type(**bound.arguments)
 
 
 def table(config_type: type[Any], prefix: str = "SAMESTEP_") -> list[tuple[str, str, str, str]]:
     """Rows (flag, environment name, default, help with unit) of every option, in the order of definition."""
-    _inherit_help(config_type)
-    hints = get_type_hints(config_type, include_extras=True)
+    hints = _hints(config_type)
     rows = []
     for field in dataclasses.fields(config_type):
         if not field.init:
@@ -92,16 +87,54 @@ def table(config_type: type[Any], prefix: str = "SAMESTEP_") -> list[tuple[str, 
     return rows
 
 
-def _inherit_help(config_type: type[Any]) -> None:
-    """Keep the description of an option whose default a subclass changes: `epochs: int = 3`."""
-    hints = get_type_hints(config_type, include_extras=True)
-    for base in config_type.__mro__[1:]:
-        for name, hint in getattr(base, "__annotations__", {}).items():
-            if name not in config_type.__dict__.get("__annotations__", {}) or hasattr(hints[name], "__metadata__"):
-                continue
-            inherited = get_type_hints(base, include_extras=True)[name]
-            if hasattr(inherited, "__metadata__"):
-                config_type.__annotations__[name] = Annotated[(hints[name], *inherited.__metadata__)]
+def _command(config_type: type[Any]) -> Callable[..., Any]:
+    """A function with one keyword a field, which is what cyclopts reads."""
+    hints = _hints(config_type)
+    parameters = []
+    for field in dataclasses.fields(config_type):
+        if not field.init:
+            continue
+        default: Any = inspect.Parameter.empty
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=hints[field.name]))
+
+    def command(**values: Any) -> Any:
+        return config_type(**values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = None
+    return command
+
+
+def _hints(config_type: type[Any]) -> dict[str, Any]:
+    """Resolved types; an option whose default a subclass changes (`epochs: int = 3`) keeps its description."""
+    hints: dict[str, Any] = {}
+    for cls in reversed(config_type.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        own = get_type_hints(cls, include_extras=True)
+        for name in cls.__dict__.get("__annotations__", {}):
+            described = getattr(hints.get(name), "__metadata__", ())
+            plain = described and not hasattr(own[name], "__metadata__")
+            hints[name] = Annotated[(own[name], *described)] if plain else own[name]
+    return hints
+
+
+def _refuse_fractions(config_type: type[Any], tokens: Sequence[str], chain: Sequence[Any]) -> None:
+    """Only whole numbers where whole numbers are meant: cyclopts rounds 1.5 to 2 without a word."""
+    for name, hint in get_type_hints(config_type).items():  # without what Annotated adds
+        kinds, flag = get_args(hint) or (hint,), name.replace("_", "-")
+        if int not in kinds or float in kinds:
+            continue
+        sources = [("the command line", peek(tokens, flag)), *((part.source, part.config.get(flag)) for part in chain)]
+        source, value = next(((source, value) for source, value in sources if value is not None), ("", None))
+        if re.fullmatch(r"[+-]?\d*\.\d*[1-9]\d*", str(value)):
+            raise UsageError(f"--{flag} is expected to be a whole number, but is {value} in {source}")
 
 
 def _names(config_type: type[Any]) -> list[str]:

@@ -1,0 +1,180 @@
+"""`samestep verify recipe.py`: does this recipe end in the same bits on other numbers of ranks, and after stops?
+
+Runs the first steps of the recipe at several world sizes, and once stopped and resumed at others in between, each as a user
+would start it, and compares digests, the loss of every step, and the optimizer's file. Reads results from run directories only.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from samestep.launcher import manifest
+from samestep.launcher.argv import Recipe
+from samestep.launcher.contract import WEIGHTS, ExitCode, RunDir, UsageError
+from samestep.launcher.digest import file_digest, tensor_digests
+from samestep.launcher.options import Option
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Options of `samestep verify`; words after the recipe belong to the recipe."""
+
+    world_sizes: Annotated[str, Option("numbers of ranks to compare, the first is the reference", "ranks")] = "1,2,3,4"
+    stops: Annotated[str, Option("numbers of ranks of a run that is stopped and resumed in between", "ranks")] = "4,2,3"
+    steps: Annotated[int, Option("optimizer steps of each run", "steps")] = 24
+    shards: Annotated[int | None, Option("logical shards; default: the largest of the world sizes", "shards")] = None
+    keep: Annotated[Path | None, Option("keep the run directories here", "folder")] = None
+    json: Annotated[bool, Option("print the rows as JSON instead of a table")] = False
+
+    def __post_init__(self) -> None:
+        """Judge the lists.
+
+        Raises:
+            UsageError: not numbers of ranks, or fewer steps than legs of the stopped run.
+        """
+        sizes, stops = ranks_of("--world-sizes", self.world_sizes), ranks_of("--stops", self.stops)
+        if not sizes:
+            raise UsageError("--world-sizes is expected to name at least one number of ranks, but is empty")
+        if self.steps < max(1, len(stops)):
+            raise UsageError(f"--steps is expected to be at least {max(1, len(stops))}, but is {self.steps}")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run: `legs` are (world size, step at which it ends)."""
+
+    legs: tuple[tuple[int, int], ...]
+    run_dir: RunDir
+
+    @property
+    def name(self) -> str:
+        """Short: `3`, or `4 -> 2 -> 3`."""
+        return " -> ".join(str(world_size) for world_size, _ in self.legs)
+
+
+def ranks_of(flag: str, text: str) -> tuple[int, ...]:
+    """Numbers of ranks in a comma separated list.
+
+    Raises:
+        UsageError: a part is no positive integer.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"{flag} is expected to be numbers of ranks like 1,2,4, but is {text}")
+    return tuple(int(part) for part in parts)
+
+
+def plan_rows(config: VerifyConfig, folder: Path) -> list[Row]:
+    """The runs to compare: one a world size, and one that stops after equal parts. Pure."""
+    rows = [
+        Row(((size, config.steps),), RunDir(folder / f"w{size}"))
+        for size in ranks_of("--world-sizes", config.world_sizes)
+    ]
+    stops = ranks_of("--stops", config.stops)
+    if stops:
+        legs = tuple((size, config.steps * (leg + 1) // len(stops)) for leg, size in enumerate(stops))
+        rows.append(Row(legs, RunDir(folder / "stopped")))
+    return rows
+
+
+def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say: Callable[[str], None]) -> int:
+    """Run everything, print the table, and return 0 only if all rows are equal."""
+    with tempfile.TemporaryDirectory(prefix="samestep-verify-") as temporary:
+        folder = config.keep or Path(temporary)
+        rows = plan_rows(config, folder)
+        shards = config.shards or max(size for row in rows for size, _ in row.legs)
+        results = []
+        for row in rows:
+            if not config.json:
+                print(f"ranks {row.name}: {config.steps} steps ...", file=sys.stderr, flush=True)
+            status = _run_row(row, recipe, shards, environ)
+            if status:
+                return status
+            results.append(_result(row))
+        differing = {row.name: first_difference(rows[0], row) for row in rows[1:]}
+        if config.json:
+            say(json.dumps([result | {"difference": differing.get(result["ranks"], "")} for result in results]))
+        else:
+            for line in table(results, differing, shards):
+                say(line)
+        return ExitCode.FAILED if any(differing.values()) else ExitCode.DONE
+
+
+def _run_row(row: Row, recipe: Recipe, shards: int, environ: Mapping[str, str]) -> int:
+    """Start each leg through the public command; a failure is shown and ends everything."""
+    form = {"module": ["-m"], "command": ["--no-python"]}.get(recipe.kind.value, [])
+    for world_size, last_step in row.legs:
+        command = [sys.executable, "-m", "samestep.launcher", "run", "--quiet", "--nproc-per-node", str(world_size)]
+        command += [*form, recipe.target, *recipe.arguments]
+        command += ["--shards", str(shards), "--max-steps", str(last_step), "--run-dir", str(row.run_dir.path)]
+        command += ["--resume", "auto"]
+        done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(done.stderr[-4000:], end="", file=sys.stderr)
+            return done.returncode
+    return 0
+
+
+def _newest(row: Row) -> Path:
+    newest, _ = manifest.newest_valid(row.run_dir.checkpoints)
+    if newest is None:
+        raise UsageError(
+            f"the recipe is expected to leave a checkpoint, but {row.run_dir.path} has none",
+            "verify works for recipes that call samestep.train.train",
+        )
+    return newest
+
+
+def _result(row: Row) -> dict[str, str]:
+    newest = _newest(row)
+    last = losses(row)[-1] if losses(row) else ""
+    return {"ranks": row.name, "digest": file_digest(newest / WEIGHTS), "loss": last, "step": newest.name}
+
+
+def losses(row: Row) -> list[str]:
+    """Hex floats of the loss of every step, in order."""
+    lines = row.run_dir.events.read_text().splitlines()
+    return [event["loss_hex"] for event in map(json.loads, lines) if event.get("event") == "step"]
+
+
+def first_difference(reference: Row, other: Row) -> str:
+    """Where two runs part: the first step whose loss differs, or the first tensor; empty if nowhere."""
+    expected, actual = losses(reference), losses(other)
+    for step, (left, right) in enumerate(zip(expected, actual, strict=False), start=1):
+        if left != right:
+            return f"loss of step {step} differs{_first_tensor(reference, other)}"
+    if len(expected) != len(actual):
+        return f"{len(actual)} steps, expected {len(expected)}"
+    tensor = _first_tensor(reference, other)
+    return tensor.lstrip(", ")
+
+
+def _first_tensor(reference: Row, other: Row) -> str:
+    for name in sorted(path.name for path in _newest(reference).glob("*.safetensors")):
+        left, right = tensor_digests(_newest(reference) / name), tensor_digests(_newest(other) / name)
+        for tensor in sorted(left.keys() | right.keys()):
+            if left.get(tensor) != right.get(tensor):
+                return f", first tensor {tensor} of {name}"
+    return ""
+
+
+def table(results: Sequence[Mapping[str, str]], differing: Mapping[str, str], shards: int) -> list[str]:
+    """Lines of the table that people read."""
+    width = max(len("ranks"), *(len(result["ranks"]) for result in results))
+    lines = [f"{'ranks':<{width}}  {'sha256 of the weights':<64}  same bits"]
+    for result in results:
+        problem = differing.get(result["ranks"])
+        verdict = "reference" if problem is None else f"NO: {problem}" if problem else "yes"
+        lines.append(f"{result['ranks']:<{width}}  {result['digest']}  {verdict}")
+    same = not any(differing.values())
+    lines.append(
+        f"{len(results)} runs at {shards} shards: {'all end in the same bits' if same else 'NOT the same bits'}"
+    )
+    return lines
