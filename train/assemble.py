@@ -75,7 +75,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
         loader=_loader(components.train_data, sampler, components, setting),
         sampler=sampler,
         step=_step(components, setting, autocast, scaler, ema, reporter),
-        ledger=Ledger(group, device, fingerprint),
+        ledger=Ledger(group, device, setting.shards, fingerprint),
         evaluator=_evaluator(components, setting, autocast),
         evaluated_model=components.model if ema is None else ema.module,
         saver=writer if group.rank == 0 else Saver(schedule),
@@ -132,9 +132,7 @@ def _evaluator(
         return None
     sampler = _sampler(components.eval_data, setting, shuffle=False)
     loader = _loader(components.eval_data, sampler, components, setting)
-    return Evaluator(
-        functions, loader, sampler, setting.member.group, setting.device, setting.config.seed, autocast
-    )
+    return Evaluator(functions, loader, sampler, setting.member.group, setting.device, setting.config.seed, autocast)
 
 
 def _ema(components: Components) -> AveragedModel | None:

@@ -71,8 +71,8 @@ def _rest_of_epoch(run: Run) -> None:
     for plan in plans:
         # --- one step
         run.progress(plan.step, "step")
-        sums = run.step(plan, batches)
-        run.ledger.add(plan, sums, run.step.clock.take())
+        rows = run.step(plan, batches)
+        run.ledger.add(plan, rows, run.step.clock.take())
         state.advance(plan)
 
         # --- what is due after it

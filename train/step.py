@@ -66,22 +66,22 @@ class OptimizerStep:
         self.clock.enter("sync")
         gradients = self.reducer.finish()
         self.buffers.finish()
-        sums = self.tally.finish()
 
         self.clock.enter("optimizer")
-        if self._divide(gradients, plan, sums):
+        if self._divide(gradients, plan):
             self._update()
-        return sums
+        return self.tally.rows()
 
-    def _divide(self, gradients: list[Tensor], plan: StepPlan, sums: Tensor) -> bool:
+    def _divide(self, gradients: list[Tensor], plan: StepPlan) -> bool:
         """Turn sums into the gradient of the objective; False where nothing in the batch had weight."""
         if not self.tally.own_weights:
             torch._foreach_div_(gradients, float(plan.samples))
             return True
-        if float(sums[1]) == 0.0:  # host-device sync: only for losses that bring their own weights
+        weight = self.tally.weight_sum()
+        if float(weight) == 0.0:  # host-device sync: only for losses that bring their own weights
             self.warn(f"step {plan.step + 1} has no weight in its whole batch: no update")
             return False
-        torch._foreach_div_(gradients, sums[1])
+        torch._foreach_div_(gradients, weight)
         return True
 
     def _update(self) -> None:

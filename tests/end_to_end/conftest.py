@@ -74,6 +74,12 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
+def start_command() -> Callable[..., list[str]]:
+    """Words of a start without starting it: to be put below another program."""
+    return lambda launcher, world_size, recipe, *flags: [*command(launcher, world_size, RECIPES / recipe), *flags]
+
+
+@pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Outcome]:
     """`start(launcher, world_size, recipe, *flags, run_dir=...)` runs to the end; a failure shows what was printed."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,7 +17,10 @@ from samestep.launcher.contract import Spread
 from samestep.train.observe.phases import PHASES, Reading
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
-from samestep.train.parallel.shards import StepPlan
+from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
+
+
+Table = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,11 @@ class EpochSums:
     samples: int = 0
     seconds: float = 0.0
 
+    def add(self, total: float, weight: float, samples: int, seconds: float) -> None:
+        """Take one step."""
+        self.total, self.weight = self.total + total, self.weight + weight
+        self.samples, self.seconds = self.samples + samples, self.seconds + seconds
+
     @property
     def loss(self) -> float:
         """Average weighted by samples, or by the loss's own weights."""
@@ -52,13 +62,14 @@ class Ledger:
 
     group: Group
     device: torch.device
+    shards: int
     fingerprint: StateFingerprint
     epoch: EpochSums = field(default_factory=EpochSums)
     _pending: list[tuple[StepPlan, Tensor, Reading]] = field(default_factory=list)
 
-    def add(self, plan: StepPlan, sums: Tensor, reading: Reading) -> None:
-        """Take a finished step: its sums (see StepTally.finish) still on the device."""
-        self._pending.append((plan, sums, reading))
+    def add(self, plan: StepPlan, rows: Tensor, reading: Reading) -> None:
+        """Take a finished step: its rows (see StepTally.rows) still on the device."""
+        self._pending.append((plan, rows, reading))
 
     def flush(self, extras: list[str]) -> list[StepRecord]:
         """Records of the steps added since the last flush, equal on every rank. A collective.
@@ -68,40 +79,57 @@ class Ledger:
         """
         if not self._pending:
             return []
-        seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)
-        last = self._pending[-1][0]
-        mark = self.fingerprint.row(last.step + 1, last.end).view(torch.float64)  # carried as bits, never computed with
-        gathered = self.group.gather(torch.cat([seconds.flatten(), mark]))
-        self.fingerprint.compare(gathered[:, seconds.numel() :].contiguous().view(torch.int64), last.step + 1)
-        by_rank = gathered[:, : seconds.numel()].view(-1, *seconds.shape).cpu()
-        sums = torch.stack([sums for _, sums, _ in self._pending]).cpu().tolist()
+        plans = [plan for plan, _, _ in self._pending]
+        rows, seconds = self._gather(plans[-1])
+        sums = self._sums(plans, rows).tolist()
+        mean, most, slowest = seconds.mean(0).tolist(), seconds.max(0).tolist(), seconds.argmax(0).tolist()
+        walls = seconds.sum(2).max(0).tolist()
         records = []
-        for index, (plan, _, _) in enumerate(self._pending):
+        for index, plan in enumerate(plans):
             total, weight, *more = sums[index]
-            self.epoch.total += total
-            self.epoch.weight += weight
-            self.epoch.samples += plan.samples
+            averages = [value / weight if weight else float("nan") for value in (total, *more)]
+            spreads = zip(PHASES, mean[index], most[index], slowest[index], strict=True)
             records.append(
                 StepRecord(
                     step=plan.step + 1,
                     epoch=plan.epoch,
-                    loss=total / weight if weight else float("nan"),
+                    loss=averages[0],
                     samples=plan.samples,
-                    seconds=_spreads(by_rank[:, index]),
-                    wall_seconds=float(by_rank[:, index].sum(1).max()),
-                    extra={
-                        name: value / weight if weight else float("nan")
-                        for name, value in zip(extras, more, strict=True)
-                    },
+                    seconds={name: Spread(mean=m, max=x, slowest_rank=r) for name, m, x, r in spreads},
+                    wall_seconds=walls[index],
+                    extra=dict(zip(extras, averages[1:], strict=True)),
                 )
             )
+            self.epoch.add(total, weight, plan.samples, walls[index])
         self._pending.clear()
-        self.epoch.seconds += sum(record.wall_seconds for record in records)
         return records
 
+    def _gather(self, last: StepPlan) -> tuple[Table, Table]:
+        """Rows (world_size, steps, width, columns) and phase times (world_size, steps, phases) of all ranks, on the host."""
+        rows = torch.stack([rows for _, rows, _ in self._pending])
+        seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)
+        mark = self.fingerprint.row(last.step + 1, last.end).view(torch.float64)  # carried as bits, never computed with
+        known_to_all = rows.dim() == 4  # (steps, world_size, width, columns): gathered in each step
+        parts = [mark, seconds.flatten()] + ([] if known_to_all else [rows.flatten()])
+        gathered = self.group.gather(torch.cat(parts))
+        self.fingerprint.compare(gathered[:, : len(mark)].contiguous().view(torch.int64), last.step + 1)
+        table = gathered[:, len(mark) :].cpu().numpy()
+        times = table[:, : seconds.numel()].reshape(-1, *seconds.shape)
+        if known_to_all:
+            return rows.transpose(0, 1).cpu().numpy(), times
+        return table[:, seconds.numel() :].reshape(-1, *rows.shape), times
 
-def _spreads(seconds: Tensor) -> dict[str, Spread]:
-    """Per phase mean, max and slowest rank of a (world_size, phases) table."""
-    mean, (most, slowest) = seconds.mean(0).tolist(), seconds.max(0)
-    columns = zip(PHASES, mean, most.tolist(), slowest.tolist(), strict=True)
-    return {name: Spread(mean=m, max=x, slowest_rank=int(r)) for name, m, x, r in columns}
+    def _sums(self, plans: list[StepPlan], rows: Table) -> Table:
+        """Rows summed over the shards along the tree, for all steps with equally many shards at once."""
+        world_size = len(rows)
+        present = np.array([min(plan.samples, self.shards) for plan in plans])
+        sums = np.empty((len(plans), rows.shape[-1]))
+        for count in np.unique(present).tolist():
+            steps = np.flatnonzero(present == count)
+            leaves = {}
+            for rank in range(world_size):
+                lo, hi = owned_span(rank, world_size, self.shards)
+                for shard in range(lo, min(hi, count)):
+                    leaves[shard, shard + 1] = rows[rank, steps, shard - lo]
+            sums[steps] = tree_sum((0, self.shards), leaves, np.add)
+        return sums

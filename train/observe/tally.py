@@ -1,86 +1,90 @@
-"""Losses and weights of a step over all shards of all ranks, summed in float64 along the tree, on the device.
+"""Losses and weights of a step's shards, a row [total, weight, extra * weight ...] each, in float64 and on the device.
 
-Each shard contributes a row [total, weight, extra...]. The gather starts as soon as this rank's last forward is done,
-so it runs while backward does. Nothing is read by the host here, except a token-weighted step's weight, which decides
-whether there is an update at all.
+Where samples are the weights, every rank knows their sum, and rows wait for the next log interval (see Ledger). A loss that
+brings its own weights needs their sum over all ranks before the update: its rows are gathered while backward runs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from samestep.launcher.contract import UsageError
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
 from samestep.train.recipe import SampleWeighted, Weighted
 
+Value = Tensor | float
+
 
 class StepTally:
-    """Used as begin, add for each owned shard, finish."""
+    """Used as begin, add for each owned shard, rows; `weight_sum` only where `own_weights`."""
 
     def __init__(self, group: Group, shards: int, device: torch.device) -> None:
         self.group = group
         self.shards = shards
         self.device = device
-        self.owned = owned_span(group.rank, group.world_size, shards)
-        self.width = max(
-            hi - lo for lo, hi in (owned_span(r, group.world_size, shards) for r in range(group.world_size))
-        )
+        self.spans = [owned_span(rank, group.world_size, shards) for rank in range(group.world_size)]
+        self.width = max(hi - lo for lo, hi in self.spans)
         self.extras: list[str] | None = None  # agreed by all ranks in the first step, as is the next
         self.own_weights = False  # the loss brings weights that are not sample counts
 
     def begin(self, plan: StepPlan) -> None:
         """Expect the rows of one step."""
         self._plan = plan
-        self._rows: list[Tensor] = []
-        self._expected = plan.present(self.owned)
-        self._own_weights = False
-        self._all: Tensor | None = None
+        self._values: list[list[Value]] = []
+        self._expected = len(plan.present(self.spans[self.group.rank]))
+        self._brings_weights = False
         if not self._expected:
-            self._start([])
+            self._complete([])
 
     def add(self, outcome: Weighted) -> None:
-        """Take one shard's loss; the last one starts the gather."""
-        self._own_weights |= not isinstance(outcome, SampleWeighted)
-        if self.extras is None:
-            self._first_extras = list(outcome.log)
-        total = outcome.total.detach()
-        weight = scalar(outcome.weight, self.device)
-        names = self.extras if self.extras is not None else self._first_extras
-        values = [
-            total.double().reshape(()),
-            weight,
-            *(scalar(outcome.log[name], self.device) * weight for name in names),
-        ]
-        self._rows.append(torch.stack(values))
-        if len(self._rows) == len(self._expected):
-            self._start(list(outcome.log))
+        """Take one shard's loss."""
+        brings_weights = not isinstance(outcome, SampleWeighted)
+        if brings_weights and self.extras is not None and not self.own_weights:
+            raise UsageError(
+                f"loss is expected to bring weights in every step or in none, "
+                f"but did so first in step {self._plan.step + 1}",
+                "return Weighted(total, weight) always",
+            )
+        self._brings_weights |= brings_weights
+        names = list(outcome.log) if self.extras is None else self.extras
+        extras = [outcome.log[name] * outcome.weight for name in names]
+        self._values.append([outcome.total.detach(), outcome.weight, *extras])
+        if len(self._values) == self._expected:
+            self._complete(names)
 
-    def finish(self) -> Tensor:
-        """Sums over all shards, float64, shape (2 + extras,): total, weight, then each extra times weight."""
-        assert self._all is not None
-        rows: dict[tuple[int, int], Tensor] = {}
-        for rank in range(self.group.world_size):
-            span = owned_span(rank, self.group.world_size, self.shards)
-            for slot, shard in enumerate(self._plan.present(span)):
-                rows[shard, shard + 1] = self._all[rank, slot]
-        total = tree_sum((0, self.shards), rows, torch.add)
+    def rows(self) -> Tensor:
+        """float64; of this rank, shape (width, columns), or of all ranks, (world_size, width, columns)."""
+        return self._rows()
+
+    def weight_sum(self) -> Tensor:
+        """Sum of all shards' weights along the tree, a float64 scalar on the device."""
+        rows = self._rows()
+        weights = {
+            (shard, shard + 1): rows[rank, slot, 1]
+            for rank, span in enumerate(self.spans)
+            for slot, shard in enumerate(self._plan.present(span))
+        }
+        total = tree_sum((0, self.shards), weights, torch.add)
         assert total is not None
         return total
 
-    def _start(self, extras: list[str]) -> None:
+    def _complete(self, names: list[str]) -> None:
         if self.extras is None:
-            self._agree(extras)
+            self._agree(names)
         assert self.extras is not None
         mine = torch.zeros(self.width, 2 + len(self.extras), dtype=torch.float64, device=self.device)
-        for slot, row in enumerate(self._rows):
-            mine[slot] = row
-        self._all = self.group.gather(mine)
+        for slot, values in enumerate(self._values):
+            for column, value in enumerate(values):
+                mine[slot, column] = value
+        self._rows: Callable[[], Tensor] = self.group.gather_later(mine) if self.own_weights else lambda: mine
 
-    def _agree(self, extras: list[str]) -> None:
-        record = json.dumps({"extras": extras, "own_weights": self._own_weights}).encode()
+    def _agree(self, names: list[str]) -> None:
+        record = json.dumps({"extras": names, "own_weights": self._brings_weights}).encode()
         records = [json.loads(part) for part in self.group.gather_bytes(record)]
         self.extras = max((part["extras"] for part in records), key=len)
         self.own_weights = any(part["own_weights"] for part in records)
