@@ -113,3 +113,14 @@ def samestep(tmp_path: Path) -> Iterator[Launcher]:
             if pipe:
                 pipe.close()
         process.wait()
+    for path in tmp_path.glob("*.pid"):  # a test that failed half-way must not leave actors behind
+        _end_actor(int(path.read_text()))
+
+
+def _end_actor(pid: int) -> None:
+    try:
+        process = psutil.Process(pid)
+        if any("actor.py" in word or "time.sleep(3600)" in word for word in process.cmdline()):
+            process.kill()
+    except psutil.NoSuchProcess:
+        pass
