@@ -91,30 +91,36 @@ def choose_checkpoint(
     found = json.loads(member.group.gather_bytes(json.dumps(found).encode())[0])
     if not found["path"]:
         if member.group.rank == 0:
-            cut_events(run_dir, 0)
+            cut_events(run_dir, 0, 0)
         return None, "", found["warnings"]
     snapshot = checkpoint.load(Path(found["path"]))
     if member.group.rank == 0:
-        cut_events(run_dir, snapshot.state["events_offset"])
+        cut_events(run_dir, snapshot.state["events_offset"], snapshot.step)
     return snapshot, Path(found["path"]).name, found["warnings"]
 
 
-def cut_events(run_dir: RunDir, offset: int) -> None:
-    """Drop events of steps that will be done again; what tells of starts and faults stays."""
+def cut_events(run_dir: RunDir, offset: int, step: int) -> None:
+    """Drop events of what comes after `step` and will be done again; what tells of starts and faults stays.
+
+    A checkpoint's own event, and the end of a run that ended with it, were written behind the offset that it holds.
+    """
     if not run_dir.events.exists():
         return
     content = run_dir.events.read_bytes()
-    kept = [line for line in content[offset:].splitlines(keepends=True) if _is_lifecycle(line)]
+    kept = [line for line in content[offset:].splitlines(keepends=True) if _is_kept(line, step)]
     temporary = run_dir.events.with_suffix(".tmp")
     temporary.write_bytes(content[:offset] + b"".join(kept))
     temporary.rename(run_dir.events)
 
 
-def _is_lifecycle(line: bytes) -> bool:
+def _is_kept(line: bytes, step: int) -> bool:
     try:
-        return line.endswith(b"\n") and json.loads(line).get("event") in _LIFECYCLE
-    except (ValueError, AttributeError):
+        event = json.loads(line)
+        done = {"checkpoint": "step", "run_finished": "steps"}.get(event.get("event"))
+        kept = event[done] <= step if done else event.get("event") in _LIFECYCLE
+    except (ValueError, AttributeError, KeyError, TypeError):
         return False
+    return line.endswith(b"\n") and bool(kept)
 
 
 def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> None:

@@ -1,0 +1,79 @@
+"""Recipes with one mistake each."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+from samestep.train import Components, TrainConfig, Weighted, supervised, train
+
+
+@dataclass
+class MistakenConfig(TrainConfig):
+    mistake: str = ""
+    global_batch_size: int = 4
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Any:
+        return iter(range(4))
+
+
+class Stubborn:
+    """A state that only pickle could save."""
+
+
+def build(config: MistakenConfig) -> Any:
+    mistake = config.mistake
+    x, y = torch.randn(10, 3), torch.randn(10, 2)
+    model: Any = nn.Linear(3, 2)
+    loss: Any = supervised(nn.MSELoss(reduction="sum" if mistake == "sum" else "mean"))
+    data: Any = TensorDataset(x, y)
+    if mistake == "norm":
+        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    if mistake == "frozen":
+        model.requires_grad_(False)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses: dict[str, Any] = {
+        "number": lambda m, b: m(b[0]).mean().item(),
+        "none": lambda *_: None,
+        "detached": lambda m, b: m(b[0]).detach().mean(),
+        "shape": lambda m, b: m(b[0]),
+        "total": lambda m, b: Weighted(m(b[0]), len(b[0])),
+        "not callable": 3,
+    }
+    loss = losses.get(mistake, loss)
+    if mistake == "late weights":
+        calls = []
+
+        def late(m: Any, b: Any) -> Any:
+            calls.append(1)
+            mean = m(b[0]).square().mean()
+            return mean if len(calls) < 2 else Weighted(mean * 3, 3)
+
+        loss = late
+    if mistake == "empty":
+        data = TensorDataset(x[:0], y[:0])
+    if mistake == "iterable":
+        data = Stream()
+    if mistake == "foreign":
+        optimizer = torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.1)
+    if mistake == "half foreign":
+        optimizer = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(7))], lr=0.1)
+    if mistake == "dict":
+        return {"model": model}
+    if mistake == "class":
+        model = nn.Linear
+    if mistake == "nothing":
+        return None
+    if mistake == "pickle":
+        optimizer.param_groups[0]["extra"] = Stubborn()
+    if mistake == "eval":
+        return Components(model=model, loss=loss, optimizer=optimizer, train_data=data, eval_data=Stream())
+    return Components(model=model, loss=loss, optimizer=optimizer, train_data=data)
+
+
+if __name__ == "__main__":
+    train(build, MistakenConfig)

@@ -1,0 +1,203 @@
+"""A recipe's options: one dataclass field each, from flag, environment, file or default, in that order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from samestep.launcher.contract import UsageError
+from samestep.launcher.options import Option, load, peek, table
+from samestep.train import TrainConfig
+
+
+@dataclass
+class MyConfig(TrainConfig):
+    """A recipe's own."""
+
+    width: int = 64
+    epochs: int = 3
+    kind: Literal["small", "large"] = "small"
+    dropout: float = 0.5
+    mask: bool = False
+    tags: tuple[str, ...] = ()
+
+
+def given(*argv: str, environ: dict[str, str] | None = None, kind: type[Any] = MyConfig) -> Any:
+    return load(kind, argv, environ or {})
+
+
+def test_defaults_are_the_dataclasses() -> None:
+    assert given() == MyConfig()
+
+
+def test_each_source_wins_over_the_next(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("width = 3\nglobal_batch_size = 5\nseed = 9\n")
+    environ = {"SAMESTEP_WIDTH": "2", "SAMESTEP_GLOBAL_BATCH_SIZE": "4"}
+    config = given("--width", "1", "--config", str(file), environ=environ)
+    assert (config.width, config.global_batch_size, config.seed, config.epochs) == (1, 4, 9, 3)
+
+
+def test_the_file_may_be_named_in_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("width = 3")
+    assert given(environ={"SAMESTEP_CONFIG": str(tmp_path / "run.toml")}).width == 3
+
+
+@pytest.mark.parametrize("flag", ["--global-batch-size", "--global_batch_size"])
+def test_flags_have_both_spellings(flag: str) -> None:
+    assert given(flag, "7").global_batch_size == 7
+    assert given(f"{flag}=7").global_batch_size == 7
+
+
+@pytest.mark.parametrize("key", ["global-batch-size", "global_batch_size"])
+def test_file_keys_have_both_spellings(tmp_path: Path, key: str) -> None:
+    (tmp_path / "run.toml").write_text(f"{key} = 7")
+    assert given("--config", str(tmp_path / "run.toml")).global_batch_size == 7
+
+
+def test_values_keep_their_underscores_and_dashes() -> None:
+    assert given("--run-dir", "my_run-1/a_b").run_dir == Path("my_run-1/a_b")
+    assert given("--resume=__latest__").resume == "__latest__"
+
+
+def test_each_type_is_read_as_what_it_is(tmp_path: Path) -> None:
+    config = given("--num-workers", "4", "--dropout", "1e-3", "--mask", "--kind", "large", "--max-steps", "3")
+    assert (config.num_workers, config.dropout, config.mask, config.kind, config.max_steps) == (
+        4,
+        1e-3,
+        True,
+        "large",
+        3,
+    )
+    assert given("--num-workers", "auto").num_workers == "auto"
+    (tmp_path / "run.toml").write_text('mask = true\ntags = ["a", "b"]\nnum_workers = 2\ndropout = 0.25')
+    config = given("--config", str(tmp_path / "run.toml"))
+    assert (config.mask, config.tags, config.num_workers, config.dropout) == (True, ("a", "b"), 2, 0.25)
+    assert given(environ={"SAMESTEP_MASK": "true", "SAMESTEP_NUM_WORKERS": "3"}).num_workers == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "words", "hint"),
+    [
+        (["--widht", "3"], "--widht", "--width"),
+        (["--global-batchsize", "3"], "--global-batchsize", "--global-batch-size"),
+        (["--xyzzy", "3"], "--xyzzy", ""),
+        (["extra"], "extra", ""),
+        (["--width", "wide"], "width.*wide", ""),
+        (["--width", "1.5"], "--width.*whole.*1.5", ""),
+        (["--global_batch_size=0.5"], "--global-batch-size.*whole.*0.5", ""),
+        (["--max-steps", "2.5"], "--max-steps.*whole.*2.5", ""),
+        (["--num-workers", "2.5"], "--num-workers.*whole.*2.5", ""),
+        (["--dropout", "half"], "dropout.*half", ""),
+        (["--kind", "medium"], "medium.*kind", ""),
+        (["--num-workers", "many"], "num-workers.*many", ""),
+        (["--width"], "width", ""),
+        (["--global-batch-size", "0"], "--global-batch-size.*at least 1.*0", ""),
+        (["--epochs", "-1"], "--epochs.*at least 0.*-1", ""),
+        (["--shards", "0"], "--shards.*at least 1.*0", ""),
+        (["--clip-grad-norm", "0"], "--clip-grad-norm.*above 0.*0", ""),
+        (["--clip-grad-norm", "nan"], "--clip-grad-norm.*above 0.*nan", ""),
+        (["--seed", "-1"], "--seed.*-1", ""),
+        (["--seed", str(2**63)], "--seed.*below 2", ""),
+        (["--num-workers", "-1"], "num-workers.*-1", ""),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_on_the_command_line_names_the_option_and_the_value(argv: list[str], words: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"(?s){words}") as raised:
+        given(*argv)
+    assert len(str(raised.value).splitlines()) <= 4
+    assert hint in raised.value.hint
+
+
+def test_a_wrong_value_in_the_environment_names_the_variable() -> None:
+    with pytest.raises(UsageError, match=r"SAMESTEP_GLOBAL_BATCH_SIZE.*four"):
+        given(environ={"SAMESTEP_GLOBAL_BATCH_SIZE": "four"})
+
+
+def test_a_fraction_is_never_rounded_wherever_it_comes_from(tmp_path: Path) -> None:
+    """3.0 is a whole number, 3.5 is not."""
+    assert given("--width", "3.0").width == 3
+    with pytest.raises(UsageError, match=r"--epochs.*whole.*2\.5.*environment"):
+        given(environ={"SAMESTEP_EPOCHS": "2.5"})
+    (tmp_path / "run.toml").write_text("width = 3.5")
+    with pytest.raises(UsageError, match=r"width.*3\.5"):
+        given("--config", str(tmp_path / "run.toml"))
+    assert given("--width", "3", "--config", str(tmp_path / "run.toml")).width == 3
+
+
+def test_an_empty_variable_is_not_set() -> None:
+    assert given(environ={"SAMESTEP_WIDTH": ""}).width == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("widht = 3", "widht"), ("width = ", "TOML"), ('width = "wide"', "width"), ("[model]\nwidth = 3", "model")],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        given("--config", str(tmp_path / "run.toml"))
+
+
+def test_an_unknown_key_of_the_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("widht = 3")
+    with pytest.raises(UsageError) as raised:
+        given("--config", str(tmp_path / "run.toml"))
+    assert "width" in raised.value.hint
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.toml"):
+        given("--config", "nowhere.toml")
+
+
+@dataclass(kw_only=True)
+class Needy(TrainConfig):
+    """Has an option without default."""
+
+    data: Path
+    rate: Annotated[float, Option("learning rate", "1/step")]
+
+
+def test_required_options_can_come_from_anywhere() -> None:
+    config = given("--data", "x", environ={"SAMESTEP_RATE": "0.5"}, kind=Needy)
+    assert (config.data, config.rate) == (Path("x"), 0.5)
+
+
+def test_a_missing_required_option_is_named() -> None:
+    with pytest.raises(UsageError, match="--rate"):
+        given("--data", "x", kind=Needy)
+
+
+def test_a_new_default_keeps_the_inherited_help(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {flag: (environ, default, text) for flag, environ, default, text in table(MyConfig)}
+    inherited = {flag: text for flag, _, _, text in table(TrainConfig)}
+    assert rows["--epochs"] == ("SAMESTEP_EPOCHS", "3", inherited["--epochs"])
+    assert "total epochs" in inherited["--epochs"]
+    with pytest.raises(SystemExit) as raised:
+        given("--help")
+    assert raised.value.code in (0, None)
+    shown = capsys.readouterr().out
+    assert "total epochs of the run" in " ".join(shown.split())
+    assert "--width" in shown
+
+
+def test_every_option_has_help() -> None:
+    assert [flag for flag, _, _, text in table(TrainConfig) if not text] == []
+
+
+def test_loading_one_recipe_leaves_the_next_alone() -> None:
+    given("--epochs", "9")
+    assert given(kind=TrainConfig).epochs == 1
+    assert {flag: default for flag, _, default, _ in table(TrainConfig)}["--epochs"] == "1"
+
+
+def test_peek_reads_somebody_elses_flags_without_judging_them() -> None:
+    tokens = ["--what", "--run_dir", "a", "x", "--run-dir=b", "--run-dirs", "c"]
+    assert peek(tokens, "run-dir") == "b"
+    assert peek(["--run-dir"], "run-dir") is None
+    assert peek([], "run-dir") is None

@@ -1,0 +1,137 @@
+"""One digest, one optimizer state and one list of losses, whatever number of ranks a run has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def differing(trained: Any, *flags: object, shards: int, worlds: tuple[int, ...], base: int = 1) -> list[int]:
+    """World sizes whose bits are not those of one rank."""
+    first = trained("everything", "--shards", shards, *flags, ranks=base, cwd=f"base-{base}")
+    expected = first.bits
+    assert len(expected["losses"]) >= 5
+    assert len(set(expected["losses"])) == len(expected["losses"])
+    found = {
+        world: trained("everything", "--shards", shards, *flags, ranks=world, cwd=f"world-{world}").bits
+        for world in worlds
+    }
+    return [world for world, bits in found.items() if bits != expected]
+
+
+@pytest.mark.parametrize(("shards", "worlds"), [(4, (2, 3, 4)), (3, (2, 3))])
+def test_everything_that_is_hard_has_the_same_bits_on_any_number_of_ranks(
+    trained: Any, shards: int, worlds: tuple[int, ...]
+) -> None:
+    """BatchNorm, Dropout, random datasets, tied, frozen, rarely used and never used parameters, an integer buffer."""
+    assert differing(trained, shards=shards, worlds=worlds) == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_keeps_the_promise(trained: Any, precision: str) -> None:
+    assert differing(trained, "--precision", precision, shards=4, worlds=(2, 3)) == []
+
+
+def test_autocast_is_not_ignored(trained: Any) -> None:
+    runs = {
+        kind: trained("everything", "--shards", 2, "--precision", kind, cwd=kind) for kind in ("no", "bf16", "fp16")
+    }
+    assert len({ended.digest for ended in runs.values()}) == 3
+
+
+def test_gradient_clipping_keeps_the_promise_and_clips(trained: Any) -> None:
+    assert differing(trained, "--clip-grad-norm", 0.05, shards=4, worlds=(2, 3)) == []
+    assert (
+        trained("everything", "--shards", 4, cwd="loose").digest
+        != trained("everything", "--shards", 4, "--clip-grad-norm", 0.05, cwd="tight").digest
+    )
+
+
+def test_ranks_without_a_sample_and_surplus_ranks_keep_the_promise(trained: Any) -> None:
+    """Last batch of 2 samples for 4 shards; and more ranks than shards."""
+    flags = ("--no-normalise", "--samples", 37, "--global-batch-size", 7)
+    assert differing(trained, *flags, shards=4, worlds=(2, 3, 5)) == []
+
+
+def test_a_batch_of_one_sample_keeps_buffers_and_bits(trained: Any) -> None:
+    flags = ("--no-normalise", "--samples", 25, "--global-batch-size", 6, "--epochs", 1)
+    assert differing(trained, *flags, shards=3, worlds=(2, 3)) == []
+
+
+def test_all_parameters_used_goes_the_fast_way_with_the_same_bits(trained: Any) -> None:
+    """Then DDP does not look for unused parameters, and a rank's last shard runs through it."""
+    assert differing(trained, "--no-unused", shards=4, worlds=(2, 3, 4)) == []
+
+
+def test_seven_shards_on_three_and_five_ranks(trained: Any) -> None:
+    """A rank owns several roots, of different sizes."""
+    flags = ("--global-batch-size", 21, "--samples", 120, "--epochs", 1)
+    assert differing(trained, *flags, shards=7, worlds=(3, 5)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_never_change_the_bits(trained: Any, workers: int) -> None:
+    expected = trained("everything", "--shards", 4, cwd="base").bits
+    assert trained("everything", "--shards", 4, "--num-workers", workers, ranks=2).bits == expected
+
+
+def test_a_run_stopped_in_an_epoch_goes_on_with_other_ranks_in_the_same_bits(trained: Any) -> None:
+    expected = trained("everything", "--shards", 4, cwd="base").bits
+    for steps, ranks in ((5, 2), (9, 4), (11, 1)):
+        trained("everything", "--shards", 4, "--max-steps", steps, ranks=ranks)
+    ended = trained("everything", "--shards", 4, ranks=3)
+    assert ended.bits == expected
+    assert [event["step"] for event in ended.events("step")] == list(range(1, 19))
+    assert [event["steps"] for event in ended.events("run_finished")] == [5, 9, 11, 18]
+
+
+def test_a_finished_run_started_again_says_its_digest_and_changes_nothing(trained: Any) -> None:
+    first = trained("everything", "--shards", 4, "--epochs", 1)
+    expected, events = first.bits, (first.run_dir / "events.jsonl").read_text()
+    for ranks in (2, 1):
+        again = trained("everything", "--shards", 4, "--epochs", 1, ranks=ranks)
+        assert expected["digest"] in again.stdout
+        assert again.bits == expected
+        assert (again.run_dir / "events.jsonl").read_text() == events
+
+
+def test_other_seeds_and_shards_have_other_bits(trained: Any) -> None:
+    digests = {
+        trained("everything", "--shards", shards, "--seed", seed, cwd=f"{shards}-{seed}").digest
+        for shards, seed in ((4, 0), (3, 0), (4, 1))
+    }
+    assert len(digests) == 3
+
+
+def test_a_parameter_no_shard_uses_keeps_its_first_bits_and_has_no_optimizer_state(trained: Any) -> None:
+    """Weight decay would move it if its gradient were zero instead of None."""
+    one = trained("everything", "--shards", 4, "--max-steps", 1, ranks=2, cwd="one").weights
+    all_steps = trained("everything", "--shards", 4, ranks=2, cwd="all").weights
+    for name in ("never.weight", "never.bias", "frozen", "constant"):
+        assert torch.equal(one[name], all_steps[name]), name
+    for name in ("first.weight", "early.weight", "some.weight", "last.bias", "norm.running_mean"):
+        assert not torch.equal(one[name], all_steps[name]), name
+
+
+def test_a_tied_weight_is_saved_once_and_an_integer_buffer_counts_steps(trained: Any) -> None:
+    weights = trained("everything", "--shards", 4, ranks=3).weights
+    assert "first.weight" in weights
+    assert "last.weight" not in weights
+    assert int(weights["seen"]) == int(weights["norm.num_batches_tracked"]) == 18
+
+
+def test_fast_reduction_keeps_order_and_weighting_but_is_not_promised_the_bits(trained: Any) -> None:
+    """Same samples in every step, losses and weights close; bits are not compared with other world sizes."""
+    exact = trained("everything", "--shards", 4, cwd="exact")
+    for ranks in (2, 3):
+        fast = trained("everything", "--shards", 4, "--reduction", "fast", ranks=ranks, cwd=f"fast-{ranks}")
+        pairs = list(zip(exact.events("step"), fast.events("step"), strict=True))
+        assert all(left["samples"] == right["samples"] for left, right in pairs)
+        assert all(abs(left["loss"] - right["loss"]) < 1e-4 * left["loss"] for left, right in pairs)
+        for name, weight in exact.weights.items():
+            other = fast.weights[name].double()
+            assert (other - weight.double()).norm() <= 1e-3 * (weight.double().norm() + 1e-9), name
