@@ -1,9 +1,9 @@
 """sha256 of what a safetensors file holds: the number by which two runs are compared.
 
-Canonical form, for every tensor in the order of its sorted name: `name NUL dtype NUL d0,d1,... NUL bytes`, where name is
-without the wrappers `module.` and `_orig_mod.`, dtype is the format's own word (F32, BF16, I64, ...) and bytes are little
-endian, row major. File format: 8 bytes header length, JSON header {name: {dtype, shape, data_offsets}}, data; see
-https://huggingface.co/docs/safetensors/index#format. Standard library only, so anybody can check a file with it.
+Canonical form, for every tensor in the order of its sorted name: `name NUL dtype NUL d0,d1,... NUL bytes`, where name
+is without the wrappers `module.` and `_orig_mod.`, dtype is the format's own word (F32, BF16, I64, ...) and bytes are
+little endian, row major. File format: 8 bytes header length, JSON header {name: {dtype, shape, data_offsets}}, data;
+see https://huggingface.co/docs/safetensors/index#format. Standard library only, so anybody can check a file with it.
 """
 
 from __future__ import annotations

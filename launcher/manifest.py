@@ -1,7 +1,8 @@
 """What makes a checkpoint folder valid: its MANIFEST.json and the files that it names.
 
 MANIFEST.json is `{"format": 1, "step": ..., "files": {name: {"size": bytes, "sha256": hex}}, ..., "sha256": hex}` in
-canonical JSON (sorted keys, indent 1), where the last key hashes the rest; a change of any byte is seen. Standard library
+canonical JSON (sorted keys, indent 1), where the last key hashes the rest; a change of any byte is seen. Standard
+library
 only: launcher and worker use the same code.
 """
 

@@ -83,7 +83,9 @@ def table(config_type: type[Any], prefix: str = "SAMESTEP_") -> list[tuple[str, 
         flags = parameter.name if parameter and parameter.name else (f"--{field.name.replace('_', '-')}",)
         default = field.default if field.default is not dataclasses.MISSING else ""
         shown = "" if default is None or default == () else str(default)
-        rows.append((next(iter(flags)), f"{prefix}{field.name.upper()}", shown, (parameter.help or "") if parameter else ""))
+        rows.append(
+            (next(iter(flags)), f"{prefix}{field.name.upper()}", shown, (parameter.help or "") if parameter else "")
+        )
     return rows
 
 
@@ -118,7 +120,7 @@ def _hints(config_type: type[Any]) -> dict[str, Any]:
         if not dataclasses.is_dataclass(cls):
             continue
         own = get_type_hints(cls, include_extras=True)
-        for name in cls.__dict__.get("__annotations__", {}):
+        for name in inspect.get_annotations(cls):
             described = getattr(hints.get(name), "__metadata__", ())
             plain = described and not hasattr(own[name], "__metadata__")
             hints[name] = Annotated[(own[name], *described)] if plain else own[name]

@@ -1,7 +1,8 @@
 """`samestep verify recipe.py`: does this recipe end in the same bits on other numbers of ranks, and after stops?
 
-Runs the first steps of the recipe at several world sizes, and once stopped and resumed at others in between, each as a user
-would start it, and compares digests, the loss of every step, and the optimizer's file. Reads results from run directories only.
+Runs the first steps of the recipe at several world sizes, and once stopped and resumed at others in between, each as a
+user would start it, and compares digests, the loss of every step, and the optimizer's file. Reads results from run
+directories only.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class Supervisor:
             return
         self._source.forget_exit(rank)
         self._drain(rank)
-        log, code = self._logs[rank], worker.returncode or 0
+        log, code = self._logs[rank], worker.returncode or 0  # type: ignore[redundant-expr]  # collect() has set it
         end = RankEnd(rank, worker.pid, code, worker.signalled, worker.ended_ns, log.tail("stdout"), log.tail("stderr"))
         self._ends.append(end)
         if code != 0 and not self._failed and self._stopped_by is None:

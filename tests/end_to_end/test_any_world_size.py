@@ -10,7 +10,7 @@ pytestmark = pytest.mark.processes
 
 
 def everything(outcome):
-    """Parameters, buffers and optimizer state as bytes; losses as hex floats; which sample was used when is their cause."""
+    """Parameters, buffers and optimizer state as bytes; losses as hex floats, which tell the samples apart too."""
     files = [hashlib.sha256((outcome.newest / name).read_bytes()).hexdigest() for name in FILES]
     return outcome.digest, tuple(files), tuple(outcome.losses)
 
@@ -55,7 +55,8 @@ def test_stops_at_random_steps_and_other_world_sizes_end_in_the_same_bits(start,
     total, shards, recipe = 30, draw.choice([2, 3, 4, 6]), draw.choice(["digits_cnn.py", "char_lm.py"])
     flags = ("--shards", str(shards), "--log-every", "7", "--checkpoint-every", "4")
     whole = start("samestep", 1, recipe, *flags, "--max-steps", str(total), run_dir="whole")
-    for stop in sorted(draw.sample(range(1, total), 3)) + [total]:
+    stopped = whole
+    for stop in [*sorted(draw.sample(range(1, total), 3)), total]:
         workers = str(draw.choice([0, 1]))
         stopped = start(
             "samestep", draw.randint(1, 4), recipe, *flags, "--max-steps", str(stop), "--num-workers", workers,

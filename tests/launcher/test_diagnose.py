@@ -126,7 +126,9 @@ def test_usage_error_that_rank_zero_printed_is_not_repeated(ranks, told):
 
 def test_block_is_culprit_first_and_ends_with_the_fix():
     ranks = [end(1, 1, 5, record=record(1, 3, hint="fix it")), *(end(rank, -15, 6, signalled=True) for rank in (0, 2))]
-    assert describe(diagnose(ranks), 1) == [
+    failure = diagnose(ranks)
+    assert failure is not None
+    assert describe(failure, 1) == [
         "samestep: rank 1 failed: KeyError: 'x'",
         "  at r.py:1 in f, step 40, phase forward",
         "  2 other ranks stopped as a consequence",
@@ -137,7 +139,9 @@ def test_block_is_culprit_first_and_ends_with_the_fix():
 
 
 def test_block_has_no_empty_lines():
-    assert describe(diagnose([end(0, 3, 5)]), 1) == [
+    failure = diagnose([end(0, 3, 5)])
+    assert failure is not None
+    assert describe(failure, 1) == [
         "samestep: rank 0 failed: exit code 3",
         "  log: logs/rank-0.log",
         "  exit code 1: user code or a worker failed for good",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +43,7 @@ def console():
             return file.read()
 
     shown = Console(stdout=writer, stderr=writer)
-    shown.printed = printed
+    shown.printed = printed  # type: ignore[attr-defined]  # for the tests below
     return shown
 
 
@@ -69,7 +70,7 @@ def test_endless_line_is_cut_and_memory_stays_small(tmp_path, console):
 
 
 def test_full_disk_is_said_once_and_ends_nothing(console):
-    log = RankLog(0, "/dev/full", {"stdout": VERBATIM, "stderr": VERBATIM}, console)
+    log = RankLog(0, Path("/dev/full"), {"stdout": VERBATIM, "stderr": VERBATIM}, console)
     log.open(0, 1)
     log.feed("stdout", b"goes on\n")
     log.feed("stdout", b"and on\n")

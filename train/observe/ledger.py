@@ -19,7 +19,6 @@ from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
 
-
 Table = npt.NDArray[np.float64]
 
 
@@ -105,7 +104,7 @@ class Ledger:
         return records
 
     def _gather(self, last: StepPlan) -> tuple[Table, Table]:
-        """Rows (world_size, steps, width, columns) and phase times (world_size, steps, phases) of all ranks, on the host."""
+        """Rows (world_size, steps, width, columns) and times (world_size, steps, phases) of all ranks, on the host."""
         rows = torch.stack([rows for _, rows, _ in self._pending])
         seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)
         mark = self.fingerprint.row(last.step + 1, last.end).view(torch.float64)  # carried as bits, never computed with

@@ -1,7 +1,7 @@
 """Losses and weights of a step's shards, a row [total, weight, extra * weight ...] each, in float64 and on the device.
 
-Where samples are the weights, every rank knows their sum, and rows wait for the next log interval (see Ledger). A loss that
-brings its own weights needs their sum over all ranks before the update: its rows are gathered while backward runs.
+Where samples are the weights, every rank knows their sum, and rows wait for the next log interval (see Ledger). A loss
+that brings its own weights needs their sum over all ranks before the update: its rows are gathered while backward runs.
 """
 
 from __future__ import annotations

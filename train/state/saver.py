@@ -61,7 +61,7 @@ class Saver:
 
 
 class CopyBuffers:
-    """Host copies of a snapshot's tensors, kept from save to save: the first clone costs page faults, later ones do not."""
+    """Host copies of a snapshot's tensors, kept from save to save: only the first clone costs page faults."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
@@ -89,8 +89,8 @@ class CopyBuffers:
 class WritingSaver(Saver):
     """Rank zero's: copies the state between two steps, and commits it on a thread while training goes on.
 
-    At most one checkpoint is being written; a second `save` waits for the first. One that can't be written (disk full) or
-    must not be (not finite) is a warning, and the last good one stays.
+    At most one checkpoint is being written; a second `save` waits for the first. One that can't be written (disk full)
+    or must not be (not finite) is a warning, and the last good one stays.
     """
 
     def __init__(self, schedule: Schedule, run_dir: RunDir, generation: int, keep: int) -> None:

@@ -1,7 +1,7 @@
 """The complete list of what a run needs to go on: nothing else is state, and none of it belongs to a rank.
 
-Random numbers are keyed by position, so there is no generator state; losses that were not flushed are never saved, because
-a checkpoint is taken after a flush.
+Random numbers are keyed by position, so there is no generator state; losses that were not flushed are never saved,
+because a checkpoint is taken after a flush.
 """
 
 from __future__ import annotations
