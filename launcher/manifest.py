@@ -2,8 +2,7 @@
 
 MANIFEST.json is `{"format": 1, "step": ..., "files": {name: {"size": bytes, "sha256": hex}}, ..., "sha256": hex}` in
 canonical JSON (sorted keys, indent 1), where the last key hashes the rest; a change of any byte is seen. Standard
-library
-only: launcher and worker use the same code.
+library only: launcher and worker use the same code.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_every_package_folder_is_installed():
 
 def test_files_name_no_machine_and_no_package_registry():
     # Taken apart, so that this file does not find itself.
-    homes = r"(?<![\w.$}~-])/(?:" + "|".join(["ho" + "me", "wo" + "rk", "us" + "ers", "ro" + "ot"]) + r")/(?!me/)\w+"
+    homes = r"(?<![\w.$}~-])/(?:" + "|".join(["ho" + "me", "wo" + "rk", "us" + "ers", "roo" + "t"]) + r")/(?!me/)\w+"
     hosts = "|".join(["pypi" + r"\.org", "pythonhosted" + r"\.org", "download" + r"\.pytorch", "anaconda" + r"\.org"])
     pattern = re.compile(f"{homes}|{hosts}", re.IGNORECASE)
     found = []

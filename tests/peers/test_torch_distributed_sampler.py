@@ -118,6 +118,6 @@ def test_a_plain_loader_fetches_each_sample_once() -> None:
     found = []
     for rank in range(3):
         sampler = ours(DATA, num_replicas=3, rank=rank)
-        loader = DataLoader(DATA, batch_sampler=sampler)  # type: ignore[arg-type]
+        loader = DataLoader(DATA, batch_sampler=sampler)
         found += [int(value) for (batch,) in loader for value in batch]
     assert sorted(found) == list(range(10))

@@ -25,7 +25,7 @@ class Stubborn:
     """A state that only pickle could save."""
 
 
-def build(config: MistakenConfig) -> Any:
+def build(config: MistakenConfig) -> Any:  # noqa: C901 (one case a mistake)
     mistake = config.mistake
     x, y = torch.randn(10, 3), torch.randn(10, 2)
     model: Any = nn.Linear(3, 2)
