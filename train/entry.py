@@ -114,20 +114,20 @@ def _train(
 ) -> Result:
     # --- join
     start.make(run_dir)
-    stored = start.stored_config(run_dir)
+    stored = start.stored_config(run_dir, config.resume)
     shards = start.choose_shards(config, stored, env.world_size)
     threads = config.threads or stored.get("threads") or environment.threads_for(shards)
     environment.pin(threads, config.allow_nondeterministic)
     member = join(env, pick_device(config.device, env))
     environment.pin(threads, config.allow_nondeterministic)  # joining may have set the thread count
     leave.end_hard(member)
-    snapshot, source, warnings = start.choose_checkpoint(run_dir, config, member)
+    found = start.find_state(run_dir, config, member)
 
     # --- build
     progress(0, "build")
     seed_everything(config.seed)
     components = check_components(build(config))
-    if config.weights is not None and snapshot is None:
+    if config.weights is not None and found.snapshot is None:
         start.load_weights(components.model, config.weights)
     components.model.to(member.device)
     facts = {
@@ -139,24 +139,26 @@ def _train(
     }
     run = assemble(components, Setting(config, member, run_dir, shards, generation, facts), progress)
     leave.end_hard(run)
-    if snapshot is not None:
-        start.restore(run, snapshot, source)
+    run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
+    warnings = list(found.warnings)
+    if found.snapshot is not None:
+        start.restore(run, found.snapshot, found.source)
         warnings += start.changes(config, stored, environment.record(member.device))
 
     # --- train
-    if snapshot is None or run.state.step < run.max_steps:
+    if found.ended and run.state.step >= run.max_steps:
+        digest = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
+        run.reporter.already_finished(digest, run.state.step)
+    else:
         start.announce(run, run_dir, member, shards, generation)
         for text in warnings:
             run.reporter.warning(text)
-        if snapshot is not None:
-            run.reporter.resumed(run.state.step, run.state.epoch, source)
+        if found.snapshot is not None:
+            run.reporter.resumed(run.state.step, run.state.epoch, found.source)
         run_to_the_end(run)
         progress(run.state.step, "closing")
         digest = _close(run, run_dir, env.rank)
         run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))
-    else:
-        digest = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
-        run.reporter.already_finished(digest, run.state.step)
     member.group.barrier()
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from samestep.launcher.contract import RankInfo, RunDir, UsageError
+from samestep.launcher import manifest
+from samestep.launcher.contract import ExitCode, RankInfo, RunDir, UsageError
 from samestep.train import environment
 from samestep.train.config import TrainConfig
 from samestep.train.loop import Run
@@ -48,13 +50,18 @@ def make(run_dir: RunDir) -> None:
         ) from None
 
 
-def stored_config(run_dir: RunDir) -> dict[str, Any]:
-    """What an earlier start of this run wrote; empty for a new one."""
-    try:
+def stored_config(run_dir: RunDir, resume: str) -> dict[str, Any]:
+    """What an earlier start of this run wrote, or the checkpoint to resume from says; empty for a new run."""
+    with contextlib.suppress(OSError, ValueError):
         stored = json.loads(run_dir.config.read_text())
-        return stored if isinstance(stored, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        if isinstance(stored, dict):
+            return stored
+    folders = manifest.committed(run_dir.checkpoints) if resume in ("auto", "never") else [Path(resume)]
+    for folder in folders:
+        with contextlib.suppress(ValueError):
+            facts = manifest.read(folder)
+            return {name: facts[name] for name in ("shards", "threads") if name in facts}
+    return {}
 
 
 def choose_shards(config: TrainConfig, stored: dict[str, Any], world_size: int) -> int:
@@ -72,31 +79,57 @@ def choose_shards(config: TrainConfig, stored: dict[str, Any], world_size: int) 
     return int(known or config.shards or world_size)
 
 
-def choose_checkpoint(
-    run_dir: RunDir, config: TrainConfig, member: Membership
-) -> tuple[checkpoint.Snapshot | None, str, list[str]]:
-    """The state to go on from, its folder's name, and warnings; rank zero looks, all ranks load. A collective.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where training goes on: nothing for a new run."""
+
+    snapshot: checkpoint.Snapshot | None = None
+    source: str = ""  # name of the folder
+    warnings: tuple[str, ...] = ()
+    ended: bool = False  # the run got to its last event with just this state
+
+
+def find_state(run_dir: RunDir, config: TrainConfig, member: Membership) -> Found:
+    """The state to go on from; rank zero looks, all ranks load. A collective.
 
     Raises:
-        UsageError: see `checkpoint.find`.
+        UsageError: see `checkpoint.find`; on every rank.
     """
-    found: dict[str, Any] = {"path": "", "warnings": []}
+    seen: dict[str, Any] = {}
     if member.group.rank == 0:
-        checkpoint.remove_unfinished(run_dir)
-        path, damaged = checkpoint.find(run_dir, config.resume)
-        for folder, problem in damaged:
-            aside = checkpoint.set_aside(folder)
-            found["warnings"].append(f"checkpoint {folder.name} is damaged ({problem}); set aside as {aside.name}")
-        found["path"] = str(path or "")
-    found = json.loads(member.group.gather_bytes(json.dumps(found).encode())[0])
-    if not found["path"]:
-        if member.group.rank == 0:
-            cut_events(run_dir, 0, 0)
-        return None, "", found["warnings"]
-    snapshot = checkpoint.load(Path(found["path"]))
-    if member.group.rank == 0:
-        cut_events(run_dir, snapshot.state["events_offset"], snapshot.step)
-    return snapshot, Path(found["path"]).name, found["warnings"]
+        try:
+            seen = _look(run_dir, config.resume)
+        except UsageError as error:
+            seen = {"error": [error.message, error.hint, int(error.exit_code)]}
+    seen = json.loads(member.group.gather_bytes(json.dumps(seen).encode())[0])
+    if "error" in seen:
+        message, hint, code = seen["error"]
+        raise UsageError(message, hint, ExitCode(code))
+    if not seen["path"]:
+        return Found(warnings=tuple(seen["warnings"]))
+    folder = Path(seen["path"])
+    return Found(checkpoint.load(folder), folder.name, tuple(seen["warnings"]), seen["ended"])
+
+
+def _look(run_dir: RunDir, resume: str) -> dict[str, Any]:
+    """Rank zero's part of `find_state`: choose, set damaged ones aside, cut events to what the choice knows."""
+    checkpoint.remove_unfinished(run_dir)
+    path, damaged = checkpoint.find(run_dir, resume)
+    warnings = []
+    for folder, problem in damaged:
+        aside = checkpoint.set_aside(folder)
+        warnings.append(f"checkpoint {folder.name} is damaged ({problem}); set aside as {aside.name}")
+    if path is None or path.resolve().parent != run_dir.checkpoints.resolve():
+        cut_events(run_dir, 0, 0)
+        return {"path": str(path or ""), "warnings": warnings, "ended": False}
+    step = manifest.step_of(path)
+    cut_events(run_dir, checkpoint.load_state(path)["events_offset"], step)
+    return {"path": str(path), "warnings": warnings, "ended": _ended_with(run_dir, step)}
+
+
+def _ended_with(run_dir: RunDir, step: int) -> bool:
+    lines = run_dir.events.read_bytes().splitlines() if run_dir.events.exists() else []
+    return any(b'"run_finished"' in line and json.loads(line).get("steps") == step for line in lines)
 
 
 def cut_events(run_dir: RunDir, offset: int, step: int) -> None:

@@ -125,9 +125,15 @@ def load(folder: Path) -> Snapshot:
         step=content["step"],
         weights=load_file(folder / WEIGHTS),
         tensors=load_file(folder / OPTIMIZER),
-        state=json.loads((folder / STATE).read_text()),
+        state=load_state(folder),
         facts=facts,
     )
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The part of a checkpoint that is not tensors."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return state
 
 
 def find(run_dir: RunDir, resume: str) -> tuple[Path | None, list[tuple[Path, str]]]:
