@@ -1,10 +1,10 @@
-"""What exact sameness costs: samestep exact, samestep fast and a hand-written DDP loop, alternately in the same processes.
+"""What exact sameness costs: samestep exact, samestep fast and a hand-written DDP loop, alternately in one process.
 
     torchrun --nproc-per-node W benchmarks/cost_of_sameness.py {small,large} [V]
 
 Every contender trains the same model on the same data with the same optimizer arguments, one thread a rank. A round is
-STEPS steps of each; the ratio is taken round by round, so a machine that slows down slows all of them. Rank zero prints one
-JSON line: median milliseconds a step, and median and spread of the ratios to the hand-written loop.
+some steps of each; the ratio is taken round by round, so a machine that slows down slows all of them. Rank zero prints
+one JSON line: median milliseconds a step, and median and spread of the ratios to the hand-written loop.
 """
 
 from __future__ import annotations

@@ -219,3 +219,10 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever starts ranks is marked so."""
+    for item in items:
+        if "rank_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.processes)

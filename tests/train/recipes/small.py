@@ -30,11 +30,12 @@ def build(config: SmallConfig) -> Components:
     x, y = torch.randn(config.samples, 6, generator=generator), torch.randn(config.samples, 1, generator=generator)
     if FAULT == "other-data":
         x[0, 0] += 1
-    model = nn.Sequential(nn.Linear(6, config.width), nn.Tanh(), nn.Linear(config.width, 1))
+    last = nn.Linear(config.width, 1)
+    model = nn.Sequential(nn.Linear(6, config.width), nn.Tanh(), last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01 * (2 if FAULT == "lr" and RANK == 1 else 1))
     if FAULT == "initial-weights" and RANK == 1:
         with torch.no_grad():
-            model[2].bias += 1
+            last.bias += 1
     calls = 0
 
     def loss(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
