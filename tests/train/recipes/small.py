@@ -35,7 +35,7 @@ def build(config: SmallConfig) -> Components:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01 * (2 if FAULT == "lr" and RANK == 1 else 1))
     if FAULT == "initial-weights" and RANK == 1:
         with torch.no_grad():
-            last.bias += 1
+            last.bias.add_(1)
     calls = 0
 
     def loss(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
