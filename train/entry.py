@@ -151,7 +151,8 @@ def _train(
         run.reporter.already_finished(digest, run.state.step)
     else:
         start.announce(run, run_dir, member, shards, generation)
-        for text in warnings:
+        alone = "" if env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
+        for text in filter(None, [alone, *warnings]):
             run.reporter.warning(text)
         if found.snapshot is not None:
             run.reporter.resumed(run.state.step, run.state.epoch, found.source)

@@ -41,3 +41,12 @@ def record(device: torch.device) -> dict[str, Any]:
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "deterministic": not torch.is_deterministic_algorithms_warn_only_enabled(),
     }
+
+
+def parent_command() -> list[str]:
+    """Command line of the process that started this one; empty where it can't be seen."""
+    try:
+        words: list[str] = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return []
+    return words

@@ -157,6 +157,8 @@ class supervised:  # noqa: N801 (used like a function)
         """Run the model on x and compare with y."""
         x, y = batch
         output = model(x)
+        if isinstance(self.criterion, nn.Module) and isinstance(output, Tensor):
+            self.criterion.to(output.device)  # class weights follow the model; nothing happens where they already are
         if self._summed is not None:
             return Weighted(self._summed(output, y), _denominator(self._summed, y))
         loss: Tensor = self.criterion(output, y)

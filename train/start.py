@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from samestep.launcher import manifest
+from samestep.launcher import manifest, options
 from samestep.launcher.contract import ExitCode, RankInfo, RunDir, UsageError
 from samestep.train import environment
 from samestep.train.config import TrainConfig
@@ -123,6 +124,10 @@ def _look(run_dir: RunDir, resume: str) -> dict[str, Any]:
         cut_events(run_dir, 0, 0)
         return {"path": str(path or ""), "warnings": warnings, "ended": False}
     step = manifest.step_of(path)
+    for folder in manifest.committed(run_dir.checkpoints):
+        if manifest.step_of(folder) > step:  # only where --resume names an older one: its future is written anew
+            aside = checkpoint.set_aside(folder, "superseded")
+            warnings.append(f"checkpoint {folder.name} is newer than the one resumed from; set aside as {aside.name}")
     cut_events(run_dir, checkpoint.load_state(path)["events_offset"], step)
     return {"path": str(path), "warnings": warnings, "ended": _ended_with(run_dir, step)}
 
@@ -211,6 +216,22 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise UsageError(
             f"--weights is expected to fit the model, but {path} does not: {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+def fewer_than_asked(environ: Mapping[str, str], parent: Sequence[str]) -> str:
+    """A sentence where `accelerate launch` was asked for several processes and started this one alone; else empty.
+
+    Without GPUs it does so silently unless `--multi_gpu` is given. `parent` is the command line of the parent process.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in environ or "launch" not in parent:
+        return ""
+    asked = options.peek(parent, "num-processes") or options.peek(parent, "num_processes") or "1"
+    if not asked.isdigit() or int(asked) < 2:
+        return ""
+    return (
+        f"accelerate launch was asked for {asked} processes, but started this one alone; "
+        "pass --multi_gpu, which is its way to start several, on CPUs too"
+    )
 
 
 def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generation: int) -> None:

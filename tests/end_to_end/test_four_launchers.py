@@ -1,10 +1,16 @@
 """P1: one script, four launchers, the same weights."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 LAUNCHERS = ("python", "torchrun", "accelerate", "samestep")
 
 pytestmark = pytest.mark.processes
+RECIPE_FOLDER = Path(__file__).parents[2] / "scripts" / "recipes"
 RECIPES = {
     "seed_linear.py": ("--epochs", "1"),
     "digits_cnn.py": ("--epochs", "1"),
@@ -25,3 +31,13 @@ def test_four_launchers_end_in_the_same_weights(start, recipe):
         outcomes[launcher] = outcome
     assert len({outcome.digest for outcome in outcomes.values()}) == 1
     assert len({tuple(outcome.losses) for outcome in outcomes.values()}) == 1
+
+
+@pytest.mark.timeout(60)
+def test_accelerate_that_starts_fewer_processes_than_asked_is_named(tmp_path):
+    argv = [Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "2", "--num_machines", "1"]
+    argv += ["--mixed_precision", "no", "--dynamo_backend", "no", RECIPE_FOLDER / "seed_linear.py", "--max-steps", "1"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
+    done = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert "accelerate launch was asked for 2 processes, but started this one alone" in done.stderr

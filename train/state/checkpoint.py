@@ -169,9 +169,9 @@ def find(run_dir: RunDir, resume: str) -> tuple[Path | None, list[tuple[Path, st
     return newest, damaged
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that nobody takes it for one, and keep it for inspection."""
-    aside = folder.with_name(f"{folder.name}.corrupt")
+def set_aside(folder: Path, reason: str = "corrupt") -> Path:
+    """Rename a checkpoint so that nobody takes it for one, and keep it for inspection."""
+    aside = folder.with_name(f"{folder.name}.{reason}")
     _remove(aside)
     folder.rename(aside)
     _sync(folder.parent)

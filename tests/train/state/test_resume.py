@@ -102,6 +102,16 @@ def test_resume_from_a_path_starts_another_run_there(go, tmp_path):
     assert [e["step"] for e in other.events("step")] == list(range(7, 15))
 
 
+def test_resume_from_an_older_checkpoint_sets_the_newer_ones_aside(go, tmp_path):
+    whole = go(*EVERY)
+    older = tmp_path / "here" / "run" / "checkpoints" / "step-00000012"
+    again = go("--resume", older, *EVERY)
+    assert again.bits == whole.bits
+    assert "step-00000014 is newer than the one resumed from" in again.stderr
+    assert (older.parent / "step-00000014.superseded").is_dir()
+    assert (older.parent / "step-00000014").is_dir()
+
+
 @pytest.mark.parametrize(
     ("flags", "fault", "said"),
     [
