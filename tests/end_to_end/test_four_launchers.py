@@ -35,7 +35,14 @@ def test_four_launchers_end_in_the_same_weights(start, recipe):
 
 @pytest.mark.timeout(60)
 def test_accelerate_that_starts_fewer_processes_than_asked_is_named(tmp_path):
-    argv = [Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "2", "--num_machines", "1"]
+    argv: list[str | Path] = [
+        Path(sys.executable).parent / "accelerate",
+        "launch",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     argv += ["--mixed_precision", "no", "--dynamo_backend", "no", RECIPE_FOLDER / "seed_linear.py", "--max-steps", "1"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
     done = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=50)
