@@ -1,11 +1,142 @@
-"""For every test: GPU tests are skipped where there is no GPU."""
+"""For every test: forked ranks, what they left behind, and no GPU test where there is no GPU."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import os
 import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+def without_ranks(environ: dict[str, str]) -> dict[str, str]:
+    """An environment in which nobody started us as a rank."""
+    theirs = (
+        "SAMESTEP_",
+        "PET_",
+        "TORCHELASTIC_",
+        "ACCELERATE_",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "MASTER_",
+        "OMP_",
+        "MKL_",
+    )
+    return {name: value for name, value in environ.items() if not name.startswith(theirs)}
+
+
+@dataclass
+class Ended:
+    """A run all of whose ranks have ended."""
+
+    cwd: Path
+    codes: list[int]
+
+    @property
+    def stdout(self) -> str:
+        return (self.cwd / "rank-0.out").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.cwd / "rank-0.err").read_text()
+
+    @property
+    def stderrs(self) -> str:
+        return "\n".join(
+            f"--- rank {rank}\n{(self.cwd / f'rank-{rank}.err').read_text()}" for rank in range(len(self.codes))
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        return self.cwd / "run"
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        lines = (self.run_dir / "events.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+    @property
+    def checkpoint(self) -> Path:
+        return sorted((self.run_dir / "checkpoints").glob("step-*"))[-1]
+
+    @property
+    def digest(self) -> str:
+        return str(self.events("run_finished")[-1]["digest"])
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        from safetensors.torch import load_file  # imports torch, which not every test needs
+
+        return load_file(self.checkpoint / "model.safetensors")
+
+    @property
+    def bits(self) -> dict[str, Any]:
+        """All that is promised to be the same: weights and buffers, optimizer state, the loss of every step."""
+        return {
+            "digest": self.digest,
+            "optimizer": hashlib.sha256((self.checkpoint / "optimizer.safetensors").read_bytes()).hexdigest(),
+            "losses": [
+                (event["step"], event["epoch"], event["samples"], event["loss_hex"]) for event in self.events("step")
+            ],
+            "epochs": [event["loss_hex"] for event in self.events("epoch")],
+            "evals": [event["metrics_hex"] for event in self.events("eval")],
+        }
+
+
+class RankServer:
+    """See rank_server.py."""
+
+    def __init__(self) -> None:
+        environ = without_ranks(dict(os.environ)) | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "rank_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+        )
+
+    def __call__(
+        self,
+        cwd: Path,
+        script: Path,
+        *argv: object,
+        ranks: int = 1,
+        env: dict[str, str] | None = None,
+        seconds: float = 60,
+        to_the_end: bool = False,
+    ) -> Ended:
+        cwd.mkdir(parents=True, exist_ok=True)
+        job = {"script": str(script), "argv": list(map(str, argv)), "cwd": str(cwd), "ranks": ranks, "env": env or {}}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job | {"seconds": seconds, "to_the_end": to_the_end}) + "\n")
+        self.process.stdin.flush()
+        return Ended(cwd, json.loads(self.process.stdout.readline())["codes"])
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def rank_server() -> Iterator[RankServer]:
+    """Started once for all tests of this folder."""
+    server = RankServer()
+    yield server
+    server.close()
 
 
 @functools.cache
