@@ -1,6 +1,6 @@
 """P2: any number of ranks, any number of workers, any sequence of stops ends in the same bits.
 
-Equal are parameters, buffers and optimizer state (as bytes of the checkpoint) and the loss of every step (as hex floats).
+Equal are parameters, buffers and optimizer state (bytes of the checkpoint) and the loss of every step (hex floats).
 """
 
 import random
