@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_ranks_die_with_a_killed_launcher(samestep):
 
 
 def test_shells_pass_the_signal_on_to_their_children(samestep):
-    actor = f"{sys.executable} {WORKERS / 'actor.py'} '*=exit-on-term:75,wait'; exit $?"
+    actor = shlex.join([sys.executable, str(WORKERS / "actor.py"), "*=exit-on-term:75,wait"]) + "; exit $?"
     process = samestep.start("run", "--no-python", "sh", "-c", f"trap : TERM; {actor}")
     wait_until(lambda: (samestep.cwd / "rank-0.generation-0.pid").exists(), "the actor is on stage")
     process.terminate()
