@@ -58,7 +58,7 @@ def test_stops_at_random_steps_and_other_world_sizes_end_in_the_same_bits(bits, 
     draw = random.Random(seed)
     total, shards, recipe = 30, draw.choice([2, 3, 4, 6]), draw.choice(["digits_cnn", "char_lm"])
     flags = ("--shards", shards, "--log-every", 7, "--checkpoint-every", 4)
-    whole = bits("whole", recipe, 1, *flags, "--max-steps", total)
+    stopped = whole = bits("whole", recipe, 1, *flags, "--max-steps", total)
     for stop in [*sorted(draw.sample(range(1, total), 3)), total]:
         workers = draw.choice([0, 1])
         stopped = bits("stopped", recipe, draw.randint(1, 4), *flags, "--max-steps", stop, "--num-workers", workers)
