@@ -39,8 +39,14 @@ class Weighted:
     log: Mapping[str, Tensor | Number] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
 class SampleWeighted(Weighted):
-    """Weighed by the number of samples, which every rank can compute without asking."""
+    """Weighed by the number of samples, which every rank can compute without asking.
+
+    `mean` is what the loss returned if that was a mean: with one shard, backward then starts from it as in any loop.
+    """
+
+    mean: Tensor | None = None
 
 
 LossOutput = Tensor | Weighted
@@ -95,7 +101,7 @@ def weigh(output: LossOutput, samples: int, name: str = "loss") -> Weighted:
             "return the criterion's tensor itself, without .item()",
         )
     elif output.dim() == 0:
-        result = SampleWeighted(_floating(output) * samples, samples)
+        result = SampleWeighted(_floating(output.detach()) * samples, samples, mean=output)
     elif output.shape == (samples,):
         result = SampleWeighted(_floating(output).sum(), samples)
     else:
@@ -117,6 +123,19 @@ def weigh(output: LossOutput, samples: int, name: str = "loss") -> Weighted:
 
 def _floating(output: Tensor) -> Tensor:
     return output if output.is_floating_point() else output.double()
+
+
+def objective(outcome: Weighted, batch_samples: int) -> Tensor:
+    """What backward of one shard starts from.
+
+    Where samples are the weights, their sum over the global batch is known and divides here, which costs nothing; other
+    weights are known only after the forward of all shards, so the total stays as it is and the gradient is divided.
+    """
+    if not isinstance(outcome, SampleWeighted):
+        return outcome.total
+    if outcome.mean is None:
+        return outcome.total / batch_samples
+    return outcome.mean if outcome.weight == batch_samples else outcome.mean * (outcome.weight / batch_samples)
 
 
 def require_gradient(total: Tensor) -> None:

@@ -20,7 +20,7 @@ from samestep.train.observe.tally import StepTally
 from samestep.train.parallel.buffers import BufferCombiner
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shards import StepPlan
-from samestep.train.recipe import Components, require_gradient, weigh
+from samestep.train.recipe import Components, objective, require_gradient, weigh
 
 
 @dataclass(slots=True)
@@ -56,11 +56,12 @@ class OptimizerStep:
             self.buffers.before_shard()
             with self.autocast:
                 outcome = weigh(self.components.loss(self.reducer.module(shard), batch), plan.size(shard))
-            require_gradient(outcome.total)
+                target = objective(outcome, plan.samples)
+            require_gradient(target)
             self.tally.add(outcome)
 
             self.clock.enter("backward")
-            self.reducer.backward(shard, self.scaler.scale(outcome.total))
+            self.reducer.backward(shard, self.scaler.scale(target))
             self.buffers.after_shard(shard)
 
         self.clock.enter("sync")
@@ -73,9 +74,8 @@ class OptimizerStep:
         return self.tally.rows()
 
     def _divide(self, gradients: list[Tensor], plan: StepPlan) -> bool:
-        """Turn sums into the gradient of the objective; False where nothing in the batch had weight."""
+        """Divide by weights that the loss brought; False where nothing in the batch had weight."""
         if not self.tally.own_weights:
-            torch._foreach_div_(gradients, float(plan.samples))
             return True
         weight = self.tally.weight_sum()
         if float(weight) == 0.0:  # host-device sync: only for losses that bring their own weights

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from samestep.launcher.contract import UsageError
 from samestep.train import Weighted, supervised
-from samestep.train.recipe import SampleWeighted, require_gradient, weigh
+from samestep.train.recipe import SampleWeighted, objective, require_gradient, weigh
 
 
 def test_per_sample_losses_are_summed_and_weighed_by_their_number() -> None:
@@ -93,8 +93,8 @@ def combined(criterion: Any, x: Tensor, y: Tensor, cut: tuple[int, ...]) -> tupl
         parts.append(weigh(supervised(criterion)(Identity(), (x[lo:hi], y[lo:hi])), hi - lo))
     total = torch.stack([part.total for part in parts]).sum()
     weight = sum(float(part.weight) for part in parts)
-    (gradient,) = torch.autograd.grad(total, x)
-    return total / weight, gradient / weight
+    (gradient,) = torch.autograd.grad(torch.stack([objective(part, cut[-1]) for part in parts]).sum(), x)
+    return total / weight, gradient / (1 if isinstance(parts[0], SampleWeighted) else weight)
 
 
 def with_some_ignored(labels: Tensor, value: int = -100) -> Tensor:

@@ -84,8 +84,11 @@ class StepTally:
         self._rows: Callable[[], Tensor] = self.group.gather_later(mine) if self.own_weights else lambda: mine
 
     def _agree(self, names: list[str]) -> None:
-        record = json.dumps({"extras": names, "own_weights": self._brings_weights}).encode()
+        record = json.dumps({"extras": names, "own_weights": self._brings_weights, "shards": self._expected}).encode()
         records = [json.loads(part) for part in self.group.gather_bytes(record)]
+        kinds = {part["own_weights"] for part in records if part["shards"]}
+        if len(kinds) > 1:
+            raise UsageError("loss is expected to bring weights on every rank or on none", "return Weighted always")
         self.extras = max((part["extras"] for part in records), key=len)
         self.own_weights = any(part["own_weights"] for part in records)
 

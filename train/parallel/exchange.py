@@ -65,12 +65,14 @@ class _AllReduceFlight:
 
 @dataclass(slots=True)
 class _TreeFlight:
-    numel: int
+    like: Tensor
+    cut: int
     spans: list[Span]
     shards: int
-    received: Tensor  # (number of roots of all ranks, slice)
+    received: Tensor  # (number of roots of all ranks, size of this rank's slice)
     work: dist.Work
     world_size: int
+    sent: Tensor  # not to be freed before the first collective is through
     total: Tensor | None = field(default=None)
 
     def advance(self) -> None:
@@ -80,14 +82,16 @@ class _TreeFlight:
         known = dict(zip(self.spans, self.received.unbind(0), strict=True))
         part = tree_sum((0, self.shards), known, torch.add)
         assert part is not None
-        self.total = part.new_empty(self.world_size * part.numel())
-        self.work = all_gather(self.total, part.contiguous(), async_op=True)
+        if part.numel() < self.cut:
+            part = F.pad(part, (0, self.cut - part.numel()))
+        self.total = part.new_empty(self.world_size * self.cut)
+        self.work = all_gather(self.total, part, async_op=True)
 
     def finish(self) -> Tensor:
         self.advance()
         assert self.total is not None
         self.work.wait()
-        return self.total[: self.numel]
+        return self.total[: self.like.numel()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +110,24 @@ class TreeExchange:
             return _AllReduceFlight(like if total is None else total, None)
         if self.world_size == 2 and len(by_rank[0]) == len(by_rank[1]) == 1:
             return _AllReduceFlight(mine[0], dist.all_reduce(mine[0], async_op=True))
-        numel, count, world = like.numel(), len(mine), self.world_size
-        slice_numel = -(-numel // world)
-        padding = slice_numel * world - numel
-        if count:
-            stacked = torch.stack([F.pad(root, (0, padding)) for root in mine]) if padding else torch.stack(mine)
-            sent = stacked.view(count, world, slice_numel).transpose(0, 1).reshape(-1)
-        else:
-            sent = like.new_empty(0)
-        received = like.new_empty(sum(map(len, by_rank)) * slice_numel)
+        numel, world = like.numel(), self.world_size
+        cut = -(-numel // world)  # every slice but the last ones has this size
+        sizes = [max(0, min(cut, numel - rank * cut)) for rank in range(world)]
+        if len(mine) == 1:
+            sent = mine[0]
+        else:  # for each receiver its slice of all roots, one after the other
+            parts = [root.split(sizes) for root in mine]
+            sent = torch.cat([part[rank] for rank in range(world) for part in parts]) if parts else like.new_empty(0)
+        spans = [span for owned in by_rank for span in owned]
+        received = like.new_empty(len(spans) * sizes[self.rank])
         work = dist.all_to_all_single(
             received,
             sent,
-            [len(owned) * slice_numel for owned in by_rank],
-            [count * slice_numel] * world,
+            [len(owned) * sizes[self.rank] for owned in by_rank],
+            [len(mine) * size for size in sizes],
             async_op=True,
         )
-        spans = [span for owned in by_rank for span in owned]
-        return _TreeFlight(numel, spans, self.shards, received.view(len(spans), slice_numel), work, world)
+        return _TreeFlight(like, cut, spans, self.shards, received.view(len(spans), sizes[self.rank]), work, world, sent)
 
 
 @dataclass(frozen=True, slots=True)
