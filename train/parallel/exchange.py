@@ -127,7 +127,9 @@ class TreeExchange:
             [len(mine) * size for size in sizes],
             async_op=True,
         )
-        return _TreeFlight(like, cut, spans, self.shards, received.view(len(spans), sizes[self.rank]), work, world, sent)
+        return _TreeFlight(
+            like, cut, spans, self.shards, received.view(len(spans), sizes[self.rank]), work, world, sent
+        )
 
 
 @dataclass(frozen=True, slots=True)
