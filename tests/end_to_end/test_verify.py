@@ -1,0 +1,79 @@
+"""`samestep verify` says yes only where the bits are equal, and where they part if they are not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.verify import VerifyConfig, plan_rows, table
+
+RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
+DEPENDS_ON_RANKS = """
+import os, sys
+sys.path.insert(0, {recipes!r})
+import seed_linear
+from samestep.train import train
+
+def build(config):
+    components = seed_linear.build(config)
+    if os.environ.get("WORLD_SIZE") == "2":
+        components.optimizer.param_groups[0]["lr"] *= 2
+    return components
+
+train(build, seed_linear.SeedConfig)
+"""
+
+
+def verify(tmp_path, *words):
+    argv = [sys.executable, "-m", "samestep.launcher", "verify", *map(str, words)]
+    return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+
+
+@pytest.mark.processes
+def test_a_recipe_that_keeps_its_bits_is_told_so_in_one_table(tmp_path):
+    recipe = RECIPES / "seed_linear.py"
+    done = verify(tmp_path, "--world-sizes", "1,2", "--stops", "2,1", "--steps", 6, recipe, "--global-batch-size", 50)
+    assert done.returncode == 0, done.stderr
+    header, one, two, stopped, verdict = done.stdout.splitlines()
+    assert header.split()[0] == "ranks"
+    assert one.split()[1] == two.split()[1] == stopped.split()[-2]
+    assert stopped.startswith("2 -> 1")
+    assert verdict == "3 runs at 2 shards: all end in the same bits"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.processes
+def test_a_recipe_that_depends_on_the_ranks_is_told_the_first_step_and_tensor(tmp_path):
+    recipe = tmp_path / "depends.py"
+    recipe.write_text(DEPENDS_ON_RANKS.format(recipes=str(RECIPES)))
+    done = verify(tmp_path, "--world-sizes", "1,2", "--stops", "", "--steps", 3, "--json", recipe)
+    assert done.returncode == 1, done.stderr
+    reference, other = json.loads(done.stdout)
+    assert reference["difference"] == ""
+    assert other["difference"] == "loss of step 2 differs, first tensor bias of model.safetensors"
+
+
+def test_rows_are_one_a_world_size_and_one_with_stops_at_equal_parts(tmp_path):
+    rows = plan_rows(VerifyConfig(world_sizes="1,3", stops="4,2,3", steps=24), tmp_path)
+    assert [row.legs for row in rows] == [((1, 24),), ((3, 24),), ((4, 8), (2, 16), (3, 24))]
+    assert rows[-1].run_dir == RunDir(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"world_sizes": "1,two"}, {"world_sizes": ""}, {"stops": "0"}, {"steps": 2}, {"steps": 0, "stops": ""}],
+)
+def test_lists_that_are_no_numbers_of_ranks_are_refused(options):
+    with pytest.raises(UsageError):
+        VerifyConfig(**options)
+
+
+def test_the_table_marks_a_difference():
+    results = [{"ranks": "1", "digest": "a" * 64}, {"ranks": "2", "digest": "b" * 64}]
+    lines = table(results, {"2": "loss of step 3 differs"}, 2)
+    assert lines[1].endswith("reference")
+    assert lines[2].endswith("NO: loss of step 3 differs")
+    assert lines[-1] == "2 runs at 2 shards: NOT the same bits"
