@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -64,7 +65,9 @@ def hand_written(size: str, member: Membership) -> Callable[[int], None]:
     return run
 
 
-def ours(size: str, member: Membership, shards: int, reduction: str, folder: Path) -> Callable[[int], None]:
+def ours(
+    size: str, member: Membership, shards: int, reduction: Literal["exact", "fast"], folder: Path
+) -> Callable[[int], None]:
     """The step, loader and ledger that `train` uses, without its start and end."""
     model, optimizer, data, batch, _ = make(size)
     config = TrainConfig(global_batch_size=batch, reduction=reduction)

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -57,6 +58,7 @@ def main(folder: Path) -> None:
 
     def async_save(number: int) -> Callable[[], object]:
         future = dcp.async_save({"model": model.state_dict()}, checkpoint_id=folder / f"dcp-{number % 2}", no_dist=True)
+        assert isinstance(future, Future)
         return future.result
 
     contenders = {"samestep": ours, "torch.save": torch_save, "dcp.async_save": async_save}
