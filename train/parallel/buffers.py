@@ -8,6 +8,7 @@ of a single shard keeps what that shard left. Unchanged buffers are not touched:
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ class BufferCombiner:
     """Used as begin, (before_shard, after_shard) for each shard, finish; a model without buffers costs nothing."""
 
     def __init__(self, model: nn.Module, group: Group, exchange: Exchange, shards: int) -> None:
-        self.model = model
+        # Where each buffer is kept, not the tensor: wrapping the model, and user code, can put another one there.
+        self._places = {name: _place(model, name) for name, _ in model.named_buffers()}
         self.buffers: dict[str, Tensor] = {}
         self.group = group
         self.exchange = exchange
@@ -35,7 +37,7 @@ class BufferCombiner:
     def begin(self, plan: StepPlan) -> None:
         """Remember the step's buffers where a later shard has to start from them."""
         self._plan = plan
-        self.buffers = dict(self.model.named_buffers())
+        self._read()
         self._present = min(plan.samples, self.shards)
         self._single = self._present == 1
         spans = present_roots(self.group.world_size, self.shards, self._present)[self.group.rank]
@@ -77,7 +79,7 @@ class BufferCombiner:
         """Leave the combined buffers on every rank."""
         if not self.buffers:
             return
-        self.buffers = dict(self.model.named_buffers())  # wrapping the model, after the first step, can replace them
+        self._read()
         if self.changing is None:
             self._agree()
         if not self.changing or (self._single and self.group.world_size == 1):
@@ -94,6 +96,9 @@ class BufferCombiner:
         for name, value in zip(self._names, combined.split(sizes), strict=True):
             if name in self.changing:
                 self.buffers[name].copy_(value.view_as(self.buffers[name]))
+
+    def _read(self) -> None:
+        self.buffers = {name: kept[key] for name, (kept, key) in self._places.items()}
 
     def _refuse_new(self) -> None:
         for name, buffer in self.buffers.items():
@@ -144,3 +149,9 @@ class BufferCombiner:
 
     def _ordered(self, names: set[str]) -> list[str]:
         return [name for name in self.buffers if name in names]
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dict of the module that owns a buffer, and its key there."""
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path)._buffers, key

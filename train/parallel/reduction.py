@@ -99,6 +99,7 @@ class GradientReducer:
             self._assign_solo()
         else:
             self._exchange_all()
+        self._folds, self._results = {}, []  # gradients of this step must be free when the next ones are made
         if self._replica is None and self.group.world_size > 1:
             self._wrap()
         return [p.grad for p in self.parameters if p.grad is not None]
