@@ -31,6 +31,8 @@ ABOUT = {
     "tests/launcher/": "the launcher, with real ranks that need no torch",
     "tests/train/": "the worker, file by file",
     "tests/end_to_end/": "a file a promise",
+    "tests/rank_server.py": "forks ranks for tests, so that torch is imported once",
+    "tests/workers/": "scripts that are started as ranks",
     "tests/peers/": "other people's code as the judge",
     "tests/test_architecture.py": "who may import whom, and how long things may get",
     "tests/test_readme.py": "this page",
@@ -63,7 +65,11 @@ def first_words(path: Path) -> str:
 
 
 def tree() -> str:
-    modules = [path for folder in ("launcher", "train", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+    modules = [
+        path
+        for folder in ("benchmarks", "launcher", "train", "scripts")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
     about = {p.relative_to(ROOT).as_posix(): first_words(p) for p in modules if p.stat().st_size}
     assert all(about.values()), "every module says in its first line what it is"
     folders = sorted({name.rpartition("/")[0].partition("/")[0] for name in (*about, *ABOUT)})
