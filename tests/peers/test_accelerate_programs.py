@@ -30,8 +30,9 @@ def test_accelerates_own_programs_pass(name, tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 
-def test_hand_written_ddp_script_trains_twenty_times_in_a_row(tmp_path):
-    for _ in range(20):
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_hand_written_ddp_script_trains_time_after_time(times, tmp_path):
+    for _ in range(times):
         ended = samestep(tmp_path, WORKERS / "ddp_plain.py")
         assert (ended.returncode, ended.stdout) == (0, "trained on 2 ranks, restart 0\n"), ended.stderr
 
