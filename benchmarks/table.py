@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROWS = (
     ("small", 1, 1),
     ("small", 2, 2),
+    ("small", 4, 4),
     ("heavy", 2, 2),
     ("heavy", 4, 4),
     ("large", 2, 2),

@@ -13,7 +13,7 @@ from samestep.launcher.contract import ExitCode, UsageError
 
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
-       samestep verify [options] recipe.py | samestep digest PATH
+       samestep verify [options] recipe.py | samestep digest [--state] PATH
        samestep --version | samestep --help | samestep run --help"""
 
 HELP = f"""\
@@ -23,7 +23,8 @@ Distributed PyTorch training whose runs come out the same.
 
   run      start a recipe on several processes of this machine: torchrun's options, accelerate's names as aliases
   verify   run the first steps of a recipe at several world sizes and with stops, and compare the bits
-  digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file
+  digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
+           --state: of everything that training goes on from
 """
 
 
@@ -129,9 +130,11 @@ def _digest(argv: Sequence[str]) -> int:
     if len(argv) == 1 and argv[0] in ("--help", "-h"):
         print(HELP, end="")
         return ExitCode.DONE
-    if len(argv) != 1 or argv[0].startswith("-"):
+    paths = [word for word in argv if word != "--state"]
+    if len(paths) != 1 or paths[0].startswith("-"):
         raise UsageError(
-            f"digest is expected to be followed by one path, but got {len(argv)} words", "samestep digest PATH"
+            f"digest is expected to be followed by one path, but got {len(paths)} words",
+            "samestep digest [--state] PATH",
         )
-    print(path_digest(Path(argv[0])))
+    print(path_digest(Path(paths[0]), whole_state=len(paths) < len(argv)))
     return ExitCode.DONE

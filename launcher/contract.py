@@ -188,6 +188,8 @@ class RunDir:
 
 MANIFEST = "MANIFEST.json"
 WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
 
 
 def default_run_dir(recipe: str) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from samestep.launcher.contract import MANIFEST, WEIGHTS, ExitCode, RunDir, UsageError
+from samestep.launcher.contract import MANIFEST, OPTIMIZER, STATE, WEIGHTS, ExitCode, RunDir, UsageError
 from samestep.launcher.manifest import CHUNK_BYTES, newest_valid, verify
 
 ALIASES = "samestep.aliases"  # metadata key: names of tied tensors that repeat another name's tensor
@@ -99,8 +99,22 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, dict[str, Any]],
     return header, 8 + size
 
 
-def path_digest(path: Path) -> str:
+def state_digest(folder: Path) -> str:
+    """Digest of all of a checkpoint's state that training depends on: weights, optimizer, scheduler, scaler, position.
+
+    Times, restarts and the place in the event file are left out: they differ between runs that are the same.
+    """
+    state = json.loads((folder / STATE).read_text())
+    kept = {name: state[name] for name in ("model", "aliases", "trees", "tree_aliases")}
+    position = {name: state["counters"][name] for name in ("step", "epoch", "cursor")}
+    text = json.dumps([file_digest(folder / WEIGHTS), file_digest(folder / OPTIMIZER), kept, position], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def path_digest(path: Path, *, whole_state: bool = False) -> str:
     """Digest of a run directory (its newest valid checkpoint), a checkpoint folder or a safetensors file.
+
+    With `whole_state` not of the weights alone, but see `state_digest`; a safetensors file then is not enough.
 
     Raises:
         UsageError: `path` is none of these, or (exit code 78) what it holds is damaged.
@@ -109,7 +123,7 @@ def path_digest(path: Path) -> str:
         problem = verify(path)
         if problem:
             raise UsageError(f"{path} is not a valid checkpoint: {problem}", exit_code=ExitCode.NO_CHECKPOINT)
-        return file_digest(path / WEIGHTS)
+        return state_digest(path) if whole_state else file_digest(path / WEIGHTS)
     if path.is_dir():
         newest, damaged = newest_valid(RunDir(path).checkpoints)
         if newest is None:
@@ -120,7 +134,9 @@ def path_digest(path: Path) -> str:
                 "name a run directory, a checkpoint folder or a .safetensors file",
                 code,
             )
-        return file_digest(newest / WEIGHTS)
+        return state_digest(newest) if whole_state else file_digest(newest / WEIGHTS)
+    if whole_state:
+        raise UsageError(f"--state is expected to go with a run directory or checkpoint folder, but {path} is neither")
     try:
         return file_digest(path)
     except OSError as error:

@@ -117,6 +117,7 @@ class RankZeroReporter:
     log_every: int
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     _bar: Any = None
+    _of_epoch: list[StepRecord] = field(default_factory=list)
 
     def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
         """Write who takes part."""
@@ -134,6 +135,7 @@ class RankZeroReporter:
     def steps(self, records: list[StepRecord]) -> None:
         """Write an event a step, print a line each `log_every` steps of an epoch."""
         self.log.write(_step_event(record) for record in records)
+        self._of_epoch += records
         for record in records:
             position = record.step - record.epoch * self.steps_per_epoch
             if position % self.log_every == 0:
@@ -160,6 +162,9 @@ class RankZeroReporter:
             ]
         )
         self._print(f"Epoch [{epoch + 1}/{self.epochs}] finished in {sums.seconds:.2f}s. Average Loss: {sums.loss:.4f}")
+        if self._of_epoch:
+            self._print(f"  time: {phase_line(self._of_epoch)}")
+        self._of_epoch.clear()
 
     def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
         """Print all metrics in one line."""
@@ -281,7 +286,10 @@ def _progress_bar(stream: TextIO, total_steps: int) -> _NoBar | _RichBar:
 
 
 def phase_line(records: list[StepRecord]) -> str:
-    """Shares of the phases over some steps, and who was slowest, in one line."""
-    totals = {phase: sum(record.seconds[phase]["mean"] for record in records) for phase in PHASES}
-    whole = sum(totals.values()) or 1.0
-    return "  ".join(f"{phase} {100 * seconds / whole:.0f}%" for phase, seconds in totals.items())
+    """Where the time of some steps went on average, and which rank spent most of it, in one line."""
+    means = {phase: sum(record.seconds[phase]["mean"] for record in records) for phase in PHASES}
+    whole = sum(means.values()) or 1.0
+    shares = ", ".join(f"{phase} {100 * seconds / whole:.0f}%" for phase, seconds in means.items())
+    phase = max(PHASES, key=lambda name: sum(r.seconds[name]["max"] - r.seconds[name]["mean"] for r in records))
+    ranks = [record.seconds[phase]["slowest_rank"] for record in records]
+    return f"{shares}; slowest in {phase}: rank {max(set(ranks), key=ranks.count)}"

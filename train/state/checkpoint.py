@@ -21,12 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from samestep.launcher import manifest
-from samestep.launcher.contract import MANIFEST, WEIGHTS, ExitCode, RunDir, UsageError
+from samestep.launcher.contract import MANIFEST, OPTIMIZER, STATE, WEIGHTS, ExitCode, RunDir, UsageError
 from samestep.launcher.digest import file_digest
 from samestep.train.state.codec import not_finite
-
-OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
 
 
 @dataclass(slots=True)
