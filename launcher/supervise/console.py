@@ -26,6 +26,7 @@ class Console:
         }
         self._is_terminal = {name: os.isatty(fd) for name, fd in self._fds.items() if fd is not None}
         self._inside_line: dict[Stream, bool] = {"stdout": False, "stderr": False}
+        self._cut: dict[Stream, bool] = {"stdout": False, "stderr": False}  # we ended a line that the rank had begun
         self._bar_shown = False
 
     @property
@@ -34,7 +35,10 @@ class Console:
         return self._is_terminal["stderr"] and os.environ.get("TERM") != "dumb"
 
     def write(self, stream: Stream, data: bytes) -> None:
-        """Bytes as they are, whole lines or not."""
+        """Bytes as they are, whole lines or not; the end of a line that we had to end already is not written twice."""
+        if data and self._cut[stream]:
+            self._cut[stream] = False
+            data = data.removeprefix(b"\n")  # unbuffered ranks write a line and its end one after the other
         if data:
             self._clear_bar()
             self._put(stream, data)
@@ -43,7 +47,9 @@ class Console:
     def write_line(self, stream: Stream, line: bytes) -> None:
         """One line that begins at the left edge."""
         self._end_line(stream)
+        cut, self._cut[stream] = self._cut[stream], False
         self.write(stream, line + b"\n")
+        self._cut[stream] = cut
 
     def say(self, text: str) -> None:
         """A message of the launcher."""
@@ -69,6 +75,8 @@ class Console:
         same_screen = all(self._is_terminal.values())
         if self._inside_line[stream] or (same_screen and any(self._inside_line.values())):
             self._put(stream, b"\n")
+            for name, inside in self._inside_line.items():
+                self._cut[name] |= inside and (same_screen or name == stream)
             self._inside_line = {"stdout": False, "stderr": False} if same_screen else self._inside_line
             self._inside_line[stream] = False
 

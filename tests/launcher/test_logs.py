@@ -78,3 +78,11 @@ def test_full_disk_is_said_once_and_ends_nothing(console):
     text = console.printed()
     assert text.count(b"is not written any more") == 1
     assert b"goes on\nand on\n" in text
+
+
+def test_line_that_another_rank_interrupted_is_not_ended_twice(console):
+    console.write("stdout", b"from rank 0")  # an unbuffered rank writes the end of its line by itself
+    console.write_line("stdout", b"[rank 1] from rank 1")
+    for late in (b"\n", b"next\n", b"\n"):
+        console.write("stdout", late)
+    assert console.printed() == b"from rank 0\n[rank 1] from rank 1\nnext\n\n"
