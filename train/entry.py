@@ -28,6 +28,7 @@ from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run, run_to_the_end
+from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import join, pick_device
 from samestep.train.recipe import Components
 from samestep.train.state.export import export_weights
@@ -58,9 +59,15 @@ class _Progress:
 
     step: int = 0
     phase: str = "joining"
+    clock: PhaseClock | None = None  # knows the phase inside a step
 
     def __call__(self, step: int, phase: str) -> None:
         self.step, self.phase = step, phase
+
+    @property
+    def exact_phase(self) -> str:
+        """Inside a step the phase that its clock is in."""
+        return self.clock.current if self.phase == "step" and self.clock is not None else self.phase
 
 
 def train(
@@ -90,14 +97,16 @@ def train(
         with leave.nondeterminism_named():
             return _train(build, config, env, run_dir, generation, progress)
     except UsageError as error:
-        record = leave.error_record(error, env.rank, generation, progress.step, progress.phase)
+        record = leave.error_record(error, env.rank, generation, progress.step, progress.exact_phase)
         if run_dir.path.is_dir():
             leave.write_record(record, run_dir)
         if env.rank == 0 or not leave.said_by_rank_zero(record, run_dir):
             print(error if env.rank == 0 else f"[rank {env.rank}] {error}", file=sys.stderr, flush=True)
         raise SystemExit(int(error.exit_code)) from None
     except Exception as error:
-        leave.write_record(leave.error_record(error, env.rank, generation, progress.step, progress.phase), run_dir)
+        leave.write_record(
+            leave.error_record(error, env.rank, generation, progress.step, progress.exact_phase), run_dir
+        )
         if leave.is_consequence(error):
             print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
@@ -138,6 +147,7 @@ def _train(
         **environment.record(member.device),
     }
     run = assemble(components, Setting(config, member, run_dir, shards, generation, facts), progress)
+    progress.clock = run.step.clock
     leave.end_hard(run)
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
     warnings = list(found.warnings)

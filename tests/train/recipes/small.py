@@ -43,6 +43,8 @@ def build(config: SmallConfig) -> Components:
         calls += 1
         value = supervised(nn.MSELoss())(net, batch)
         assert isinstance(value, torch.Tensor)
+        if FAULT == "raise" and calls > 4:
+            raise ValueError("boom")
         if FAULT == "nan" and calls > 4:
             value = value * float("nan")
         return value

@@ -236,3 +236,10 @@ def test_the_configuration_on_disk_says_what_was_resolved(go):
     assert content["shards"] == 3
     assert content["config"]["width"] == 8
     assert content["environment"]["torch"] == torch.__version__
+
+
+def test_an_error_record_says_step_and_phase(go):
+    ended = go(fault="raise", code=1)
+    record = json.loads((ended.run_dir / "errors" / "rank-0.json").read_text())
+    assert (record["step"], record["phase"], record["kind"]) == (4, "forward", "ValueError")
+    assert record["frame"].endswith("in loss")
