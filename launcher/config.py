@@ -13,7 +13,7 @@ from typing import Annotated
 from samestep.launcher.contract import UsageError
 from samestep.launcher.options import Option
 
-DEFAULT_MAX_RESTARTS = 0  # a restart is only worth its time once a worker can resume
+DEFAULT_MAX_RESTARTS = 3  # of a recipe, which resumes; a script that may not is started once
 
 COUNT_WORDS = ("auto", "gpu", "cpu")
 _STREAMS = {"0": frozenset[str](), "1": frozenset({"stdout"}), "2": frozenset({"stderr"})}
@@ -36,9 +36,17 @@ class LaunchConfig:
         False
     )
     no_python: Annotated[bool, Option("The recipe is a program of its own, not a Python file", negative="")] = False
-    max_restarts: Annotated[int, Option("Starts after a failure before the run is given up", "times")] = (
-        DEFAULT_MAX_RESTARTS
-    )
+    max_restarts: Annotated[
+        int | None,
+        Option(
+            f"Restarts without a new checkpoint in between before the run is given up; default: {DEFAULT_MAX_RESTARTS} "
+            "for recipes, 0 for other scripts",
+            "times",
+        ),
+    ] = None
+    no_warm: Annotated[
+        bool, Option("Start each rank as a program of its own, not as a fork that has torch imported", negative="")
+    ] = False
     log_dir: Annotated[str | None, Option("Folder for rank-N.log files instead of RUN_DIR/logs", "path")] = None
     redirects: Annotated[
         str,
@@ -106,7 +114,7 @@ class LaunchConfig:
             raise UsageError(
                 "--module and --no-python are expected one at a time, but both are set", "drop one of them"
             )
-        if self.max_restarts < 0:
+        if self.max_restarts is not None and self.max_restarts < 0:
             raise _refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
         if self.master_port is not None and not 0 <= self.master_port <= 65535:
             raise _refused("--master-port", "between 0 and 65535", self.master_port, "leave it out for a free port")

@@ -63,6 +63,7 @@ ENV_GENERATION = "SAMESTEP_GENERATION"  # counts the starts of one run, from 0
 ENV_STORE_FD = "SAMESTEP_STORE_FD"  # rank zero only: listening loopback socket for the TCPStore
 ENV_STORE_PORT = "SAMESTEP_STORE_PORT"
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
+ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -157,6 +158,11 @@ class RunDir:
     def events(self) -> Path:
         """One JSON object a line; see the Event types below."""
         return self.path / "events.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Owner of the run directory, and the generation that may publish checkpoints."""
+        return self.path / "lock"
 
     @property
     def logs(self) -> Path:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from samestep.launcher import evidence, host, meeting, recipe_file, run_dir
+from samestep.launcher import evidence, host, manifest, meeting, recipe_file, run_dir
 from samestep.launcher.argv import Recipe
-from samestep.launcher.config import LaunchConfig
-from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig
+from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.diagnose import Failure, describe, diagnose, is_consequence
-from samestep.launcher.plan import Command, Facts, plan, render
+from samestep.launcher.lock import RunLock
+from samestep.launcher.plan import Command, Facts, fork_server_environment, plan, render
+from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.outcome import Generation, RankEnd
-from samestep.launcher.supervise.policy import Restart, decide
 from samestep.launcher.supervise.signals import SignalSocket
 from samestep.launcher.supervise.supervisor import Supervisor
 
@@ -49,17 +50,18 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     """
     facts, path = _check(config, recipe, environ)
     meeting.preview(config.master_addr, config.master_port)
-    directory = run_dir.prepare(path)
+    directory, lock = run_dir.own(path)
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
     console = Console()
     with SignalSocket() as signals:
         supervisor = Supervisor(config, directory, console, signals)
         try:
-            return _generations(_Run(config, recipe, directory, environ, supervisor, console), facts)
+            return _generations(_Run(config, recipe, directory, environ, supervisor, console, lock), facts)
         finally:
             supervisor.close()
             console.close()
+            lock.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class _Run:
     environ: Mapping[str, str]
     supervisor: Supervisor
     console: Console
+    lock: RunLock
 
 
 def _check(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> tuple[Facts, Path]:
@@ -83,35 +86,75 @@ def _check(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     if config.log_dir:
         run_dir.check(Path(config.log_dir))
     python = environ.get("PYTHON_EXEC") or sys.executable
-    return Facts(world_size, run_id=uuid.uuid4().hex, python=python, environ=environ), path
+    ours = recipe_file.trains(recipe)
+    restarts = config.max_restarts
+    facts = Facts(
+        world_size,
+        run_id=uuid.uuid4().hex,
+        python=python,
+        environ=environ,
+        resumes=ours,
+        forks=ours and not config.no_warm,
+        max_restarts=(DEFAULT_MAX_RESTARTS if ours else 0) if restarts is None else restarts,
+    )
+    return facts, path
 
 
 def _generations(run: _Run, facts: Facts) -> LaunchResult:
+    memory = policy.Memory(_committed(run.directory))
     while True:
+        if facts.forks:
+            run.supervisor.prepare_forks(facts.python, fork_server_environment(facts))
         commands, ended = _one_generation(run, facts)
         failure = diagnose(evidence.gather(ended, commands, run.directory)) if ended.stopped_by is None else None
-        verdict = decide(
+        memory = memory.after(_committed(run.directory), _signature(failure))
+        final = ended.interrupted or (failure is not None and policy.never_began(failure.cause, failure.phase))
+        verdict = policy.decide(
             failure_code=None if failure is None else failure.exit_code,
             stopped_by=ended.stopped_by,
             own_codes=frozenset(end.returncode for end in ended.ends if end.returncode >= 0),
-            restarts_left=0 if ended.interrupted else run.config.max_restarts - facts.generation,
+            restarts_left=0 if final else facts.max_restarts - memory.fruitless,
+            fruitless=memory.fruitless,
+            repeated=memory.repeated and facts.resumes,
         )
         number = facts.generation + 1
-        if isinstance(verdict, Restart):
+        if isinstance(verdict, policy.Restart):
             assert failure is not None
-            evidence.note_failure(failure, failure.exit_code, run.directory)
-            run.console.say(
-                f"samestep: rank {failure.rank} failed: {failure.cause}; restart {number} of {run.config.max_restarts}"
-            )
-            facts = Facts(facts.world_size, facts.run_id, facts.python, number, facts.environ)
+            memory = memory.restarted()
+            _tell_restart(run, facts, failure, memory, verdict.delay)
+            if verdict.delay and not run.supervisor.pause(verdict.delay):
+                return LaunchResult(ExitCode.TERMINATED, run.directory.path, number, failure)
+            facts = replace(facts, generation=number)
             continue
         if failure is not None and not failure.told:
             _tell(run, failure, verdict.exit_code)
+            if verdict.exit_code == ExitCode.NO_PROGRESS and memory.repeated:
+                run.console.say("samestep: the same failure twice, and no checkpoint in between: it would come again")
         return LaunchResult(verdict.exit_code, run.directory.path, number, failure)
+
+
+def _committed(directory: RunDir) -> int:
+    newest = manifest.committed(directory.checkpoints)
+    return manifest.step_of(newest[0]) if newest else -1
+
+
+def _signature(failure: Failure | None) -> tuple[object, ...] | None:
+    if failure is None:
+        return None
+    return policy.signature(rank=failure.rank, cause=failure.cause, frame=failure.frame, step=failure.step)
+
+
+def _tell_restart(run: _Run, facts: Facts, failure: Failure, memory: policy.Memory, delay: float) -> None:
+    evidence.note_failure(failure, failure.exit_code, run.directory)
+    run.console.say(
+        f"samestep: rank {failure.rank} failed: {failure.cause}; restart {memory.fruitless} of {facts.max_restarts}"
+        + (f" in {delay:g} s" if delay else "")
+    )
 
 
 def _one_generation(run: _Run, facts: Facts) -> tuple[tuple[Command, ...], Generation]:
     """Fresh ports, fresh processes."""
+    facts = replace(facts, fence=run.lock.next_generation())
     place, store = meeting.open_store(run.config.master_addr, run.config.master_port)
     with store:
         commands = plan(run.config, run.recipe, run.directory, place, facts)

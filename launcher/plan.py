@@ -16,6 +16,7 @@ from pathlib import Path
 from samestep.launcher.argv import Kind, Recipe
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import (
+    ENV_FENCE,
     ENV_GENERATION,
     ENV_LAUNCHED,
     ENV_RUN_DIR,
@@ -51,7 +52,11 @@ class Facts:
     run_id: str
     python: str
     generation: int = 0
+    fence: int = 0  # generation in the run directory's lock, which counts the starts of all launchers
     environ: Mapping[str, str] = field(default_factory=dict)
+    resumes: bool = False  # a recipe of ours, which goes on where it was
+    forks: bool = False  # ranks come from a fork server
+    max_restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class Command:
     log: Path
     elastic_error: Path
     pass_fds: tuple[int, ...] = ()
+    recipe: Recipe | None = None  # what a fork server may run in place of argv
     signal_group: bool = False  # a shell passes no signal on, so its children must be told themselves
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
@@ -90,6 +96,7 @@ def _command(
         ENV_LAUNCHED: "1",
         ENV_RUN_DIR: str(run_dir.path.absolute()),
         ENV_GENERATION: str(facts.generation),
+        ENV_FENCE: str(facts.fence),
     }
     if meeting.store_port:
         env[ENV_STORE_PORT] = str(meeting.store_port)
@@ -99,17 +106,21 @@ def _command(
         env["ACCELERATE_USE_CPU"] = "true"
     if config.virtual_local_rank:
         env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _own_gpu(facts.environ, rank)}
+    # torchrun replaces this one macro in the arguments
+    words = tuple(word.replace("${local_rank}", str(rank)) for word in recipe.arguments)
+    mine = Recipe(recipe.target, words, recipe.kind)
     logs = Path(config.log_dir) if config.log_dir else run_dir.logs
     return Command(
         rank=rank,
         local_rank=rank,
-        argv=_argv(recipe, facts.python, rank),
+        argv=_argv(mine, facts.python),
         env=env,
         unset=tuple(name for name in (ENV_STORE_FD, ENV_STORE_PORT) if name not in env),
         log=logs / f"rank-{rank}.log",
         elastic_error=elastic_error,
         pass_fds=(meeting.store_fd,) if has_store_socket else (),
         signal_group=recipe.kind is Kind.COMMAND,
+        recipe=mine if facts.forks else None,
     )
 
 
@@ -128,7 +139,7 @@ def _torchrun(config: LaunchConfig, meeting: Meeting, facts: Facts, rank: int) -
         "MASTER_ADDR": meeting.master_addr,
         "MASTER_PORT": str(meeting.master_port),
         "TORCHELASTIC_RESTART_COUNT": str(facts.generation),
-        "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
+        "TORCHELASTIC_MAX_RESTARTS": str(facts.max_restarts),
         "TORCHELASTIC_RUN_ID": config.rdzv_id or facts.run_id,
         "TORCHELASTIC_USE_AGENT_STORE": "False",
     }
@@ -141,16 +152,19 @@ def _defaults(facts: Facts) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in facts.environ}
 
 
+def fork_server_environment(facts: Facts) -> dict[str, str]:
+    """What all ranks have in common: torch and the interpreter read some of it while they start."""
+    return dict(facts.environ) | _defaults(facts)
+
+
 def _own_gpu(environ: Mapping[str, str], local_rank: int) -> str:
     visible = [entry.strip() for entry in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
     return visible[local_rank] if local_rank < len(visible) else str(local_rank)
 
 
-def _argv(recipe: Recipe, python: str, local_rank: int) -> tuple[str, ...]:
+def _argv(recipe: Recipe, python: str) -> tuple[str, ...]:
     start = {Kind.SCRIPT: (python,), Kind.MODULE: (python, "-m"), Kind.COMMAND: ()}[recipe.kind]
-    # torchrun replaces this one macro in the arguments
-    arguments = (word.replace("${local_rank}", str(local_rank)) for word in recipe.arguments)
-    return (*start, recipe.target, *arguments)
+    return (*start, recipe.target, *recipe.arguments)
 
 
 def render(commands: tuple[Command, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,24 @@ from pathlib import Path
 
 from samestep.launcher.argv import Kind, Recipe
 from samestep.launcher.contract import UsageError
+
+_TRAINS = re.compile(rb"^[ \t]*(from|import)[ \t]+samestep\b[ \t.\w]*\btrain\b", re.MULTILINE)
+
+
+def trains(recipe: Recipe) -> bool:
+    """Whether it imports samestep.train, and so resumes where it was. A look at the text, no more."""
+    if recipe.kind is Kind.COMMAND:
+        return False
+    path: str | None = recipe.target
+    if recipe.kind is Kind.MODULE:
+        spec = _find(recipe.target)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = _find(f"{recipe.target}.__main__")
+        path = spec.origin if spec is not None else None
+    try:
+        return path is not None and _TRAINS.search(Path(path).read_bytes()) is not None
+    except OSError:
+        return False
 
 
 def check(recipe: Recipe) -> None:

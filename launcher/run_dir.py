@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.lock import RunLock
 
 
 def check(path: Path) -> None:
@@ -23,11 +24,11 @@ def check(path: Path) -> None:
         raise _unusable(path, f"{nearest} is not writable")
 
 
-def prepare(path: Path) -> RunDir:
-    """Create the directory (0700) with logs/ and errors/, and drop what earlier runs left in errors/.
+def own(path: Path) -> tuple[RunDir, RunLock]:
+    """Create the directory (0700) with logs/ and errors/, take its lock, drop what earlier runs left in errors/.
 
     Raises:
-        UsageError: the file system refuses.
+        UsageError: the file system refuses, or the directory is in use.
     """
     run_dir = RunDir(path)
     try:
@@ -35,11 +36,12 @@ def prepare(path: Path) -> RunDir:
         path.mkdir(mode=0o700, exist_ok=True)  # one that exists keeps its mode: it may be a folder of somebody's
         run_dir.logs.mkdir(exist_ok=True)
         run_dir.errors.mkdir(exist_ok=True)
+        lock = RunLock(run_dir)
         for stale in run_dir.errors.glob("rank-*.json"):
             stale.unlink()
     except OSError as error:
         raise _unusable(path, (error.strerror or str(error)).lower()) from None
-    return run_dir
+    return run_dir, lock
 
 
 def prepare_logs(path: Path) -> None:

@@ -20,13 +20,14 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 LONGER = {"launcher/contract.py": 340}  # all that crosses the border between processes stays in one place
 
 # Of the launcher, the worker uses what both sides have to agree on, and nothing else.
-SHARED = {"contract", "digest", "manifest", "options"}
+SHARED = {"contract", "digest", "liveness", "lock", "manifest", "options"}
 
 # Parts of train/ (a folder, or a module beside the folders) and the other parts that each may import.
 TRAIN_IMPORTS: dict[str, set[str]] = {
     "config": set(),
     "environment": set(),
     "leave": set(),
+    "as_main": set(),
     "recipe": set(),
     "parallel": {"recipe"},
     "data": {"parallel"},
@@ -38,7 +39,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "state", "step"},
 }
 PURE = {"data.order", "parallel.shards"}  # integers in, integers out: import no other part, so every part may use them
-COMPOSERS = {"assemble", "entry", "start"}  # connect the parts and may import all of them
+COMPOSERS = {"assemble", "entry", "fork_server", "start"}  # connect the parts and may import all of them
 
 FORBIDDEN_CALLS = {"eval", "exec", "os.popen", "os.system", "torch.load", "torch.save"}
 VAGUE_NAMES = {"common", "core", "helper", "helpers", "manager", "misc", "util", "utils"}

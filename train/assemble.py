@@ -45,6 +45,7 @@ class Setting:
     shards: int
     generation: int
     facts: dict[str, Any]  # kept in every checkpoint, compared at resume and over the ranks
+    fence: int | None = None  # generation of the run directory's lock that may publish checkpoints
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +68,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
     schedule = Schedule(config.checkpoint_every, config.checkpoint_seconds, group, device)
-    writer = WritingSaver(schedule, setting.run_dir, setting.generation, config.keep_checkpoints)
+    writer = WritingSaver(schedule, setting.run_dir, setting.generation, config.keep_checkpoints, setting.fence)
     return Run(
         config=config,
         components=components,

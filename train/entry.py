@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from samestep.launcher import manifest, options
 from samestep.launcher.contract import (
@@ -29,7 +29,7 @@ from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run, run_to_the_end
 from samestep.train.observe.phases import PhaseClock
-from samestep.train.parallel.group import join, pick_device
+from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
 from samestep.train.state.export import export_weights
 
@@ -130,6 +130,25 @@ def _train(
     member = join(env, pick_device(config.device, env))
     environment.pin(threads, config.allow_nondeterministic)  # joining may have set the thread count
     leave.end_hard(member)
+    with start.owned(run_dir, member) as fence:
+        return _train_joined(build, _Joined(config, member, run_dir, shards, generation, fence, stored), progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """What is known once all ranks have met."""
+
+    config: Any
+    member: Membership
+    run_dir: RunDir
+    shards: int
+    generation: int
+    fence: int
+    stored: dict[str, Any]
+
+
+def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress: _Progress) -> Result:
+    config, member, run_dir, shards = joined.config, joined.member, joined.run_dir, joined.shards
     found = start.find_state(run_dir, config, member)
 
     # --- build
@@ -146,29 +165,32 @@ def _train(
         "dataset": dataset_fingerprint(components.train_data, config.seed),
         **environment.record(member.device),
     }
-    run = assemble(components, Setting(config, member, run_dir, shards, generation, facts), progress)
+    setting = Setting(config, member, run_dir, shards, joined.generation, facts, joined.fence)
+    run = assemble(components, setting, progress)
     progress.clock = run.step.clock
     leave.end_hard(run)
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
     warnings = list(found.warnings)
     if found.snapshot is not None:
         start.restore(run, found.snapshot, found.source)
-        warnings += start.changes(config, stored, environment.record(member.device))
+        warnings += start.changes(config, joined.stored, environment.record(member.device))
+
+    run.state.restarts = max(run.state.restarts, joined.generation)  # also those before the first checkpoint
 
     # --- train
     if found.ended and run.state.step >= run.max_steps:
         digest = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
         run.reporter.already_finished(digest, run.state.step)
     else:
-        start.announce(run, run_dir, member, shards, generation)
-        alone = "" if env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
+        start.announce(run, run_dir, member, shards, joined.generation)
+        alone = "" if member.env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
         for text in filter(None, [alone, *warnings]):
             run.reporter.warning(text)
         if found.snapshot is not None:
             run.reporter.resumed(run.state.step, run.state.epoch, found.source)
         run_to_the_end(run)
         progress(run.state.step, "closing")
-        digest = _close(run, run_dir, env.rank)
+        digest = _close(run, run_dir, member.env.rank)
         run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))
     member.group.barrier()
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from samestep.launcher import manifest, options
-from samestep.launcher.contract import ExitCode, RankInfo, RunDir, UsageError
+from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RankInfo, RunDir, UsageError
+from samestep.launcher.lock import RunLock
 from samestep.train import environment
 from samestep.train.config import TrainConfig
 from samestep.train.loop import Run
@@ -96,20 +97,50 @@ def find_state(run_dir: RunDir, config: TrainConfig, member: Membership) -> Foun
     Raises:
         UsageError: see `checkpoint.find`; on every rank.
     """
+    seen = _on_rank_zero(lambda: _look(run_dir, config.resume), member)
+    if not seen["path"]:
+        return Found(warnings=tuple(seen["warnings"]))
+    folder = Path(seen["path"])
+    return Found(checkpoint.load(folder), folder.name, tuple(seen["warnings"]), seen["ended"])
+
+
+def _on_rank_zero(look: Callable[[], dict[str, Any]], member: Membership) -> dict[str, Any]:
+    """What rank zero finds, on every rank; its usage error too. A collective."""
     seen: dict[str, Any] = {}
     if member.group.rank == 0:
         try:
-            seen = _look(run_dir, config.resume)
+            seen = look()
         except UsageError as error:
             seen = {"error": [error.message, error.hint, int(error.exit_code)]}
     seen = json.loads(member.group.gather_bytes(json.dumps(seen).encode())[0])
     if "error" in seen:
         message, hint, code = seen["error"]
         raise UsageError(message, hint, ExitCode(code))
-    if not seen["path"]:
-        return Found(warnings=tuple(seen["warnings"]))
-    folder = Path(seen["path"])
-    return Found(checkpoint.load(folder), folder.name, tuple(seen["warnings"]), seen["ended"])
+    return seen
+
+
+@contextlib.contextmanager
+def owned(run_dir: RunDir, member: Membership, environ: Mapping[str, str] = os.environ) -> Iterator[int]:
+    """Own the run directory, through the launcher or, where none of ours is above, by oneself. A collective.
+
+    Gives the generation of its lock, without which no checkpoint is published.
+
+    Raises:
+        UsageError: another run uses the directory; on every rank.
+    """
+    held: list[RunLock] = []
+
+    def take() -> dict[str, Any]:
+        if environ.get(ENV_FENCE) and Path(environ.get(ENV_RUN_DIR, "")).absolute() == run_dir.path.absolute():
+            return {"fence": int(environ[ENV_FENCE])}
+        held.append(RunLock(run_dir))
+        return {"fence": held[0].generation}
+
+    try:
+        yield int(_on_rank_zero(take, member)["fence"])
+    finally:
+        for lock in held:
+            lock.release()
 
 
 def _look(run_dir: RunDir, resume: str) -> dict[str, Any]:

@@ -50,8 +50,13 @@ class Due:
     timer: str
 
 
-Event = Output | Signalled | Exited | Due
-_ORDER: dict[type[Event], int] = {Output: 0, Signalled: 1, Exited: 2, Due: 3}
+@dataclass(frozen=True, slots=True)
+class ServerSpoke:
+    """The fork server is ready, or has ended."""
+
+
+Event = Output | Signalled | Exited | Due | ServerSpoke
+_ORDER: dict[type[Event], int] = {Output: 0, Signalled: 1, ServerSpoke: 2, Exited: 3, Due: 4}
 
 
 class EventSource:
@@ -88,8 +93,12 @@ class EventSource:
         """Report what comes through a non-blocking pipe."""
         self._selector.register(fd, selectors.EVENT_READ, lambda: [Output(rank, stream, os.read(fd, _CHUNK_BYTES))])
 
-    def forget_output(self, fd: int) -> None:
-        """Stop reading a pipe that the caller is about to close."""
+    def watch_server(self, fd: int) -> None:
+        """Report `ServerSpoke` while there is something to read."""
+        self._selector.register(fd, selectors.EVENT_READ, lambda: [ServerSpoke()])
+
+    def forget(self, fd: int) -> None:
+        """Stop reading what the caller is about to close."""
         self._selector.unregister(fd)
 
     def start_timer(self, name: str, seconds: float) -> None:

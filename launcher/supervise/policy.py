@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from samestep.launcher.contract import ExitCode
 
@@ -62,9 +63,58 @@ class Stop:
 class Restart:
     """All ranks start again, in the next generation."""
 
+    delay: float = 0.0  # seconds
+
+
+_LONGEST_DELAY = 30.0
+_NEVER_IMPORTED = re.compile(r"\b(ModuleNotFoundError|ImportError|SyntaxError|IndentationError|TabError)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What earlier generations of this launch came to.
+
+    Attributes:
+        committed: steps of the newest checkpoint when the last generation ended, -1 without any.
+        fruitless: restarts since that number last grew.
+        signature: what the last failure was, None where that tells nothing about the next one.
+        repeated: the last failure was the same as the one before it, and nothing was committed in between.
+    """
+
+    committed: int = -1
+    fruitless: int = 0
+    signature: tuple[object, ...] | None = None
+    repeated: bool = False
+
+    def after(self, committed: int, signature: tuple[object, ...] | None) -> Memory:
+        """A generation has failed."""
+        if committed > self.committed:
+            return Memory(committed, 0, signature)
+        return Memory(committed, self.fruitless, signature, signature is not None and signature == self.signature)
+
+    def restarted(self) -> Memory:
+        """Another generation is started."""
+        return replace(self, fruitless=self.fruitless + 1)
+
+
+def signature(*, rank: int, cause: str, frame: str, step: int | None) -> tuple[object, ...] | None:
+    """What makes two failures the same: an exception or crash at one place. A kill from outside has no place."""
+    return (rank, cause.partition(":")[0], frame, step) if frame else None
+
+
+def never_began(cause: str, phase: str) -> bool:
+    """Whether the code could not even be imported: it can't the next time either."""
+    return phase in ("", "joining", "build") and _NEVER_IMPORTED.search(cause) is not None
+
 
 def decide(
-    *, failure_code: int | None, stopped_by: int | None, own_codes: frozenset[int], restarts_left: int
+    *,
+    failure_code: int | None,
+    stopped_by: int | None,
+    own_codes: frozenset[int],
+    restarts_left: int,
+    fruitless: int = 0,
+    repeated: bool = False,
 ) -> Stop | Restart:
     """What follows the end of a generation.
 
@@ -73,6 +123,8 @@ def decide(
         stopped_by: the operator's first signal, if it came before any failure.
         own_codes: statuses of the ranks that ended by themselves.
         restarts_left: how many starts are still allowed.
+        fruitless: restarts since the last progress, which make the next one wait.
+        repeated: the failure is the one before it once more, and nothing was committed in between.
     """
     if stopped_by is not None:
         if own_codes and own_codes <= _PREEMPTED:  # every rank saved what it could and said so
@@ -80,8 +132,8 @@ def decide(
         return Stop(ExitCode.INTERRUPTED if stopped_by == signal.SIGINT else ExitCode.TERMINATED)
     if failure_code is None:
         return Stop(ExitCode.DONE)
-    if failure_code in ORDERLY:
-        return Stop(failure_code)
+    if repeated or failure_code in ORDERLY:
+        return Stop(failure_code if failure_code in ORDERLY else ExitCode.NO_PROGRESS)
     if restarts_left > 0:
-        return Restart()
+        return Restart(min(_LONGEST_DELAY, 2.0 ** (fruitless - 1)) if fruitless else 0.0)
     return Stop(ExitCode.BUG if failure_code == ExitCode.BUG else ExitCode.FAILED)

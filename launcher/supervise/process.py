@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 import psutil
 
+from samestep.launcher.liveness import die_with
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise.signals import OPERATOR
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-_prctl: Callable[..., int] | None = None
-if sys.platform == "linux":
-    with contextlib.suppress(OSError, AttributeError):
-        _prctl = ctypes.CDLL(None).prctl  # looked up here: after fork, a child should do as little as it can
 
-
-def adopt_orphans() -> None:
-    """Make processes that lose their parent below us our children, so that none escapes `sweep`."""
-    if _prctl is not None:
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def sweep(seconds: float = 1.0) -> None:
-    """Kill and reap every process below us: only ranks ever start any, and no rank is left."""
-    left = psutil.Process().children(recursive=True)
+def sweep(keep: int | None = None, seconds: float = 1.0) -> None:
+    """Kill and reap every process below us but `keep`: only ranks ever start any, and no rank is left."""
+    left = [process for process in psutil.Process().children(recursive=True) if process.pid != keep]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -48,37 +34,15 @@ def reap_adopted() -> None:
 
 
 class Worker:
-    """One rank as a process, leader of its own session and process group."""
+    """One rank as a process, leader of its own session and process group, and a child of ours however it started."""
 
-    def __init__(self, command: Command, environ: Mapping[str, str]) -> None:
-        """Start it.
-
-        Raises:
-            OSError: the program can't be executed.
-        """
+    def __init__(self, command: Command, pid: int, stdout: int, stderr: int) -> None:
         self.command = command
+        self.pid = pid
+        self.stdout, self.stderr = stdout, stderr  # read ends, which do not block
         self.signalled = False  # we asked it to end: its status tells nothing about why
         self.ended_ns = 0  # wall clock, comparable with the time in an error record
         self.returncode: int | None = None
-        launcher = os.getpid()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, OPERATOR)
-        try:
-            self._popen = subprocess.Popen(
-                command.argv,
-                env=command.environment(environ),
-                stdin=None if command.rank == 0 else subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                pass_fds=command.pass_fds,
-                start_new_session=True,
-                # safe: this process has one thread, and what runs in the child is a handful of system calls
-                preexec_fn=lambda: _before_exec(launcher, blocked),
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        self.stdout, self.stderr = _pipe(self._popen.stdout), _pipe(self._popen.stderr)
-        self.pid = self._popen.pid
 
     def collect(self) -> bool:
         """Take the status if the process has ended, and end what it left in its process group."""
@@ -89,7 +53,7 @@ class Worker:
         self.ended_ns = time.time_ns()
         # before the status is taken: until then the number can't belong to another group
         self._signal_group(signal.SIGKILL)
-        self.returncode = self._popen.wait()
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return True
 
     def terminate(self) -> None:
@@ -120,13 +84,71 @@ class Worker:
             os.killpg(self.pid, signum)
 
 
-def _before_exec(launcher: int, mask: set[int | signal.Signals]) -> None:
+class Program(Worker):
+    """A rank that is a program of its own."""
+
+    def __init__(self, command: Command, environ: Mapping[str, str], liveness: int) -> None:
+        """Start it; `liveness` is the read end of the pipe whose writer is this process.
+
+        Raises:
+            OSError: the program can't be executed.
+        """
+        self._popen = start_in_session(
+            command.argv,
+            command.environment(environ),
+            liveness,
+            stdin=None if command.rank == 0 else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=command.pass_fds,
+        )
+        super().__init__(command, self._popen.pid, _pipe(self._popen.stdout), _pipe(self._popen.stderr))
+
+    def collect(self) -> bool:
+        """As for any worker; Popen is told, or it would look for a status that is gone."""
+        ended = super().collect()
+        self._popen.returncode = self.returncode
+        return ended
+
+
+def start_in_session(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    liveness: int,
+    *,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    pass_fds: tuple[int, ...] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a program as leader of a session that dies with this process.
+
+    Raises:
+        OSError: it can't be executed.
+    """
+    launcher = os.getpid()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, OPERATOR)
+    try:
+        return subprocess.Popen(
+            argv,
+            env=env,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            bufsize=0,
+            pass_fds=(*pass_fds, liveness),
+            start_new_session=True,
+            # safe: this process has one thread, and what runs in the child is a handful of system calls
+            preexec_fn=lambda: _before_exec(launcher, liveness, blocked),
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _before_exec(launcher: int, liveness: int, mask: set[int | signal.Signals]) -> None:
     """Runs in the child between fork and exec."""
     signal.set_wakeup_fd(-1)  # shared with the launcher until exec
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != launcher:  # it died before the line above
-            os._exit(1)
+    die_with(launcher, liveness)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 

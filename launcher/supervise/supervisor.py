@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import RunDir
+from samestep.launcher.liveness import adopt_orphans
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise import policy, process
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.events import Due, EventSource, Exited, Output, Signalled, Stream
+from samestep.launcher.supervise.events import Due, Event, EventSource, Exited, Output, ServerSpoke, Signalled, Stream
+from samestep.launcher.supervise.fork_server import ForkServer, NoForkError
 from samestep.launcher.supervise.logs import RankLog, routes
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.policy import Patience
-from samestep.launcher.supervise.process import Worker
+from samestep.launcher.supervise.process import Program, Worker
 from samestep.launcher.supervise.progress import REFRESH_SECONDS, ProgressLine
 from samestep.launcher.supervise.signals import SignalSocket
 
@@ -39,7 +41,10 @@ class Supervisor:
         self._stopped_by: int | None = None
         self._presses = 0
         self._patience = Patience(0.0, 0.0)
-        process.adopt_orphans()
+        self._liveness, self._life = os.pipe()  # the kernel closes the second one with us: ranks die then
+        self._adopts = adopt_orphans()
+        self._server: ForkServer | None = None
+        self._waiting: Callable[[], None] | None = None  # starts the ranks, once the fork server is ready
 
     def run(
         self,
@@ -59,24 +64,76 @@ class Supervisor:
         """
         self._ends, self._failed, self._is_victim = [], False, is_victim
         try:
-            for command in commands:
-                self._start(generation, command, environ)
-            started()
-            if self._progress:
-                self._source.start_timer("progress", REFRESH_SECONDS)
-            while self._running():
+            self._waiting = lambda: self._start_all(generation, commands, environ, started)
+            if self._server is None or self._server.is_ready or not all(command.recipe for command in commands):
+                self._begin()
+            else:
+                self._source.watch_server(self._server.fileno())
+            while self._waiting is not None or self._running():
                 for event in self._source.wait():
                     self._handle(event)
         finally:
             self._leave_nothing()
         return Generation(generation, tuple(self._ends), self._stopped_by, self._presses > 0)
 
+    def pause(self, seconds: float) -> bool:
+        """Let time pass; False if the operator asked to stop meanwhile."""
+        self._source.start_timer("pause", seconds)
+        while True:
+            for event in self._source.wait():
+                if event == Due("pause"):
+                    return True
+                if isinstance(event, Signalled):
+                    self._operator(event.signum)
+                    return False
+
+    def prepare_forks(self, python: str, environ: Mapping[str, str]) -> None:
+        """Start a fork server, or another one if it has ended; until it is ready, forked ranks wait."""
+        if not self._adopts or (self._server is not None and self._server.is_ready):
+            return
+        if self._server is not None:
+            self._server.close()
+        self._server = ForkServer(python, environ, self._liveness)
+
     def close(self) -> None:
         """Release what the last generation used."""
+        if self._server is not None:
+            self._server.close()
         self._source.close()
+        os.close(self._liveness)
+        os.close(self._life)
+
+    def _server_spoke(self) -> None:
+        assert self._server is not None
+        self._source.forget(self._server.fileno())
+        self._server.greet()  # where it has ended, ranks are programs of their own and tell why it could not live
+        self._begin()
+
+    def _begin(self) -> None:
+        start, self._waiting = self._waiting, None
+        if start is not None:
+            start()
+
+    def _start_all(
+        self, generation: int, commands: Sequence[Command], environ: Mapping[str, str], started: Callable[[], None]
+    ) -> None:
+        for command in commands:
+            self._start(generation, command, environ)
+        started()
+        if self._progress:
+            self._source.start_timer("progress", REFRESH_SECONDS)
+
+    def _new_worker(self, command: Command, environ: Mapping[str, str]) -> Worker:
+        if command.recipe is not None and self._server is not None and self._server.is_ready:
+            try:
+                return self._server.fork(command, environ)
+            except NoForkError as error:
+                if command.rank == 0 and not self._config.quiet:
+                    self._console.say(f"samestep: ranks are not forked, which only starts slower: {error}")
+        return Program(command, environ, self._liveness)
 
     def _start(self, generation: int, command: Command, environ: Mapping[str, str]) -> None:
-        worker = Worker(command, environ)
+        worker = self._new_worker(command, environ)
         rank = command.rank
         self._workers[rank] = worker
         self._source.watch_exit(rank, worker.pid)
@@ -90,12 +147,14 @@ class Supervisor:
     def _running(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if worker.returncode is None]
 
-    def _handle(self, event: Output | Signalled | Exited | Due) -> None:
+    def _handle(self, event: Event) -> None:
         match event:
             case Output(rank, stream, data):
                 self._output(rank, stream, data)
             case Exited(rank):
                 self._exited(rank)
+            case ServerSpoke():
+                self._server_spoke()
             case Signalled(signum):
                 self._operator(signum)
             case Due("terminate"):
@@ -123,6 +182,9 @@ class Supervisor:
 
     def _operator(self, signum: int) -> None:
         self._presses += 1
+        if self._waiting is not None and self._server is not None:
+            self._waiting = None  # no rank has been started: none will be
+            self._source.forget(self._server.fileno())
         if self._stopped_by is None and not self._failed:
             self._stopped_by = signum
         if self._presses == 1 and not self._config.quiet:
@@ -167,7 +229,7 @@ class Supervisor:
     def _close_pipe(self, rank: int, stream: Stream) -> None:
         fd = self._pipes.pop((rank, stream), None)
         if fd is not None:
-            self._source.forget_output(fd)
+            self._source.forget(fd)
             os.close(fd)
 
     def _show_progress(self) -> None:
@@ -180,6 +242,7 @@ class Supervisor:
     def _leave_nothing(self) -> None:
         """After this no process, descriptor or timer of the generation is left, also if we fail ourselves."""
         undisturbed = all(worker.returncode == 0 for worker in self._workers.values())
+        self._waiting = None
         for timer in ("terminate", "kill", "abandon", "progress"):
             self._source.stop_timer(timer)
         for rank, worker in self._workers.items():
@@ -188,7 +251,7 @@ class Supervisor:
         if undisturbed:
             process.reap_adopted()  # a service that detached itself from a successful rank is none of our business
         else:
-            process.sweep()
+            process.sweep(keep=self._server.pid if self._server else None)
         for rank, log in self._logs.items():
             self._drain(rank)
             for stream in ("stdout", "stderr"):

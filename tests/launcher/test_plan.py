@@ -65,7 +65,7 @@ def test_stray_rank_variables_of_the_launcher_reach_nobody():
 
 
 def test_each_generation_is_told_apart():
-    later = commands(LaunchConfig(max_restarts=3), facts=replace(FACTS, generation=2))[0]
+    later = commands(facts=replace(FACTS, generation=2, max_restarts=3))[0]
     assert later.env["SAMESTEP_GENERATION"] == later.env["TORCHELASTIC_RESTART_COUNT"] == "2"
     assert later.env["TORCHELASTIC_MAX_RESTARTS"] == "3"
     assert later.elastic_error != commands()[0].elastic_error

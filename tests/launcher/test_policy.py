@@ -6,7 +6,16 @@ import signal
 
 import pytest
 
-from samestep.launcher.supervise.policy import Restart, Stop, after_exit, after_signal, decide
+from samestep.launcher.supervise.policy import (
+    Memory,
+    Restart,
+    Stop,
+    after_exit,
+    after_signal,
+    decide,
+    never_began,
+    signature,
+)
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
@@ -64,3 +73,54 @@ def test_operator_who_asks_twice_waits_for_nothing():
     assert after_signal(1, None).grace == 5
     assert after_signal(1, 30).grace == 30
     assert after_signal(2, 30).grace == 0
+
+
+@pytest.mark.parametrize(("fruitless", "delay"), [(0, 0), (1, 1), (2, 2), (4, 8), (10, 30)])
+def test_the_first_restart_comes_at_once_and_later_ones_wait_up_to_a_bound(fruitless, delay):
+    decided = decide(failure_code=1, stopped_by=None, own_codes=frozenset({1}), restarts_left=1, fruitless=fruitless)
+    assert decided == Restart(delay)
+
+
+@pytest.mark.parametrize(("code", "left", "expected"), [(1, 3, 77), (-11, 3, 77), (1, 0, 77), (2, 3, 2), (78, 3, 78)])
+def test_the_same_failure_again_without_progress_is_final(code, left, expected):
+    decided = decide(
+        failure_code=code, stopped_by=None, own_codes=frozenset(), restarts_left=left, fruitless=1, repeated=True
+    )
+    assert decided == Stop(expected)
+
+
+def test_the_budget_begins_anew_with_every_new_checkpoint():
+    memory = Memory(committed=10)
+    for committed, fruitless in ((10, 1), (10, 2), (20, 1), (20, 2), (15, 3), (21, 1)):
+        memory = memory.after(committed, None).restarted()
+        assert memory.fruitless == fruitless
+
+
+def test_only_the_same_place_twice_without_a_checkpoint_in_between_repeats():
+    here = signature(rank=1, cause="ValueError: a", frame="r.py:3 in loss", step=4)
+    later = signature(rank=1, cause="ValueError: b", frame="r.py:3 in loss", step=5)
+    assert here == signature(rank=1, cause="ValueError: other words", frame="r.py:3 in loss", step=4)
+    memory = Memory().after(-1, here)
+    assert not memory.repeated
+    assert memory.restarted().after(-1, here).repeated
+    assert not memory.restarted().after(-1, later).repeated
+    assert not memory.restarted().after(8, here).repeated
+    assert not memory.restarted().after(-1, None).restarted().after(-1, here).repeated
+
+
+def test_a_kill_from_outside_is_never_the_same_failure():
+    assert signature(rank=1, cause="killed by SIGKILL (signal 9)", frame="", step=None) is None
+
+
+@pytest.mark.parametrize(
+    ("cause", "phase", "expected"),
+    [
+        ("ModuleNotFoundError: No module named 'x'", "", True),
+        ("exit code 1, last words: SyntaxError: invalid syntax", "", True),
+        ("ImportError: cannot import name 'x'", "build", True),
+        ("ModuleNotFoundError: No module named 'x'", "step", False),
+        ("ValueError: boom", "", False),
+    ],
+)
+def test_code_that_can_not_be_imported_is_not_started_again(cause, phase, expected):
+    assert never_began(cause, phase) == expected

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from samestep.launcher import manifest
+from samestep.launcher import lock, manifest
 from samestep.launcher.contract import MANIFEST, OPTIMIZER, STATE, WEIGHTS, ExitCode, RunDir, UsageError
 from samestep.launcher.digest import file_digest
 from samestep.train.state.codec import not_finite
@@ -50,11 +50,17 @@ class NotFiniteError(ValueError):
 
 
 def commit(
-    snapshot: Snapshot, run_dir: RunDir, generation: int, keep: int, protected: Collection[int] = frozenset()
+    snapshot: Snapshot,
+    run_dir: RunDir,
+    generation: int,
+    keep: int,
+    protected: Collection[int] = frozenset(),
+    fence: int | None = None,
 ) -> Path:
     """Write a checkpoint, publish it, then remove all but the newest `keep` and those of `protected` steps.
 
     Raises:
+        SupersededError: `fence` is not the run directory's newest generation; nothing is published.
         NotFiniteError: a weight is NaN or infinite; nothing is written.
         OSError: it could not be written; the ones that were there still are, and nothing half-written is left.
     """
@@ -70,6 +76,7 @@ def commit(
         temporary.mkdir(mode=0o700, parents=True)
         _write(snapshot, temporary)
         _sync(temporary)
+        lock.check(run_dir, fence)
         temporary.rename(final)
     except BaseException:
         _remove(temporary)

@@ -93,10 +93,13 @@ class WritingSaver(Saver):
     or must not be (not finite) is a warning, and the last good one stays.
     """
 
-    def __init__(self, schedule: Schedule, run_dir: RunDir, generation: int, keep: int) -> None:
+    def __init__(
+        self, schedule: Schedule, run_dir: RunDir, generation: int, keep: int, fence: int | None = None
+    ) -> None:
         super().__init__(schedule)
         self.run_dir = run_dir
         self.generation = generation
+        self.fence = fence
         self.keep = keep
         self._copies = CopyBuffers()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -112,7 +115,8 @@ class WritingSaver(Saver):
         begin = time.perf_counter()
         snapshot = self._copies.copy(state.capture(reporter.offset()))
         protected = {state.best_step} if state.best_step is not None else set()
-        written = self._thread.submit(commit, snapshot, self.run_dir, self.generation, self.keep, protected)
+        where = (self.run_dir, self.generation, self.keep, protected, self.fence)
+        written = self._thread.submit(commit, snapshot, *where)
         self._writing = (state.step, time.perf_counter() - begin, written)
 
     def wait(self, reporter: Reporter) -> None:

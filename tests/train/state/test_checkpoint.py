@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from samestep.launcher import manifest
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.digest import path_digest
+from samestep.launcher.lock import RunLock, SupersededError
 from samestep.train.state import checkpoint
 from samestep.train.state.checkpoint import Snapshot, commit, find, load, remove_unfinished, set_aside
 
@@ -273,3 +274,14 @@ def test_a_manifest_is_canonical_json(two: RunDir) -> None:
 def test_a_checkpoint_is_private(run_dir: RunDir) -> None:
     folder = commit(snapshot(1), run_dir, 0, keep=1)
     assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_replaced_start_publishes_nothing_and_removes_nothing(run_dir: RunDir) -> None:
+    run_dir.path.mkdir()
+    held = RunLock(run_dir)
+    commit(snapshot(1), run_dir, 0, keep=1, fence=held.generation)
+    earlier, _ = held.generation, held.next_generation()
+    with pytest.raises(SupersededError):
+        commit(snapshot(2), run_dir, 0, keep=1, fence=earlier)
+    held.release()
+    assert names(run_dir) == ["step-00000001"]

@@ -1,0 +1,51 @@
+"""No process of a run outlives its launcher: the kernel ends it, whatever it is doing.
+
+The launcher alone holds the write end of a pipe and never writes. Every rank owns a read end that has the kernel send
+SIGKILL to the rank's process group once the last writer is gone (O_ASYNC, F_SETSIG). That needs no thread, no
+interpreter lock and nothing of the program that runs there; processes that the rank started die with it, unless they
+left its group. The parent-death signal is the second layer, for a program that closes descriptors it does not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+prctl: Callable[..., int] | None = None
+if sys.platform == "linux":
+    with contextlib.suppress(OSError, AttributeError):
+        prctl = ctypes.CDLL(None).prctl  # looked up here: after fork, a child should do as little as it can
+
+
+def adopt_orphans() -> bool:
+    """Make processes that lose their parent below us our children; False where the system can't."""
+    return prctl is not None and prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+
+def die_with(parent: int, pipe: int) -> None:
+    """In a child that leads its own process group: end it with its `parent`, who writes to `pipe`.
+
+    The pipe is opened anew under its number, because owner and signal belong to the open description, which all ranks
+    would share. Ends the process here if the parent is gone already.
+    """
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if hasattr(fcntl, "F_SETSIG"):
+        own = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK)
+        os.dup2(own, pipe, inheritable=True)
+        os.close(own)
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    watch = select.poll()
+    watch.register(pipe, 0)
+    if os.getppid() != parent or watch.poll(0):  # it died before the lines above
+        os._exit(1)

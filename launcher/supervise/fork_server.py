@@ -1,0 +1,127 @@
+"""The launcher's end of a process that forks ranks; its other end is samestep.train.fork_server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+from samestep.launcher.argv import Kind
+from samestep.launcher.contract import ENV_STORE_FD
+from samestep.launcher.plan import Command
+from samestep.launcher.supervise.process import Worker, start_in_session
+
+_ANSWER_SECONDS = 10.0
+# taken from the path first: a file in the working directory must not pass for a module of the standard library
+_PROGRAM = "import sys; sys.path.pop(0); from samestep.train.fork_server import main; main(int(sys.argv[1]))"
+# torch and numpy hold one thread only if they are told so before they load; CUDA must not be touched before a fork
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+class NoForkError(Exception):
+    """This rank has to be a program of its own; the text says why."""
+
+
+class ForkServer:
+    """Starts at once, is ready a second or two later."""
+
+    def __init__(self, python: str, environ: Mapping[str, str], liveness: int) -> None:
+        """Start it.
+
+        Raises:
+            OSError: `python` can't be executed.
+        """
+        self._liveness = liveness
+        self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(_ANSWER_SECONDS)
+        self._ready = False
+        with theirs:
+            self._popen = start_in_session(
+                (python, "-c", _PROGRAM, str(theirs.fileno())),
+                dict(environ) | _ENVIRONMENT,
+                liveness,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        self.pid = self._popen.pid
+
+    def fileno(self) -> int:
+        """Readable when it is ready, or has ended."""
+        return self._socket.fileno()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has said so and still lives."""
+        return self._ready and self._popen.poll() is None
+
+    def greet(self) -> bool:
+        """Take its first words; False if it has ended instead."""
+        self._ready = "ready" in self._read()
+        return self._ready
+
+    def fork(self, command: Command, environ: Mapping[str, str]) -> Worker:
+        """Start a rank.
+
+        Raises:
+            NoForkError: it refuses, or has ended.
+        """
+        recipe = command.recipe
+        assert recipe is not None
+        (out, their_out), (err, their_err) = os.pipe(), os.pipe()
+        env = command.environment(environ)
+        store = [int(env[ENV_STORE_FD])] if ENV_STORE_FD in env else []
+        request = {
+            "target": recipe.target,
+            "arguments": recipe.arguments,
+            "is_module": recipe.kind is Kind.MODULE,
+            "env": env,
+            "stdin": command.rank == 0,
+            "launcher": os.getpid(),
+        }
+        try:
+            answer = self._ask(request, [their_out, their_err, self._liveness, *store])
+        finally:
+            os.close(their_out)
+            os.close(their_err)
+        if "pid" not in answer:
+            os.close(out)
+            os.close(err)
+            raise NoForkError(answer.get("refused", "the fork server has ended"))
+        os.set_blocking(out, False)
+        os.set_blocking(err, False)
+        return Worker(command, answer["pid"], out, err)
+
+    def close(self) -> None:
+        """End it."""
+        self._socket.close()
+        if self._popen.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._popen.wait()
+
+    def _ask(self, request: Mapping[str, Any], fds: list[int]) -> dict[str, Any]:
+        data = json.dumps(request).encode() + b"\n"
+        try:
+            sent = socket.send_fds(self._socket, [data], fds)
+            self._socket.sendall(data[sent:])
+        except OSError:
+            return {}
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        data = b""
+        try:
+            while not data.endswith(b"\n"):
+                part = self._socket.recv(4096)
+                if not part:
+                    return {}
+                data += part
+        except OSError:
+            return {}
+        answer: dict[str, Any] = json.loads(data)
+        return answer

@@ -1,0 +1,94 @@
+"""P5: `kill -9` of the launcher at any moment leaves no process, no port, and a run that goes on."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.processes
+FLAGS = ("--epochs", "1000", "--checkpoint-every", "20", "--num-workers", "1", "--log-every", "10")
+
+
+def moments(count):
+    """Seconds after the start, from 0 to 6."""
+    choose = random.Random(count)
+    return [6 * (index + choose.random()) / count for index in range(count)]
+
+
+def lives(pid):
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def of_the_run(run_dir):
+    """Processes that were started with the run's directory in their arguments or environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = " ".join([*process.cmdline(), *process.environ().values()])
+        except psutil.Error:
+            continue
+        if str(run_dir) in words and process.pid != os.getpid() and lives(process.pid):
+            found.append(process.pid)
+    return found
+
+
+def listening(pids):
+    ports = set()
+    for pid in pids:
+        try:
+            connections = psutil.Process(pid).net_connections("tcp")
+        except psutil.Error:
+            continue
+        ports |= {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+    return ports
+
+
+def taken():
+    connections = psutil.net_connections("tcp")
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN and c.laddr}
+
+
+def wait_until_gone(pids, ports, run_dir):
+    end = time.monotonic() + 2
+    while any(map(lives, pids)) or of_the_run(run_dir) or ports & taken():
+        left = [pid for pid in pids if lives(pid)], of_the_run(run_dir), ports & taken()
+        assert time.monotonic() < end, f"still there: {left}"
+        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=0.05)
+
+
+def kill_at(command, moment, run_dir):
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            launcher.wait(moment)
+        below = [process.pid for process in psutil.Process(launcher.pid).children(recursive=True)]
+        ports = listening(below)
+    finally:
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait()
+    assert launcher.stderr is not None
+    launcher.stderr.close()
+    wait_until_gone(below, ports, run_dir)
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_nothing_outlives_a_launcher_killed_at_any_moment(count, start, start_command, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = [*FLAGS, "--run-dir", str(run_dir)]
+    for moment in moments(count):
+        kill_at([*start_command("samestep", 2, "seed_linear.py"), *flags], moment, run_dir)
+    reached = max([0, *(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-????????"))])
+    assert reached, "some of them got so far as to save"
+    after = start("samestep", 2, "seed_linear.py", *FLAGS, "--max-steps", str(reached + 5))
+    assert [step for step, _ in after.losses] == list(range(1, reached + 6))
+    assert not list(Path(after.run_dir).rglob("*.tmp*"))
+    assert not list(Path(after.run_dir).rglob(".probe*"))

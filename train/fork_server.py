@@ -1,0 +1,175 @@
+"""A process that has imported torch once and forks ranks for the launcher, at the start and at every restart.
+
+It holds one thread, runs no tensor operation and touches no CUDA, so what it forks can do all of that. A rank is
+forked by a process in between that ends at once: the launcher, a subreaper, becomes the rank's parent and sees its end
+as that of any child. Requests and answers are JSON lines; a rank's pipes and sockets come with the request.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch._dynamo
+import torch._inductor.config  # deterministic mode imports it
+
+import samestep.train.entry  # noqa: F401 (all that a recipe needs)
+from samestep.launcher.contract import ENV_STORE_FD
+from samestep.launcher.liveness import die_with
+from samestep.train.as_main import run_and_leave
+
+_MOST_FDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """A request, in the process that is to become the rank."""
+
+    job: dict[str, Any]
+    fds: list[int]
+
+
+def main(descriptor: int) -> None:
+    """Serve on a socket until the launcher closes it; in a rank, run the recipe and never return."""
+    own = set(sys.modules)
+    gc.collect()
+    gc.freeze()  # a rank that collects would copy all pages
+    with socket.socket(fileno=descriptor) as launcher:
+        _answer(launcher, {"ready": os.getpid()})
+        rank = _serve(launcher, own)
+    if rank is not None:
+        _become(rank)
+        job = rank.job
+        run_and_leave(job["target"], job["arguments"], is_module=job["is_module"])
+
+
+def _serve(launcher: socket.socket, own: Collection[str]) -> _Rank | None:
+    for job, fds in _requests(launcher):
+        problem = _unfit(job, own)
+        if problem:
+            _answer(launcher, {"refused": problem})
+        else:
+            try:
+                pid = _fork()
+            except OSError as error:
+                _answer(launcher, {"refused": str(error)})
+            else:
+                if pid == 0:
+                    return _Rank(job, fds)
+                _answer(launcher, {"pid": pid})
+        for fd in fds:
+            os.close(fd)
+    return None
+
+
+def _requests(launcher: socket.socket) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    buffer, fds = b"", list[int]()
+    while True:
+        data, received, _, _ = socket.recv_fds(launcher, 1 << 16, _MOST_FDS)
+        if not data:
+            return
+        buffer, fds = buffer + data, fds + received
+        if buffer.endswith(b"\n"):  # the launcher waits for an answer before it asks again
+            yield json.loads(buffer), fds
+            buffer, fds = b"", []
+
+
+def _answer(launcher: socket.socket, answer: dict[str, Any]) -> None:
+    launcher.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _unfit(job: dict[str, Any], own: Collection[str]) -> str:
+    """Why this rank must be a program of its own, or an empty string."""
+    if threads() != 1:
+        return f"the fork server has {threads()} threads"
+    folder = Path.cwd() if job["is_module"] else Path(job["target"]).resolve().parent
+    hidden = shadowed([path.name for path in folder.iterdir()], own) if folder.is_dir() else ""
+    return f"{hidden} in the recipe's folder has the name of a module that is imported already" if hidden else ""
+
+
+def threads() -> int:
+    """Threads of this process, as the kernel counts them."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("Threads:")[2].split()[0])
+
+
+def shadowed(names: Collection[str], modules: Collection[str]) -> str:
+    """The first file or package among `names` that a script would import in place of one of `modules`. Pure."""
+    top = {module for module in modules if "." not in module} - {"__main__", "samestep"}
+    found = [name for name in sorted(names) if name.endswith(".py") and name.removesuffix(".py") in top]
+    return found[0] if found else ""
+
+
+def _fork() -> int:
+    """Fork a process whose parent is the launcher; zero in it, once that is so.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    told, tell = os.pipe()
+    go, gate = os.pipe()
+    between = os.fork()
+    if between == 0:
+        pid = _fork_again()
+        if pid:
+            os.write(tell, str(pid).encode())
+            os._exit(0)
+        for fd in (told, tell, gate):
+            os.close(fd)
+        os.read(go, 1)  # ends when the server has seen the end of the process in between
+        os.close(go)
+        return 0
+    for fd in (tell, go):
+        os.close(fd)
+    text = os.read(told, 32)
+    os.waitpid(between, 0)
+    for fd in (told, gate):
+        os.close(fd)
+    if not text or int(text) < 0:
+        raise OSError("the system starts no further process")
+    return int(text)
+
+
+def _fork_again() -> int:
+    try:
+        return os.fork()
+    except OSError:
+        return -1
+
+
+def _become(rank: _Rank) -> None:
+    """Descriptors, environment and settings of a program that the launcher has started."""
+    job, (out, err, pipe, *store) = rank.job, rank.fds
+    os.setsid()
+    die_with(job["launcher"], pipe)
+    for fd, standard in ((out, 1), (err, 2)):
+        os.dup2(fd, standard)
+        os.close(fd)
+    if not job["stdin"]:
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+    os.environ.clear()
+    os.environ.update(job["env"])
+    if store:
+        os.environ[ENV_STORE_FD] = str(store[0])
+    torch.set_num_threads(_default_threads())
+    np.random.seed()  # every process begins with another state, unless it is forked
+
+
+def _default_threads() -> int:
+    """What torch takes when it starts with this environment."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        text = os.environ.get(name, "").partition(",")[0]
+        if text.isdecimal() and int(text):
+            return int(text)
+    return min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
