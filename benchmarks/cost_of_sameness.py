@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
-from samestep.launcher.contract import RunDir, WorkerEnv
+from samestep.launcher import who_started
+from samestep.launcher.contract import RunDir
 from samestep.train import Components, TrainConfig, environment, leave, supervised
 from samestep.train.assemble import Setting, assemble
 from samestep.train.data.sampler import epoch_plans
@@ -90,7 +91,7 @@ def ours(
 
 
 def main(size: str, shards: int | None) -> None:
-    env = WorkerEnv.from_environ(os.environ)
+    env = who_started.worker(os.environ)
     environment.pin(1, False)
     member = join(env, pick_device("cpu", env))
     environment.pin(1, False)

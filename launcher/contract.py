@@ -60,17 +60,19 @@ class UsageError(Exception):
 # Names of environment variables that the launcher sets and a worker reads, besides torchrun's own.
 ENV_RUN_DIR = "SAMESTEP_RUN_DIR"
 ENV_GENERATION = "SAMESTEP_GENERATION"  # counts the starts of one run, from 0
-ENV_STORE_FD = "SAMESTEP_STORE_FD"  # rank zero only: listening loopback socket for the TCPStore
+ENV_STORE_FD = "SAMESTEP_STORE_FD"  # rank zero only: listening socket for the TCPStore
 ENV_STORE_PORT = "SAMESTEP_STORE_PORT"
+ENV_STORE_ADDR = "SAMESTEP_STORE_ADDR"  # where rank zero's socket is, if not on loopback
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
-
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnv:
-    """Where a worker stands. `rank` and `world_size` count processes over all nodes, `local_*` on this node."""
+    """Where a worker stands. `rank` and `world_size` count processes over all nodes, `local_*` on this node.
+
+    who_started.py makes it from the environment.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -81,66 +83,8 @@ class WorkerEnv:
     master_addr: str = ""
     master_port: int = 0
     distributed: bool = False  # False: nobody started us as a rank, there is no process group
-
-    @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> WorkerEnv:
-        """Read torchrun's variables, complete or not at all.
-
-        Raises:
-            UsageError: only some of them are set, one is not an integer, or they contradict each other.
-        """
-        present = [name for name in _RANK_VARIABLES[:2] if environ.get(name)]
-        if not present:
-            stray = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if environ.get(name)]
-            if stray:
-                raise _half_set(stray[0], "RANK")
-            return cls()
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            if not environ.get(name) and not (name.startswith("MASTER") and environ.get(ENV_STORE_PORT)):
-                raise _half_set(present[0], name)
-        rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
-        local_world_size = _integer(environ, "LOCAL_WORLD_SIZE", default=world_size)
-        env = cls(
-            rank=rank,
-            world_size=world_size,
-            local_rank=_integer(environ, "LOCAL_RANK", default=rank % max(local_world_size, 1)),
-            local_world_size=local_world_size,
-            node_rank=_integer(environ, "GROUP_RANK", default=0),
-            nnodes=_integer(environ, "GROUP_WORLD_SIZE", default=1),
-            master_addr=environ.get("MASTER_ADDR", ""),
-            master_port=_integer(environ, "MASTER_PORT", default=0),
-            distributed=True,
-        )
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise UsageError(
-                f"RANK is expected to be at least 0 and below WORLD_SIZE, but RANK is {rank} and "
-                f"WORLD_SIZE is {world_size}",
-                "let a launcher set them: samestep run, torchrun or accelerate launch",
-            )
-        if not 0 <= env.local_rank < local_world_size:
-            raise UsageError(
-                f"LOCAL_RANK is expected to be at least 0 and below LOCAL_WORLD_SIZE, but LOCAL_RANK is "
-                f"{env.local_rank} and LOCAL_WORLD_SIZE is {local_world_size}",
-                "let a launcher set them: samestep run, torchrun or accelerate launch",
-            )
-        return env
-
-
-def _half_set(present: str, missing: str) -> UsageError:
-    return UsageError(
-        f"{present} and {missing} are expected to be set together, but {missing} is not set",
-        f"unset {present} for a single process, or start the script with samestep run, torchrun or accelerate launch",
-    )
-
-
-def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environ.get(name)
-    if not text and default is not None:
-        return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise UsageError(f"{name} is expected to be an integer, but is {text!r}", f"unset {name}") from None
+    started_by: str = ""  # for people, such as "Slurm (SLURM_PROCID)"
+    job: str = ""  # the same on all ranks of a start whose launcher gives no address: they meet in the run directory
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from samestep.launcher import manifest, options
+from samestep.launcher import manifest, options, who_started
 from samestep.launcher.contract import (
     ENV_GENERATION,
     ENV_RUN_DIR,
@@ -91,7 +91,7 @@ def train(
     run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(_program())))
     generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
-        env = WorkerEnv.from_environ(os.environ)
+        env = who_started.worker(os.environ)
         config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():
@@ -127,7 +127,7 @@ def _train(
     shards = start.choose_shards(config, stored, env.world_size)
     threads = config.threads or stored.get("threads") or environment.threads_for(shards)
     environment.pin(threads, config.allow_nondeterministic)
-    member = join(env, pick_device(config.device, env))
+    member = join(env, pick_device(config.device, env), run_dir.path)
     environment.pin(threads, config.allow_nondeterministic)  # joining may have set the thread count
     leave.end_hard(member)
     with start.owned(run_dir, member) as fence:
@@ -183,6 +183,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         run.reporter.already_finished(digest, run.state.step)
     else:
         start.announce(run, run_dir, member, shards, joined.generation)
+        if member.env.rank == 0 and member.env.started_by != "samestep run":
+            print(who_started.describe(member.env), end="", file=sys.stderr, flush=True)
         alone = "" if member.env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
         for text in filter(None, [alone, *warnings]):
             run.reporter.warning(text)

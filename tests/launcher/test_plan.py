@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from samestep.launcher import who_started
 from samestep.launcher.argv import Kind, Recipe
 from samestep.launcher.config import LaunchConfig
-from samestep.launcher.contract import RunDir, WorkerEnv
+from samestep.launcher.contract import RunDir
 from samestep.launcher.plan import Facts, Meeting, plan, render
 
 RUN_DIR = RunDir(Path("/runs/x"))
@@ -37,7 +38,7 @@ def test_command_line_is_the_recipes_own(recipe, argv):
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_workers_read_back_their_place(world_size):
     for rank, command in enumerate(commands(facts=replace(FACTS, world_size=world_size))):
-        seen = WorkerEnv.from_environ(command.env)
+        seen = who_started.worker(command.env)
         assert (seen.rank, seen.local_rank, seen.world_size, seen.local_world_size) == (
             rank,
             rank,

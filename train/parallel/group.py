@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from samestep.launcher.contract import ENV_STORE_FD, ENV_STORE_PORT, UsageError, WorkerEnv
+from samestep.launcher.contract import ENV_STORE_ADDR, ENV_STORE_FD, ENV_STORE_PORT, UsageError, WorkerEnv
+from samestep.train.parallel.meet import meet
 
 # torch 2.13 gave the collective a new name and warns about the old one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -151,8 +153,10 @@ def pick_device(wanted: str, env: WorkerEnv) -> torch.device:
     return torch.device("cuda", index)
 
 
-def join(env: WorkerEnv, device: torch.device, environ: Mapping[str, str] = os.environ) -> Membership:
-    """Become one rank of the run.
+def join(
+    env: WorkerEnv, device: torch.device, run_dir: Path | None = None, environ: MutableMapping[str, str] = os.environ
+) -> Membership:
+    """Become one rank of the run; `run_dir` is where ranks meet that were given no address.
 
     Raises:
         UsageError: the world that was joined is not the one the environment asks for.
@@ -160,7 +164,11 @@ def join(env: WorkerEnv, device: torch.device, environ: Mapping[str, str] = os.e
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if env.world_size > 1 and environ.get(ENV_STORE_PORT):
-        _init_on_launchers_store(env, device, environ)
+        _init_group(env, device, _launchers_store(env, environ))
+    elif env.world_size > 1 and env.job and not env.master_addr and run_dir is not None:
+        store, published = meet(env, run_dir, environ, JOIN_TIMEOUT)
+        _init_group(env, device, store)
+        published.unlink(missing_ok=True)  # all ranks have met
     accelerator = Accelerator(
         cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=dt.timedelta(minutes=30))]
     )
@@ -175,11 +183,11 @@ def join(env: WorkerEnv, device: torch.device, environ: Mapping[str, str] = os.e
     return Membership(env, RankGroup(env.rank, env.world_size, device), accelerator)
 
 
-def _init_on_launchers_store(env: WorkerEnv, device: torch.device, environ: Mapping[str, str]) -> None:
-    """Rank zero serves the store on the socket it inherited: no port is ever bound twice or beyond loopback."""
+def _launchers_store(env: WorkerEnv, environ: MutableMapping[str, str]) -> dist.TCPStore:
+    """Rank zero serves the store on the socket it inherited: no port is ever bound twice or beyond what was chosen."""
     listen_fd = int(environ[ENV_STORE_FD]) if env.rank == 0 and environ.get(ENV_STORE_FD) else None
-    store = dist.TCPStore(
-        "127.0.0.1",
+    return dist.TCPStore(
+        environ.get(ENV_STORE_ADDR) or "127.0.0.1",
         int(environ[ENV_STORE_PORT]),
         env.world_size,
         is_master=env.rank == 0,
@@ -187,6 +195,9 @@ def _init_on_launchers_store(env: WorkerEnv, device: torch.device, environ: Mapp
         wait_for_workers=False,
         master_listen_fd=listen_fd,
     )
+
+
+def _init_group(env: WorkerEnv, device: torch.device, store: dist.Store) -> None:
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
