@@ -60,11 +60,19 @@ class LaunchConfig:
     ] = "0"
     local_ranks_filter: Annotated[str, Option("Only these local ranks reach the console, such as 0,2", "ranks")] = ""
     master_addr: Annotated[
-        str, Option("MASTER_ADDR given to the ranks", "host", name=("--master-addr", "--main-process-ip"))
-    ] = "127.0.0.1"
+        str | None,
+        Option(
+            "MASTER_ADDR given to the ranks, loopback if not set; of several machines, the address of node 0",
+            "host",
+            name=("--master-addr", "--main-process-ip"),
+        ),
+    ] = None
     master_port: Annotated[
         int | None,
-        Option("MASTER_PORT given to the ranks, a free one if not set", name=("--master-port", "--main-process-port")),
+        Option(
+            "MASTER_PORT given to the ranks, a free one if not set; of several machines, where node 0 listens: 29500",
+            name=("--master-port", "--main-process-port"),
+        ),
     ] = None
     shutdown_timeout: Annotated[
         float | None, Option("Time ranks get between SIGTERM and SIGKILL when the operator stops them", "seconds")
@@ -78,18 +86,40 @@ class LaunchConfig:
         bool, Option("Keep accelerate on the CPU: sets ACCELERATE_USE_CPU=true for the ranks", negative="")
     ] = False
 
-    nnodes: Annotated[str, Option("Machines of the run; only 1 works", name=("--nnodes", "--num-machines"))] = "1"
-    node_rank: Annotated[int, Option("Rank of this machine; only 0 works", name=("--node-rank", "--machine-rank"))] = 0
+    nnodes: Annotated[
+        str | None,
+        Option(
+            "Machines of the run, a number or MIN:MAX; default: as Slurm started us once a node, else 1",
+            "machines",
+            name=("--nnodes", "--num-machines"),
+        ),
+    ] = None
+    node_rank: Annotated[
+        int | None,
+        Option("Rank of this machine; Slurm and an Indexed Job tell it", name=("--node-rank", "--machine-rank")),
+    ] = None
     numa_binding: Annotated[str | None, Option("Refused: ranks are not bound to NUMA nodes")] = None
 
     standalone: Annotated[
         bool, Option("Accepted, without effect: a free loopback port is the default", negative="")
     ] = False
     multi_gpu: Annotated[bool, Option("Accepted, without effect: --nproc-per-node alone decides", negative="")] = False
-    rdzv_backend: Annotated[str, Option("Accepted, without effect: ranks of one machine need no rendezvous")] = ""
-    rdzv_endpoint: Annotated[str, Option("Accepted, without effect: ranks of one machine need no rendezvous")] = ""
-    rdzv_conf: Annotated[str, Option("Accepted, without effect: ranks of one machine need no rendezvous")] = ""
-    local_addr: Annotated[str | None, Option("Accepted, without effect: ranks of one machine meet on loopback")] = None
+    rdzv_backend: Annotated[str, Option("Accepted, without effect: machines find each other through the first one")] = (
+        ""
+    )
+    rdzv_endpoint: Annotated[
+        str,
+        Option(
+            "Instead of --node-rank: the first machine's address; the others are numbered as they come", "host:port"
+        ),
+    ] = ""
+    rdzv_conf: Annotated[
+        str,
+        Option(
+            "join_timeout=600,last_call_timeout=30,keep_alive_interval=5,keep_alive_max_attempt=3", "key=seconds,..."
+        ),
+    ] = ""
+    local_addr: Annotated[str | None, Option("Own address from which the first machine is called", "host")] = None
     start_method: Annotated[str, Option("Accepted, without effect: every rank is a program of its own")] = "spawn"
     monitor_interval: Annotated[
         float, Option("Accepted, without effect: the death of a rank is an event, nothing polls", "seconds")
@@ -109,7 +139,7 @@ class LaunchConfig:
             UsageError: with setting, expectation, value and a hint.
         """
         _check_count(self.nproc_per_node)
-        _check_one_node(self)
+        _check_binding(self)
         if self.module and self.no_python:
             raise UsageError(
                 "--module and --no-python are expected one at a time, but both are set", "drop one of them"
@@ -136,14 +166,7 @@ def _check_count(text: str) -> None:
     )
 
 
-def _check_one_node(config: LaunchConfig) -> None:
-    if config.nnodes not in ("1", "1:1"):
-        raise UsageError(
-            f"--nnodes is expected to be 1, but is {config.nnodes!r}: several machines are not supported yet",
-            "start the same recipe with torchrun on every machine",
-        )
-    if config.node_rank != 0:
-        raise _refused("--node-rank", "0 with --nnodes 1", config.node_rank, "leave it out")
+def _check_binding(config: LaunchConfig) -> None:
     if config.numa_binding is not None:
         raise UsageError(
             f"--numa-binding is expected to be left out, but is {config.numa_binding!r}: binding is not supported yet",

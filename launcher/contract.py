@@ -63,6 +63,7 @@ ENV_GENERATION = "SAMESTEP_GENERATION"  # counts the starts of one run, from 0
 ENV_STORE_FD = "SAMESTEP_STORE_FD"  # rank zero only: listening socket for the TCPStore
 ENV_STORE_PORT = "SAMESTEP_STORE_PORT"
 ENV_STORE_ADDR = "SAMESTEP_STORE_ADDR"  # where rank zero's socket is, if not on loopback
+ENV_TOKEN = "SAMESTEP_TOKEN"  # launchers of one run know it besides the run directory; never handed to a rank
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
 

@@ -10,11 +10,15 @@ from pathlib import Path
 
 from samestep.launcher import evidence, host, manifest, meeting, recipe_file, run_dir
 from samestep.launcher.argv import Recipe
+from samestep.launcher.cluster.follower import Follower, FollowerJob
+from samestep.launcher.cluster.head import Head, open_head
+from samestep.launcher.cluster.layout import Layout, layout
+from samestep.launcher.cluster.team import LOOPBACK, Alone, NotStartedError, Team
 from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.diagnose import Failure, describe, diagnose, is_consequence
 from samestep.launcher.lock import RunLock
-from samestep.launcher.plan import Command, Facts, fork_server_environment, plan, render
+from samestep.launcher.plan import Command, Facts, Meeting, fork_server_environment, plan, render
 from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.outcome import Generation, RankEnd
@@ -39,7 +43,7 @@ def dry_run(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) ->
         UsageError: `launch` would refuse too.
     """
     facts, path = _check(config, recipe, environ)
-    return render(plan(config, recipe, RunDir(path), meeting.preview(config.master_addr, config.master_port), facts))
+    return render(plan(config, recipe, RunDir(path), _preview(config), facts))
 
 
 def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> LaunchResult:
@@ -49,19 +53,51 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
         UsageError: what was asked can't be done; nothing has been started or created.
     """
     facts, path = _check(config, recipe, environ)
-    meeting.preview(config.master_addr, config.master_port)
+    place = layout(config, environ)
+    listener = open_head(place) if place is not None else None
+    if place is not None and listener is None:
+        return _follow(config, recipe, environ, facts, path, place)
+    if place is None:
+        _preview(config)
     directory, lock = run_dir.own(path)
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
     console = Console()
     with SignalSocket() as signals:
         supervisor = Supervisor(config, directory, console, signals)
+        head = Head(place, listener, directory, supervisor, console, environ) if place and listener else None
+        team = head or Alone(config)
         try:
-            return _generations(_Run(config, recipe, directory, environ, supervisor, console, lock), facts)
+            result = _generations(_Run(config, recipe, directory, environ, supervisor, console, lock, team), facts)
+            team.stop(result.exit_code)
+            return result
         finally:
+            if head is not None:
+                head.close()
             supervisor.close()
             console.close()
             lock.release()
+
+
+def _follow(
+    config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str], facts: Facts, path: Path, place: Layout
+) -> LaunchResult:
+    """The same on a machine where another one decides."""
+    if config.log_dir:
+        run_dir.prepare_logs(Path(config.log_dir))
+    console, directory = Console(), RunDir(path)
+    with SignalSocket() as signals:
+        supervisor = Supervisor(config, directory, console, signals)
+        follower = Follower(FollowerJob(config, recipe, directory, environ, supervisor, console), place, facts)
+        try:
+            return LaunchResult(follower.obey(), path, follower.generations)
+        finally:
+            supervisor.close()
+            console.close()
+
+
+def _preview(config: LaunchConfig) -> Meeting:
+    return meeting.preview(config.master_addr or LOOPBACK, config.master_port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +109,7 @@ class _Run:
     supervisor: Supervisor
     console: Console
     lock: RunLock
+    team: Team
 
 
 def _check(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> tuple[Facts, Path]:
@@ -105,8 +142,17 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
     while True:
         if facts.forks:
             run.supervisor.prepare_forks(facts.python, fork_server_environment(facts))
-        commands, ended = _one_generation(run, facts)
-        failure = diagnose(evidence.gather(ended, commands, run.directory)) if ended.stopped_by is None else None
+        try:
+            commands, ended = _one_generation(run, facts)
+        except NotStartedError as error:
+            run.console.say(f"samestep: {error}")
+            return LaunchResult(error.exit_code, run.directory.path, facts.generation)
+        if ended.stopped_by is None and run.team.reshaped() and not ended.interrupted:
+            run.console.say(f"samestep: going on from the newest checkpoint: {run.team.reshaped()}")
+            facts = replace(facts, generation=facts.generation + 1)
+            continue
+        failure = run.team.missing() or diagnose(evidence.gather(ended, commands, run.directory))
+        failure = failure if ended.stopped_by is None else None
         memory = memory.after(_committed(run.directory), _signature(failure))
         final = ended.interrupted or (failure is not None and policy.never_began(failure.cause, failure.phase))
         verdict = policy.decide(
@@ -154,13 +200,16 @@ def _tell_restart(run: _Run, facts: Facts, failure: Failure, memory: policy.Memo
 
 def _one_generation(run: _Run, facts: Facts) -> tuple[tuple[Command, ...], Generation]:
     """Fresh ports, fresh processes."""
-    facts = replace(facts, fence=run.lock.next_generation())
-    place, store = meeting.open_store(run.config.master_addr, run.config.master_port)
+    assembled = run.team.assemble(replace(facts, fence=run.lock.next_generation()))
+    facts, place, store = assembled.facts, assembled.place, assembled.store
     with store:
         commands = plan(run.config, run.recipe, run.directory, place, facts)
+        everyone = plan(run.config, run.recipe, run.directory, place, replace(facts, local_world_size=None))
 
         def is_victim(end: RankEnd) -> bool:
-            return is_consequence(evidence.of_rank(end, commands[end.rank], run.directory, facts.generation))
+            victim = is_consequence(evidence.of_rank(end, commands[end.rank], run.directory, facts.generation))
+            run.team.failed(end.returncode, is_victim=victim)
+            return victim
 
         try:
             # once rank zero has the store's socket, ours would only keep its port open after it
@@ -172,7 +221,7 @@ def _one_generation(run: _Run, facts: Facts) -> tuple[tuple[Command, ...], Gener
                 f"{commands[0].argv[0]} is expected to start, but: {error.strerror or error}",
                 "a script needs a #! line for --no-python; a log folder must be writable",
             ) from None
-        return commands, ended
+        return everyone, run.team.finish(ended)
 
 
 def _tell(run: _Run, failure: Failure, exit_code: int) -> None:

@@ -29,15 +29,18 @@ def preview(master_addr: str, master_port: int | None) -> Meeting:
     return Meeting(master_addr=master_addr, master_port=_master_port(master_port))
 
 
-def open_store(master_addr: str, master_port: int | None) -> tuple[Meeting, socket.socket]:
+def open_store(master_addr: str, master_port: int | None, listen_on: str = "") -> tuple[Meeting, socket.socket]:
     """A meeting for one generation, and its store socket, which the caller closes once rank zero has it.
+
+    The socket is on loopback, or on the address that `listen_on` says.
 
     Raises:
         UsageError: `master_port` is taken.
     """
     port = _master_port(master_port)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    return Meeting(master_addr, port, listener.getsockname()[1], listener.fileno()), listener
+    family = socket.AF_INET6 if ":" in listen_on else socket.AF_INET
+    listener = socket.create_server((listen_on or "127.0.0.1", 0), family=family, backlog=1024)
+    return Meeting(master_addr, port, listener.getsockname()[1], listener.fileno(), store_addr=listen_on), listener
 
 
 def _master_port(wanted: int | None) -> int:

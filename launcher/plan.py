@@ -20,8 +20,10 @@ from samestep.launcher.contract import (
     ENV_GENERATION,
     ENV_LAUNCHED,
     ENV_RUN_DIR,
+    ENV_STORE_ADDR,
     ENV_STORE_FD,
     ENV_STORE_PORT,
+    ENV_TOKEN,
     RunDir,
 )
 
@@ -30,7 +32,6 @@ _DEFAULTS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     "PYTHONUNBUFFERED": "1",
     "PYTHONFAULTHANDLER": "1",
-    "GLOO_SOCKET_IFNAME": "lo",  # gloo otherwise asks the resolver for the host's own name, and may listen to the world
 }
 
 
@@ -42,6 +43,8 @@ class Meeting:
     master_port: int
     store_port: int = 0
     store_fd: int = -1
+    store_addr: str = ""  # empty: loopback
+    interface: str = "lo"  # on which ranks talk; empty: gloo asks the resolver for the host's own name
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,10 @@ class Facts:
     environ: Mapping[str, str] = field(default_factory=dict)
     resumes: bool = False  # a recipe of ours, which goes on where it was
     forks: bool = False  # ranks come from a fork server
+    first_rank: int = 0  # of this machine
+    local_world_size: int | None = None  # ranks of this machine, None: all
+    node_rank: int = 0
+    nnodes: int = 1
     max_restarts: int = 0
 
 
@@ -80,8 +87,10 @@ class Command:
 
 
 def plan(config: LaunchConfig, recipe: Recipe, run_dir: RunDir, meeting: Meeting, facts: Facts) -> tuple[Command, ...]:
-    """One command for every rank of a generation."""
-    return tuple(_command(config, recipe, run_dir, meeting, facts, rank) for rank in range(facts.world_size))
+    """One command for every rank of a generation on this machine."""
+    count = facts.world_size if facts.local_world_size is None else facts.local_world_size
+    ranks = range(facts.first_rank, facts.first_rank + count)
+    return tuple(_command(config, recipe, run_dir, meeting, facts, rank) for rank in ranks)
 
 
 def _command(
@@ -89,8 +98,9 @@ def _command(
 ) -> Command:
     elastic_error = (run_dir.errors / f"rank-{rank}.torchelastic-{facts.generation}.json").absolute()
     has_store_socket = bool(meeting.store_port) and rank == 0
+    local_rank = rank - facts.first_rank
     env = {
-        **_defaults(facts),
+        **_defaults(facts, meeting.interface),
         **_torchrun(config, meeting, facts, rank),
         "TORCHELASTIC_ERROR_FILE": str(elastic_error),
         ENV_LAUNCHED: "1",
@@ -100,22 +110,24 @@ def _command(
     }
     if meeting.store_port:
         env[ENV_STORE_PORT] = str(meeting.store_port)
+    if meeting.store_addr:
+        env[ENV_STORE_ADDR] = meeting.store_addr
     if has_store_socket:
         env[ENV_STORE_FD] = str(meeting.store_fd)
     if config.cpu:
         env["ACCELERATE_USE_CPU"] = "true"
     if config.virtual_local_rank:
-        env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _own_gpu(facts.environ, rank)}
+        env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _own_gpu(facts.environ, local_rank)}
     # torchrun replaces this one macro in the arguments
-    words = tuple(word.replace("${local_rank}", str(rank)) for word in recipe.arguments)
+    words = tuple(word.replace("${local_rank}", str(local_rank)) for word in recipe.arguments)
     mine = Recipe(recipe.target, words, recipe.kind)
     logs = Path(config.log_dir) if config.log_dir else run_dir.logs
     return Command(
         rank=rank,
-        local_rank=rank,
+        local_rank=local_rank,
         argv=_argv(mine, facts.python),
         env=env,
-        unset=tuple(name for name in (ENV_STORE_FD, ENV_STORE_PORT) if name not in env),
+        unset=(ENV_TOKEN, *(name for name in (ENV_STORE_FD, ENV_STORE_PORT, ENV_STORE_ADDR) if name not in env)),
         log=logs / f"rank-{rank}.log",
         elastic_error=elastic_error,
         pass_fds=(meeting.store_fd,) if has_store_socket else (),
@@ -126,15 +138,16 @@ def _command(
 
 def _torchrun(config: LaunchConfig, meeting: Meeting, facts: Facts, rank: int) -> dict[str, str]:
     world_size = str(facts.world_size)
+    local_size = world_size if facts.local_world_size is None else str(facts.local_world_size)
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank - facts.first_rank),
         "ROLE_RANK": str(rank),
-        "GROUP_RANK": str(config.node_rank),
+        "GROUP_RANK": str(facts.node_rank),
         "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": local_size,
         "ROLE_WORLD_SIZE": world_size,
-        "GROUP_WORLD_SIZE": "1",
+        "GROUP_WORLD_SIZE": str(facts.nnodes),
         "ROLE_NAME": config.role,
         "MASTER_ADDR": meeting.master_addr,
         "MASTER_PORT": str(meeting.master_port),
@@ -145,8 +158,10 @@ def _torchrun(config: LaunchConfig, meeting: Meeting, facts: Facts, rank: int) -
     }
 
 
-def _defaults(facts: Facts) -> dict[str, str]:
-    wanted = dict(_DEFAULTS)
+def _defaults(facts: Facts, interface: str = "lo") -> dict[str, str]:
+    wanted = dict(_DEFAULTS)  # gloo otherwise asks the resolver for the host's own name, and may listen to the world
+    if interface:
+        wanted["GLOO_SOCKET_IFNAME"] = interface
     if facts.world_size > 1:
         wanted["OMP_NUM_THREADS"] = "1"
     return {name: value for name, value in wanted.items() if name not in facts.environ}
@@ -154,7 +169,10 @@ def _defaults(facts: Facts) -> dict[str, str]:
 
 def fork_server_environment(facts: Facts) -> dict[str, str]:
     """What all ranks have in common: torch and the interpreter read some of it while they start."""
-    return dict(facts.environ) | _defaults(facts)
+    common = _defaults(facts)
+    if facts.local_world_size is not None or facts.nnodes > 1:
+        common.pop("GLOO_SOCKET_IFNAME", None)  # each generation chooses
+    return {name: value for name, value in facts.environ.items() if name != ENV_TOKEN} | common
 
 
 def _own_gpu(environ: Mapping[str, str], local_rank: int) -> str:

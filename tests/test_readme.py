@@ -27,12 +27,16 @@ ABOUT = {
     "scripts/check": "what CI checks: format, lint, types, spelling, tests",
     "scripts/install": "makes .venv with the tested versions",
     "scripts/constraints.txt": "the tested versions",
+    "scripts/slurm-test-cluster": "a real Slurm of two nodes on this machine, for tests",
     "docker/Dockerfile": "the demo's job as an image",
+    "launcher/supervise/": "one event loop over the ranks of a run: processes, their output, the operator, time",
+    "launcher/cluster/": "several machines: the head decides, the others obey; Slurm",
     "tests/launcher/": "the launcher, with real ranks that need no torch",
     "tests/train/": "the worker, file by file",
     "tests/end_to_end/": "a file a promise",
     "tests/rank_server.py": "forks ranks for tests, so that torch is imported once",
     "tests/workers/": "scripts that are started as ranks",
+    "tests/cluster/": "real MPIs, a real Slurm, machines in network namespaces (slow)",
     "tests/peers/": "other people's code as the judge",
     "tests/test_architecture.py": "who may import whom, and how long things may get",
     "tests/test_readme.py": "this page",
@@ -71,6 +75,8 @@ def tree() -> str:
         for path in sorted((ROOT / folder).rglob("*.py"))
     ]
     about = {p.relative_to(ROOT).as_posix(): first_words(p) for p in modules if p.stat().st_size}
+    whole = tuple(name for name in ABOUT if name.endswith("/"))
+    about = {name: words for name, words in about.items() if not name.startswith(whole)}
     assert all(about.values()), "every module says in its first line what it is"
     folders = sorted({name.rpartition("/")[0].partition("/")[0] for name in (*about, *ABOUT)})
     lines = []

@@ -12,12 +12,13 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from samestep.launcher.supervise.signals import SignalSocket
 
 Stream = Literal["stdout", "stderr"]
 _CHUNK_BYTES = 1 << 16
+_PEERS = "peers"  # timer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,30 @@ class Due:
 
 
 @dataclass(frozen=True, slots=True)
+class Halt:
+    """The ranks of another machine have ended, or will: ours get SIGTERM in `wait` seconds, SIGKILL `grace` later."""
+
+    wait: float
+    grace: float
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSpoke:
     """The fork server is ready, or has ended."""
 
 
-Event = Output | Signalled | Exited | Due | ServerSpoke
-_ORDER: dict[type[Event], int] = {Output: 0, Signalled: 1, ServerSpoke: 2, Exited: 3, Due: 4}
+Event = Output | Signalled | Exited | Due | ServerSpoke | Halt
+_ORDER: dict[type[Event], int] = {Output: 0, Signalled: 1, ServerSpoke: 2, Exited: 3, Halt: 4, Due: 5}
+
+
+class Peers(Protocol):
+    """The launchers of other machines."""
+
+    def fileno(self) -> int:
+        """Readable when one has said something."""
+
+    def read(self) -> list[Event]:
+        """What that means here."""
 
 
 class EventSource:
@@ -69,6 +88,8 @@ class EventSource:
         self._selector.register(signals, selectors.EVENT_READ, self._read_signals)
         self._timers: dict[str, float] = {}
         self._pidfds: dict[int, int] = {}
+        self._peers: Peers | None = None
+        self._interval = 0.0
         self._unwatched: set[int] = set()  # ranks whose exit only SIGCHLD tells
 
     def watch_exit(self, rank: int, pid: int) -> None:
@@ -97,6 +118,12 @@ class EventSource:
         """Report `ServerSpoke` while there is something to read."""
         self._selector.register(fd, selectors.EVENT_READ, lambda: [ServerSpoke()])
 
+    def watch_peers(self, peers: Peers, interval: float) -> None:
+        """Report what `peers` make of what other machines say; every `interval` seconds they may say something too."""
+        self._selector.register(peers, selectors.EVENT_READ, peers.read)
+        self._peers, self._interval = peers, interval
+        self.start_timer(_PEERS, interval)
+
     def forget(self, fd: int) -> None:
         """Stop reading what the caller is about to close."""
         self._selector.unregister(fd)
@@ -117,7 +144,11 @@ class EventSource:
         now = self._clock()
         for name in [name for name, at in self._timers.items() if at <= now]:
             del self._timers[name]
-            found.append(Due(name))
+            if name == _PEERS and self._peers is not None:
+                found += self._peers.read()
+                self.start_timer(_PEERS, self._interval)
+            else:
+                found.append(Due(name))
         return sorted(found, key=lambda event: _ORDER[type(event)])
 
     def close(self) -> None:

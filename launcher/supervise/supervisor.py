@@ -11,7 +11,18 @@ from samestep.launcher.liveness import adopt_orphans
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise import policy, process
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.events import Due, Event, EventSource, Exited, Output, ServerSpoke, Signalled, Stream
+from samestep.launcher.supervise.events import (
+    Due,
+    Event,
+    EventSource,
+    Exited,
+    Halt,
+    Output,
+    Peers,
+    ServerSpoke,
+    Signalled,
+    Stream,
+)
 from samestep.launcher.supervise.fork_server import ForkServer, NoForkError
 from samestep.launcher.supervise.logs import RankLog, routes
 from samestep.launcher.supervise.outcome import Generation, RankEnd
@@ -87,6 +98,23 @@ class Supervisor:
                     self._operator(event.signum)
                     return False
 
+    def attend(self, peers: Peers, interval: float) -> None:
+        """Listen to the launchers of other machines, from now on and in every generation."""
+        self._source.watch_peers(peers, interval)
+
+    def let_pass(self, seconds: float) -> bool:
+        """Wait until something happens, no longer than that; False once the operator has asked to stop."""
+        self._source.start_timer("pass", seconds)
+        for event in self._source.wait():
+            self._handle(event)
+        self._source.stop_timer("pass")
+        return not self.was_asked
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether the operator has asked to stop."""
+        return self._presses > 0
+
     def prepare_forks(self, python: str, environ: Mapping[str, str]) -> None:
         """Start a fork server, or another one if it has ended; until it is ready, forked ranks wait."""
         if not self._adopts or (self._server is not None and self._server.is_ready):
@@ -161,6 +189,8 @@ class Supervisor:
                 self._terminate()
             case Due("kill"):
                 self._kill()
+            case Halt(wait, grace):
+                self._halt(Patience(wait, grace))
             case Due("progress"):
                 self._show_progress()
             case Due("abandon"):
@@ -189,7 +219,17 @@ class Supervisor:
             self._stopped_by = signum
         if self._presses == 1 and not self._config.quiet:
             self._console.say("samestep: stopping all ranks (once more: at once)")
-        self._end_all(policy.after_signal(self._presses, self._config.shutdown_timeout))
+        if self._running():
+            self._end_all(policy.after_signal(self._presses, self._config.shutdown_timeout))
+
+    def _halt(self, patience: Patience) -> None:
+        """Ranks elsewhere end, so ours can't go on; if ours have begun to fail by themselves, all is on its way."""
+        if self._waiting is not None and self._server is not None:
+            self._waiting = None
+            self._source.forget(self._server.fileno())
+        if self._running() and not self._failed and self._stopped_by is None:
+            self._failed = True
+            self._end_all(patience)
 
     def _end_all(self, patience: Patience) -> None:
         self._patience = patience

@@ -1,0 +1,296 @@
+"""The launcher that decides for all machines: who takes part, when all stop, and what follows.
+
+It holds the run directory's lock and starts rank zero, the only rank that publishes checkpoints. So however the network
+falls apart, one side at most ever commits: that of the head. Machines that lose the head end their ranks.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from samestep.launcher import interfaces, manifest, meeting
+from samestep.launcher.cluster import admission
+from samestep.launcher.cluster.hub import Gone, Hub, Peer, Said
+from samestep.launcher.cluster.layout import Layout
+from samestep.launcher.cluster.roster import Candidate, choose
+from samestep.launcher.cluster.team import Assembled, NotStartedError
+from samestep.launcher.contract import ExitCode, RunDir, UsageError
+from samestep.launcher.diagnose import Failure
+from samestep.launcher.plan import Facts, Meeting
+from samestep.launcher.supervise import policy
+from samestep.launcher.supervise.console import Console
+from samestep.launcher.supervise.events import Event, Halt
+from samestep.launcher.supervise.outcome import Generation, RankEnd
+from samestep.launcher.supervise.supervisor import Supervisor
+
+_END_SECONDS = 60.0  # for machines to report how their ranks ended, after they were told to end them
+_GROWTH_GRACE = 30.0  # for ranks to save, when machines join
+
+
+def open_head(place: Layout) -> socket.socket | None:
+    """The socket on which the head listens, on the one address chosen; None where another machine is the head.
+
+    Raises:
+        UsageError: this is to be the head, but can't listen there.
+    """
+    if place.node_rank not in (None, 0):
+        return None
+    if place.node_rank is None and interfaces.resolve(place.address) not in interfaces.own_addresses():
+        return None
+    address = interfaces.reachable_address(place.address)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, place.port), family=family, backlog=128)
+    except OSError as error:
+        if place.node_rank is None and error.errno == errno.EADDRINUSE:
+            return None  # another launcher of this machine came first
+        option = "--rdzv-endpoint" if place.node_rank is None else "--master-port"
+        raise UsageError(
+            f"{option} is expected to be free on {address}, but {place.port} is not ({error.strerror})",
+            "choose another port, the same on all machines",
+        ) from None
+
+
+class Head:
+    """A Team of this machine and those that have called."""
+
+    def __init__(
+        self,
+        place: Layout,
+        listener: socket.socket,
+        run_dir: RunDir,
+        supervisor: Supervisor,
+        console: Console,
+        environ: Mapping[str, str],
+    ) -> None:
+        self._place, self._run_dir, self._supervisor, self._console = place, run_dir, supervisor, console
+        self._address, port = listener.getsockname()[:2]
+        key = admission.publish(run_dir, environ, self._address, port).key
+        self._hub = Hub(key, "head", place.timeouts.keep_alive_interval, place.timeouts.silence)
+        self._hub.listen(listener)
+        self._callers: list[Peer] = []  # have said hello, in the order in which they came
+        self._members: list[Peer] = []  # take part in the generation, in the order of their ranks
+        self._generation = -1
+        self._running = self._halted = False
+        self._missing: Failure | None = None
+        self._reshaped = ""
+        self._committed = -1
+        supervisor.attend(self, place.timeouts.keep_alive_interval)
+
+    def fileno(self) -> int:
+        """Readable when another machine has said something."""
+        return self._hub.fileno()
+
+    def read(self) -> list[Event]:
+        """Take what the others say; the answer is what it means for the ranks here."""
+        found: list[Event] = []
+        for item in self._hub.pump():
+            found += self._gone(item) if isinstance(item, Gone) else self._said(item)
+        return found + self._growth()
+
+    def assemble(self, facts: Facts) -> Assembled:
+        """See Team."""
+        self._members, self._missing, self._reshaped = self._gather(facts), None, ""
+        sizes = [facts.world_size, *[int(peer.facts["nproc"]) for peer in self._members]]
+        world_size, nnodes = sum(sizes), len(sizes)
+        place, store = meeting.open_store(self._address, None, self._address)
+        place = replace(place, interface=interfaces.interface_toward(self._address, self._place.port))
+        self._generation, self._committed = facts.generation, _committed(self._run_dir)
+        first = sizes[0]
+        for node_rank, peer in enumerate(self._members, 1):
+            peer.facts |= {"first_rank": first, "rank_of_node": node_rank, "ended": None}
+            self._hub.say(peer, _start(facts, place, world_size, first, node_rank, nnodes))
+            first += sizes[node_rank]
+        self._running, self._halted = True, False
+        self._console.say(_who(world_size, [(socket.gethostname(), sizes[0]), *map(_host, self._members)]))
+        return Assembled(replace(facts, world_size=world_size, local_world_size=sizes[0], nnodes=nnodes), place, store)
+
+    def failed(self, exit_code: int, *, is_victim: bool) -> None:
+        """See Team."""
+        self._halt_others(policy.after_exit(exit_code, is_victim=is_victim))
+
+    def finish(self, generation: Generation) -> Generation:
+        """See Team."""
+        if generation.stopped_by is not None or any(end.returncode for end in generation.ends):
+            self._halt_others(policy.Patience(0.0, 5.0))
+        end = time.monotonic() + _END_SECONDS
+        halted_at = time.monotonic() if self._halted else None
+        while pending := [peer for peer in self._members if peer.facts["ended"] is None]:
+            if halted_at is None and self._halted:
+                halted_at = time.monotonic()
+            if halted_at is not None and time.monotonic() > max(end, halted_at + _END_SECONDS):
+                for peer in pending:
+                    self._lose(peer, "it does not end its ranks")
+                    self._hub.drop(peer)
+                break
+            self._supervisor.let_pass(1.0)
+        self._running = False
+        ends = list(generation.ends)
+        for peer in self._members:
+            said = peer.facts["ended"]
+            ends += [RankEnd(**{**end, "stdout": (), "stderr": tuple(end["stderr"])}) for end in said["ends"]]
+            if said.get("stopped_by") is not None:
+                self._reshaped = f"{peer.facts['host']} leaves"
+                self._callers.remove(peer)
+                self._hub.say(peer, {"kind": "stop", "exit_code": None})
+        if generation.stopped_by is not None:
+            self._reshaped = ""
+        return replace(generation, ends=tuple(ends), interrupted=generation.interrupted or self._supervisor.was_asked)
+
+    def missing(self) -> Failure | None:
+        """See Team."""
+        return self._missing
+
+    def reshaped(self) -> str:
+        """See Team."""
+        return self._reshaped
+
+    def stop(self, exit_code: int) -> None:
+        """See Team."""
+        for peer in self._callers:
+            self._hub.say(peer, {"kind": "stop", "exit_code": int(exit_code)})
+        admission.withdraw(self._run_dir)
+
+    def close(self) -> None:
+        """End all conversations."""
+        self._hub.close()
+
+    def _gather(self, facts: Facts) -> list[Peer]:
+        times = self._place.timeouts
+        began, enough = time.monotonic(), None
+        told = False
+        while True:
+            now = time.monotonic()
+            chosen = choose([_candidate(peer) for peer in self._callers], self._place.most - 1)
+            count = len(chosen) + 1
+            enough = (enough if enough is not None else now) if count >= self._place.fewest else None
+            # after the first start nobody is waited for: who comes later joins at the next checkpoint
+            last_call = 0.0 if facts.generation else times.last_call_timeout
+            if count == self._place.most or (enough is not None and now - enough >= last_call):
+                return [self._callers[index] for index in chosen]
+            if now - began > times.join_timeout:
+                kept = _committed(self._run_dir) >= 0
+                raise NotStartedError(
+                    f"{self._place.fewest} machines are expected within {times.join_timeout:.0f} s, but {count} came",
+                    ExitCode.PREEMPTED_KEPT if kept else ExitCode.FAILED,
+                )
+            if not told and now - began > 1.0:
+                told = True
+                self._console.say(f"samestep: {count} of {self._place.fewest} machines are here, waiting for others")
+            if not self._supervisor.let_pass(0.5):
+                raise NotStartedError("stopped while waiting for other machines", ExitCode.TERMINATED)
+
+    def _said(self, item: Said) -> list[Event]:
+        peer, message = item.peer, item.message
+        match message.get("kind"):
+            case "hello":
+                self._hello(peer, message)
+            case "failed" if message.get("generation") == self._generation and peer in self._members:
+                patience = policy.after_exit(int(message["exit_code"]), is_victim=bool(message["is_victim"]))
+                self._halt_others(patience, but=peer)
+                return [Halt(patience.wait, patience.grace)]
+            case "ended" if message.get("generation") == self._generation:
+                peer.facts["ended"] = message
+                if message.get("stopped_by") is not None or any(end["returncode"] for end in message["ends"]):
+                    self._halt_others(policy.Patience(0.5, 0.5), but=peer)
+                    return [Halt(0.5, 0.5)]
+        return []
+
+    def _hello(self, peer: Peer, message: dict[str, Any]) -> None:
+        if message.get("node_rank") is not None:
+            same = [other for other in self._callers if other.facts.get("node_rank") == message["node_rank"]]
+            if same or not 0 < message["node_rank"] < self._place.most:
+                text = f"--node-rank {message['node_rank']} is expected to be free, but is taken or the head's"
+                self._hub.say(peer, {"kind": "stop", "exit_code": int(ExitCode.USAGE), "text": text})
+                return
+        peer.facts = {name: message.get(name) for name in ("host", "nproc", "node_rank", "pid")} | {"ended": None}
+        self._callers.append(peer)
+
+    def _gone(self, item: Gone) -> list[Event]:
+        peer = item.peer
+        if peer not in self._callers:
+            return []
+        taking_part = self._running and peer in self._members and peer.facts["ended"] is None
+        self._lose(peer, item.why)
+        if not taking_part:
+            return []
+        self._halt_others(policy.Patience(0.0, 0.5))
+        return [Halt(0.0, 0.5)]
+
+    def _lose(self, peer: Peer, why: str) -> None:
+        self._callers.remove(peer)
+        if peer in self._members and peer.facts["ended"] is None:
+            peer.facts["ended"] = {"ends": []}
+            first = peer.facts["first_rank"]
+            self._missing = self._missing or Failure(
+                rank=first,
+                cause=f"its machine {peer.facts['host']} (node {peer.facts['rank_of_node']}) is gone: {why}",
+                exit_code=ExitCode.FAILED,
+                log=str(self._run_dir.log(first)),
+                others_stopped=1,
+                hint="look at that machine's own output; this run goes on with the machines that are left, if it may",
+            )
+
+    def _growth(self) -> list[Event]:
+        """At a new checkpoint nothing is lost by starting anew with the machines that wait."""
+        waiting = len(self._callers) - len([peer for peer in self._members if peer in self._callers])
+        room = self._place.most - 1 - len(self._members)
+        if not self._running or self._halted or not waiting or room <= 0:
+            return []
+        if _committed(self._run_dir) <= self._committed:
+            return []
+        self._reshaped = f"{min(waiting, room)} more machine{'s' if min(waiting, room) > 1 else ''}"
+        patience = policy.Patience(0.0, _GROWTH_GRACE)
+        self._halt_others(patience)
+        return [Halt(patience.wait, patience.grace)]
+
+    def _halt_others(self, patience: policy.Patience, but: Peer | None = None) -> None:
+        if self._halted:
+            return
+        self._halted = True
+        message = {"kind": "halt", "generation": self._generation, "wait": patience.wait, "grace": patience.grace}
+        for peer in self._members:
+            if peer is not but and peer in self._callers:
+                self._hub.say(peer, message)
+
+
+def _who(world_size: int, hosts: list[tuple[str, int]]) -> str:
+    names = ", ".join(f"{host} ({ranks})" for host, ranks in hosts)
+    plural = "s" if world_size > 1 else "", "s" if len(hosts) > 1 else ""
+    return f"samestep: {world_size} rank{plural[0]} on {len(hosts)} machine{plural[1]}: {names}"
+
+
+def _host(peer: Peer) -> tuple[str, int]:
+    return str(peer.facts["host"]), int(peer.facts["nproc"])
+
+
+def _candidate(peer: Peer) -> Candidate:
+    return Candidate(peer.facts["node_rank"], peer.facts["host"])
+
+
+def _committed(run_dir: RunDir) -> int:
+    newest = manifest.committed(run_dir.checkpoints)
+    return manifest.step_of(newest[0]) if newest else -1
+
+
+def _start(facts: Facts, place: Meeting, world_size: int, first: int, node_rank: int, nnodes: int) -> dict[str, Any]:
+    return {
+        "kind": "start",
+        "generation": facts.generation,
+        "fence": facts.fence,
+        "run_id": facts.run_id,
+        "max_restarts": facts.max_restarts,
+        "world_size": world_size,
+        "first_rank": first,
+        "node_rank": node_rank,
+        "nnodes": nnodes,
+        "master_addr": place.master_addr,
+        "master_port": place.master_port,
+        "store_addr": place.store_addr,
+        "store_port": place.store_port,
+    }
