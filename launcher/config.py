@@ -70,7 +70,7 @@ class LaunchConfig:
     master_port: Annotated[
         int | None,
         Option(
-            "MASTER_PORT given to the ranks, a free one if not set; of several machines, where node 0 listens: 29500",
+            "MASTER_PORT given to the ranks, a free one if not set; of several machines, where node 0 listens",
             name=("--master-port", "--main-process-port"),
         ),
     ] = None

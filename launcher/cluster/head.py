@@ -42,7 +42,7 @@ def open_head(place: Layout) -> socket.socket | None:
         return None
     if place.node_rank is None and interfaces.resolve(place.address) not in interfaces.own_addresses():
         return None
-    address = interfaces.reachable_address(place.address)
+    address = interfaces.reachable_address(place.address or place.source)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         return socket.create_server((address, place.port), family=family, backlog=128)
@@ -99,7 +99,7 @@ class Head:
         sizes = [facts.world_size, *[int(peer.facts["nproc"]) for peer in self._members]]
         world_size, nnodes = sum(sizes), len(sizes)
         place, store = meeting.open_store(self._address, None, self._address)
-        place = replace(place, interface=interfaces.interface_toward(self._address, self._place.port))
+        place = replace(place, interface=interfaces.interface_toward(self._address, place.store_port))
         self._generation, self._committed = facts.generation, _committed(self._run_dir)
         first = sizes[0]
         for node_rank, peer in enumerate(self._members, 1):

@@ -13,7 +13,7 @@ from samestep.launcher import who_started
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import UsageError
 
-DEFAULT_PORT = 29500  # torchrun's
+DEFAULT_PORT = 29500  # torchrun's, where the address is given; else the run directory tells the port too
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def layout(config: LaunchConfig, environ: Mapping[str, str]) -> Layout | None:
             f"{by} is expected to be at least 0 and below --nnodes {most}, but is {node_rank}",
             "node ranks count from 0",
         )
-    port = config.master_port or DEFAULT_PORT
+    port = config.master_port or (DEFAULT_PORT if config.master_addr else 0)
     return Layout(fewest, most, node_rank, config.master_addr or "", port, timeouts, config.local_addr or "", by)
 
 

@@ -133,14 +133,14 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NODEID": "1"} | dict.f
         ({}, {}, None),
         ({"nnodes": "1"}, {}, None),
         ({"nnodes": "1:1"}, {}, None),
-        ({"nnodes": "2", "node_rank": 1}, {}, (2, 2, 1, "", 29500)),
+        ({"nnodes": "2", "node_rank": 1}, {}, (2, 2, 1, "", 0)),
         ({"nnodes": "2", "node_rank": 0, "master_addr": "a", "master_port": 7}, {}, (2, 2, 0, "a", 7)),
         ({"nnodes": "1:4", "rdzv_endpoint": "h:5"}, {}, (1, 4, None, "h", 5)),
         ({"nnodes": "2", "rdzv_endpoint": "h"}, {}, (2, 2, None, "h", 29500)),
         ({"nnodes": "2", "rdzv_endpoint": "[fe80::1]:5"}, {}, (2, 2, None, "fe80::1", 5)),
-        ({}, STEP, (3, 3, 1, "", 29500)),
-        ({"nnodes": "1:3"}, STEP, (1, 3, 1, "", 29500)),
-        ({"nnodes": "2"}, {"JOB_COMPLETION_INDEX": "1"}, (2, 2, 1, "", 29500)),
+        ({}, STEP, (3, 3, 1, "", 0)),
+        ({"nnodes": "1:3"}, STEP, (1, 3, 1, "", 0)),
+        ({"nnodes": "2"}, {"JOB_COMPLETION_INDEX": "1"}, (2, 2, 1, "", 0)),
     ],
 )
 def test_where_a_launcher_stands_among_machines(options, environ, expected):
