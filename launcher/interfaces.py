@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 from samestep.launcher.contract import UsageError
@@ -60,10 +61,15 @@ def reachable_address(wanted: str = "") -> str:
     if named in mine and not named.startswith("127.") and named != "::1":
         return named
     routed = address_toward(*_ELSEWHERE)
+    others = [address for address in mine if not ipaddress.ip_address(address).is_loopback]
+    others = [address for address in others if not ipaddress.ip_address(address).is_link_local]
+    if not routed and len(others) == 1:
+        return others[0]
     if not routed:
         raise UsageError(
-            "this machine is expected to have an address that others can reach, but has none but loopback",
-            "set MASTER_ADDR to the address of rank zero's machine",
+            "this machine is expected to have one address that others can reach, but has "
+            f"{', '.join(sorted(others)) or 'none but loopback'}, and no default route",
+            "set MASTER_ADDR (for samestep run: --master-addr) to the address of rank zero's machine",
         )
     return routed
 
