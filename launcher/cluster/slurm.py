@@ -45,7 +45,9 @@ class SlurmConfig:
     account: Annotated[str, Option("Account that is charged")] = ""
     qos: Annotated[str, Option("Quality of service")] = ""
     gpus_per_node: Annotated[str, Option("GPUs a machine, such as 8 or a100:8")] = ""
-    cpus_per_task: Annotated[int | None, Option("CPUs a machine; default: one a rank", "CPUs")] = None
+    cpus_per_task: Annotated[
+        int | None, Option("CPUs a machine; default: one a rank, and all of them for MIN-MAX nodes", "CPUs")
+    ] = None
     mem: Annotated[str, Option("Memory a machine, such as 64G; default: Slurm's")] = ""
     constraint: Annotated[str, Option("Features that machines need")] = ""
     job_name: Annotated[str, Option("Name of the job; default: that of the recipe")] = ""
@@ -118,7 +120,8 @@ set -u
 asked= code=1
 trap 'again=yes; asked=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 trap 'again=yes' TERM
-srun --kill-on-bad-exit=0 --export=ALL {command} &
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \\
+  --kill-on-bad-exit=0 --export=ALL {command} &
 step=$!
 again=yes
 while [ -n "$again" ]; do
@@ -148,12 +151,10 @@ def _options(config: SlurmConfig, recipe: Recipe, run_dir: Path, cwd: Path) -> l
         "mem": config.mem,
         "constraint": config.constraint,
     }
-    cpus = config.cpus_per_task or (int(config.nproc_per_node) if config.nproc_per_node.isdecimal() else 0)
+    cpus = int(config.nproc_per_node) if config.nproc_per_node.isdecimal() else 0
     return [
         f"--job-name={config.job_name or _job_name(recipe)}",
-        f"--nodes={fewest}" if fewest == most else f"--nodes={fewest}-{most}",
-        "--ntasks-per-node=1",
-        *([f"--cpus-per-task={cpus}"] if cpus else []),
+        *_machines(fewest, most, config.cpus_per_task or cpus),
         *[f"--{name}={value}" for name, value in given.items() if value],
         f"--chdir={_path(cwd)}",
         f"--output={_path(run_dir / 'logs')}/slurm-%j.log",
@@ -161,6 +162,13 @@ def _options(config: SlurmConfig, recipe: Recipe, run_dir: Path, cwd: Path) -> l
         f"--signal=B:USR1@{config.signal_seconds}",
         "--requeue" if config.requeue else "--no-requeue",
     ]
+
+
+def _machines(fewest: int, most: int, cpus: int) -> list[str]:
+    """Of a range Slurm gives no more machines than the tasks need, so it is asked for a task of each, and all of it."""
+    if fewest == most:
+        return [f"--nodes={most}", "--ntasks-per-node=1", *([f"--cpus-per-task={cpus}"] if cpus else [])]
+    return [f"--nodes={fewest}-{most}", f"--ntasks={most}", "--exclusive"]
 
 
 def _job_name(recipe: Recipe) -> str:

@@ -26,15 +26,17 @@ def directives(text: str) -> list[str]:
 def launched(text: str) -> list[str]:
     """The words that the shell hands to srun."""
     shim = text.replace("srun ", "printf '%s\\0' ", 1).partition("step=$!")[0].rstrip().rstrip("&")
-    shown = subprocess.run(["sh", "-c", shim], capture_output=True, check=True, timeout=30).stdout
+    shown = subprocess.run(
+        ["sh", "-c", shim], env={"SLURM_JOB_NUM_NODES": "2"}, capture_output=True, check=True, timeout=30
+    ).stdout
     return [word.decode() for word in shown.split(b"\0")[:-1]]
 
 
 def test_options_become_directives():
-    found = directives(made(nodes="1-2", time="4:00:00", partition="gpu", nproc_per_node="8", gpus_per_node="a100:8"))
+    found = directives(made(nodes="2", time="4:00:00", partition="gpu", nproc_per_node="8", gpus_per_node="a100:8"))
     assert found == [
         "--job-name=recipe",
-        "--nodes=1-2",
+        "--nodes=2",
         "--ntasks-per-node=1",
         "--cpus-per-task=8",
         "--partition=gpu",
@@ -46,6 +48,10 @@ def test_options_become_directives():
         "--signal=B:USR1@120",
         "--requeue",
     ]
+
+
+def test_a_range_of_nodes_asks_for_as_many_whole_machines_as_there_are():
+    assert directives(made(nodes="1-3"))[1:4] == ["--nodes=1-3", "--ntasks=3", "--exclusive"]
 
 
 def test_the_script_is_one_that_a_shell_understands():
@@ -119,6 +125,7 @@ def test_only_run_again_requeues_and_not_for_ever(tmp_path, code, again, restart
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    env["SLURM_JOB_NUM_NODES"] = "2"
     ended = subprocess.run(["sh", "-c", made(max_requeues=3)], env=env, capture_output=True, text=True, timeout=30)
     assert ended.returncode == code
     asked = tmp_path / "asked"
@@ -136,7 +143,7 @@ def test_the_status_of_srun_survives_a_signal_to_the_script(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     signal_when_ready = f"( while ! [ -s {tmp_path}/pid ]; do sleep 0.1; done; kill -USR1 $$ ) &\n"
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
     ended = subprocess.run(
         ["sh", "-c", signal_when_ready + made()], env=env, capture_output=True, text=True, timeout=60
     )
