@@ -54,10 +54,11 @@ class Host:
     def plug(self) -> None:
         ip("link", "set", self.link, "up")
 
-    def slow_down(self, delay_ms: int) -> None:
-        """Each packet that leaves the host waits; needs the kernel's netem."""
-        ip_in = ["ip", "netns", "exec", self.name, "tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay"]
-        subprocess.run([*ip_in, f"{delay_ms}ms"], check=True, capture_output=True, timeout=30)
+    def slow_down(self, megabits: int) -> None:
+        """So many a second leave the host, and what does not fit waits up to 0.4 s."""
+        limit = ["tbf", "rate", f"{megabits}mbit", "burst", "16kb", "latency", "400ms"]
+        words = ["ip", "netns", "exec", self.name, "tc", "qdisc", "add", "dev", "eth0", "root", *limit]
+        subprocess.run(words, check=True, capture_output=True, timeout=30)
 
 
 @contextlib.contextmanager

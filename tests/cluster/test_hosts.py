@@ -198,9 +198,9 @@ def test_when_a_cable_is_cut_one_side_goes_on_and_the_other_says_run_again(run, 
 
 def test_a_slow_cable_changes_no_bit(run, reference):
     try:
-        run.hosts[1].slow_down(5)
+        run.hosts[1].slow_down(megabits=40)
     except (subprocess.CalledProcessError, FileNotFoundError):
-        pytest.skip("needs tc and the kernel's netem")
+        pytest.skip("needs tc and the kernel's tbf")
     start_all(run, "3")
     assert [run.code(number, 300) for number in range(3)] == [0, 0, 0]
     run.check(reference)
