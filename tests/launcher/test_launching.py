@@ -207,6 +207,7 @@ def test_json_ends_the_output_with_one_line(samestep):
     assert (bad["exit_code"], bad["failure"]["rank"], bad["failure"]["cause"]) == (1, 1, "ValueError: boom")
 
 
+@pytest.mark.alone
 def test_first_failure_ends_all_ranks_at_once_even_those_that_ignore_it(samestep):
     ended = samestep.act(
         "0=ignore-term,spawn,detach,wait", "1=ignore-term,wait", "2=await-waiting:0,await-waiting:1,raise", ranks=3
