@@ -34,7 +34,8 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "observe": {"parallel", "recipe"},
     "checks": {"data", "parallel", "recipe"},
     "state": {"observe", "parallel", "recipe"},
-    "evaluate": {"data", "observe", "parallel", "recipe"},
+    "state_metrics": {"parallel"},
+    "evaluate": {"data", "observe", "parallel", "recipe", "state_metrics"},
     "step": {"data", "observe", "parallel", "recipe"},
     "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "state", "step"},
 }

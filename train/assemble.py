@@ -32,6 +32,7 @@ from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.recipe import Components
 from samestep.train.state.saver import Saver, Schedule, WritingSaver
 from samestep.train.state.train_state import TrainState
+from samestep.train.state_metrics import StateMetric, StateMetrics
 from samestep.train.step import OptimizerStep
 
 
@@ -124,6 +125,7 @@ def _step(
 def _evaluator(
     components: Components, setting: Setting, autocast: contextlib.AbstractContextManager[None]
 ) -> Evaluator | None:
+    kept = {name: StateMetric.of(function) for name, function in components.metrics.items()}
     functions = {"loss": components.loss, **components.metrics}
     best = setting.config.best
     if best is not None and (components.eval_data is None or best.partition(":")[2] not in functions):
@@ -133,7 +135,10 @@ def _evaluator(
         return None
     sampler = _sampler(components.eval_data, setting, shuffle=False)
     loader = _loader(components.eval_data, sampler, components, setting)
-    return Evaluator(functions, loader, sampler, setting.member.group, setting.device, setting.config.seed, autocast)
+    group, device = setting.member.group, setting.device
+    states = StateMetrics({name: metric for name, metric in kept.items() if metric is not None}, group, device)
+    plain = {name: function for name, function in functions.items() if kept.get(name) is None}
+    return Evaluator(plain, states, loader, sampler, group, device, setting.config.seed, autocast)
 
 
 def _ema(components: Components) -> AveragedModel | None:
