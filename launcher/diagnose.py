@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from samestep.launcher.contract import EXIT_MEANING, ErrorRecord, ExitCode
-from samestep.launcher.supervise.outcome import RankEnd
+from samestep.launcher.heartbeat import IN_STEP
+from samestep.launcher.supervise.outcome import Hang, RankEnd
 from samestep.launcher.traceback_text import Said, crash_frame, last_exception, tells_of_another_rank
 
 _SIGNAL_HINTS = {
@@ -74,6 +75,24 @@ def diagnose(ranks: Sequence[Evidence]) -> Failure | None:
         others_stopped=sum(item.end.returncode != 0 for item in ranks) - 1,
         hint=record.hint if record and record.hint else _hint(culprit, said),
         told=_is_told(ranks),
+    )
+
+
+def hung(hang: Hang, log: str, world_size: int) -> Failure:
+    """The failure that a hang is."""
+    what = "a whole step" if hang.phase in IN_STEP else "it"
+    usual = f" ({what} took at most {hang.usual:.2g} s before)" if hang.usual else ""
+    how = f": {hang.how}" if hang.how else ""
+    return Failure(
+        rank=hang.rank,
+        cause=f"hang: {hang.seconds:.0f} s in {hang.phase or 'no phase of training'}{usual}{how}",
+        exit_code=ExitCode.FAILED,
+        log=log,
+        frame=hang.frame,
+        step=hang.step,
+        phase=hang.phase,
+        others_stopped=world_size - 1,
+        hint=f"stacks of all ranks: {hang.stacks}" if hang.stacks else "",
     )
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from samestep.launcher.contract import (
     WorkerEnv,
     default_run_dir,
 )
+from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
 from samestep.train import environment, leave, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components
@@ -31,6 +32,7 @@ from samestep.train.loop import Run, run_to_the_end
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
+from samestep.train.stack_signal import tell_stacks_when_asked
 from samestep.train.state.export import export_weights
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -60,9 +62,11 @@ class _Progress:
     step: int = 0
     phase: str = "joining"
     clock: PhaseClock | None = None  # knows the phase inside a step
+    pulse: Pulse = field(default_factory=NoPulse)
 
     def __call__(self, step: int, phase: str) -> None:
         self.step, self.phase = step, phase
+        self.pulse.at(step, phase)
 
     @property
     def exact_phase(self) -> str:
@@ -92,6 +96,9 @@ def train(
     generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
         env = WorkerEnv.from_environ(os.environ)
+        progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
+        progress(0, "joining")
+        tell_stacks_when_asked()
         config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():
@@ -111,6 +118,8 @@ def train(
             print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
         raise
+    finally:
+        progress.pulse.at(progress.step, "")
 
 
 def _train(
@@ -165,7 +174,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         "dataset": dataset_fingerprint(components.train_data, config.seed),
         **environment.record(member.device),
     }
-    setting = Setting(config, member, run_dir, shards, joined.generation, facts, joined.fence)
+    setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence)
     run = assemble(components, setting, progress)
     progress.clock = run.step.clock
     leave.end_hard(run)

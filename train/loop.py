@@ -63,6 +63,7 @@ def run_to_the_end(run: Run) -> None:
 
 def _rest_of_epoch(run: Run) -> None:
     config, state = run.config, run.state
+    run.progress(state.step, "loading")
     batches = iter(run.loader)
     run.components.model.train()
     plans = epoch_plans(
