@@ -25,8 +25,8 @@ PHASES = (
 IN_STEP = frozenset({"data", "forward", "backward", "sync", "optimizer"})
 _NUMBER = {phase: number for number, phase in enumerate(PHASES)}
 
-# beats, step, phase, whether the step is an edge, time of the change, and the longest of each SPAN so far in seconds
-_SLOT = struct.Struct("<QqHHxxxxdddddd")
+# beats, step, collectives, phase, edge, time of the change, and the longest of each SPAN so far in seconds
+_SLOT = struct.Struct("<QqQHHxxxxdddddd")
 SLOT_BYTES = 128  # a rank writes to cache lines of its own
 SPANS = ("edge", "step", "evaluation", "checkpoint", "closing")
 _READS = 8
@@ -41,6 +41,7 @@ class Beat:
         step: optimizer steps completed.
         phase: one of PHASES; empty before and after training.
         edge: inside a step that follows something else than a step: the first one, or one after an evaluation.
+        collectives: entered by this rank before the change.
         since: `time.monotonic()` of the last change.
         longest: seconds of the longest finished edge, step, evaluation and so on; 0.0 before the first.
     """
@@ -49,6 +50,7 @@ class Beat:
     step: int = 0
     phase: str = ""
     edge: bool = False
+    collectives: int = 0
     since: float = 0.0
     longest: tuple[float, ...] = (0.0,) * len(SPANS)
 
@@ -75,8 +77,9 @@ class Board:
             if again == raw:
                 break
             raw = again
-        beats, step, phase, edge, since, *longest = _SLOT.unpack(raw)
-        return Beat(beats, step, PHASES[phase] if phase < len(PHASES) else "", bool(edge), since, tuple(longest))
+        beats, step, collectives, phase, edge, since, *longest = _SLOT.unpack(raw)
+        name = PHASES[phase] if phase < len(PHASES) else ""
+        return Beat(beats, step, name, bool(edge), collectives, since, tuple(longest))
 
     def close(self) -> None:
         """Let go of the memory; that of the ranks stays until they end."""
@@ -94,6 +97,9 @@ def _nameless_file() -> int:
 class Pulse(Protocol):
     """What a worker tells."""
 
+    def count_by(self, collectives: Callable[[], int]) -> None:
+        """From now on this gives the number of collectives that the rank has entered."""
+
     def at(self, step: int, phase: str) -> None:
         """Something begins: a step, an evaluation, a checkpoint."""
 
@@ -103,6 +109,9 @@ class Pulse(Protocol):
 
 class NoPulse:
     """Nobody listens: the launcher is not ours."""
+
+    def count_by(self, collectives: Callable[[], int]) -> None:
+        """Nothing."""
 
     def at(self, step: int, phase: str) -> None:
         """Nothing."""
@@ -122,6 +131,11 @@ class Heartbeat:
         self._step, self._edge = 0, False
         self._span, self._begun = "", now()
         self._longest = [0.0] * len(SPANS)
+        self._collectives: Callable[[], int] = int
+
+    def count_by(self, collectives: Callable[[], int]) -> None:
+        """From now on this gives the number of collectives that the rank has entered."""
+        self._collectives = collectives
 
     def at(self, step: int, phase: str) -> None:
         """Something begins; the time of what ends is kept if it is the longest of its kind."""
@@ -141,9 +155,8 @@ class Heartbeat:
 
     def _write(self, phase: str, moment: float) -> None:
         self._beats += 1
-        _SLOT.pack_into(
-            self._memory, self._offset, self._beats, self._step, _NUMBER[phase], self._edge, moment, *self._longest
-        )
+        where = (self._beats, self._step, self._collectives(), _NUMBER[phase], self._edge, moment)
+        _SLOT.pack_into(self._memory, self._offset, *where, *self._longest)
 
 
 def pulse(environ: Mapping[str, str], rank: int) -> Pulse:

@@ -139,6 +139,7 @@ def _train(
     member = join(env, pick_device(config.device, env))
     environment.pin(threads, config.allow_nondeterministic)  # joining may have set the thread count
     leave.end_hard(member)
+    progress.pulse.count_by(member.group.collectives)
     with start.owned(run_dir, member) as fence:
         return _train_joined(build, _Joined(config, member, run_dir, shards, generation, fence, stored), progress)
 

@@ -163,12 +163,28 @@ class Watchdog:
         ahead = [rank for rank in self._still if rank not in behind]
         if not all(self.is_overdue(rank) for rank in ahead):
             return None
-        if not ahead:
+        more, fewer = self._by_collectives(behind, ahead)
+        if not fewer:
             odd = _minority({rank: stacks[rank].innermost for rank in behind if rank in stacks})
             return (odd if odd is not None else self._last_to_come(behind)), "all ranks wait for one another"
-        if len(behind) < len(ahead):
-            return self._longest_quiet(behind), "it waits in a collective that the others do not enter"
-        return self._longest_quiet(ahead), "it did not enter the collective that the others wait in"
+        if len(more) < len(fewer):
+            return self._longest_quiet(more), "it entered a collective that the others did not enter"
+        return self._longest_quiet(fewer), "it did not enter a collective that the others entered"
+
+    def _by_collectives(self, behind: Sequence[int], ahead: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ranks that entered a collective, and ranks that passed it by; the second is empty where that can't be told.
+
+        Who is furthest behind and waits there is in a collective that those ahead have passed, or have been through:
+        then they have entered more of them than those that passed it by.
+        """
+        group = ahead or behind
+        counts = {rank: self._still[rank].sample.beat.collectives for rank in group}
+        same_place = len({position(self._still[rank].sample.beat) for rank in group}) == 1
+        if same_place and len(set(counts.values())) > 1:
+            most = max(counts.values())
+            more = [rank for rank in group if counts[rank] == most]
+            return [*more, *(behind if ahead else ())], [rank for rank in group if counts[rank] < most]
+        return list(behind), list(ahead)
 
     def _longest_quiet(self, ranks: Sequence[int]) -> int:
         return min(ranks, key=lambda rank: self._still[rank].sample.beat.since)
