@@ -198,8 +198,6 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}"
 
 
-STACKS_FILE = "samestep-stacks"  # memfd to which a rank writes its stacks on SIGUSR2
-
 MANIFEST = "MANIFEST.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"

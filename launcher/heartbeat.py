@@ -28,6 +28,7 @@ _NUMBER = {phase: number for number, phase in enumerate(PHASES)}
 # beats, step, collectives, phase, edge, time of the change, and the longest of each SPAN so far in seconds
 _SLOT = struct.Struct("<QqQHHxxxxdddddd")
 SLOT_BYTES = 128  # a rank writes to cache lines of its own
+STACKS_FILE = "samestep-stacks"  # name of the nameless file to which a rank writes its stacks on SIGUSR2
 SPANS = ("edge", "step", "evaluation", "checkpoint", "closing")
 _READS = 8
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from samestep.launcher.contract import STACKS_FILE
+from samestep.launcher.heartbeat import STACKS_FILE
 from samestep.launcher.stacks import Stacks, Thread, parse_faulthandler, parse_spy
 
 _SECONDS = 8.0  # for all processes of a run together, which are looked at at once

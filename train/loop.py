@@ -96,6 +96,8 @@ def _report(run: Run) -> None:
     records = run.ledger.flush(run.step.tally.extras or [])
     run.state.useful_seconds += sum(record.wall_seconds for record in records)
     run.reporter.steps(records)
+    if slow := run.ledger.slow_rank:
+        run.reporter.warning(str(slow), rank=slow.rank, phase=slow.phase)
 
 
 def _evaluation_due(run: Run, epoch_done: bool) -> bool:

@@ -10,7 +10,7 @@ import os
 import signal
 from typing import IO
 
-from samestep.launcher.contract import STACKS_FILE
+from samestep.launcher.heartbeat import STACKS_FILE
 
 _file: list[IO[bytes]] = []  # kept open: faulthandler writes to its descriptor
 

@@ -168,8 +168,11 @@ class Watchdog:
             odd = _minority({rank: stacks[rank].innermost for rank in behind if rank in stacks})
             return (odd if odd is not None else self._last_to_come(behind)), "all ranks wait for one another"
         if len(more) < len(fewer):
-            return self._longest_quiet(more), "it entered a collective that the others did not enter"
-        return self._longest_quiet(fewer), "it did not enter a collective that the others entered"
+            return self._longest_quiet(more), "it entered a collective that others did not enter"
+        place = next(
+            (f" at {stacks[rank].user_frame}" for rank in more if rank in stacks and stacks[rank].user_frame), ""
+        )
+        return self._longest_quiet(fewer), f"it did not enter a collective that others entered{place}"
 
     def _by_collectives(self, behind: Sequence[int], ahead: Sequence[int]) -> tuple[list[int], list[int]]:
         """Ranks that entered a collective, and ranks that passed it by; the second is empty where that can't be told.
