@@ -14,7 +14,7 @@ from samestep.launcher.contract import ExitCode, UsageError
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
        samestep verify [options] recipe.py | samestep digest [--state] PATH
-       samestep --version | samestep --help | samestep run --help"""
+       samestep stacks RUN_DIR | samestep --version | samestep --help | samestep run --help"""
 
 HELP = f"""\
 {USAGE}
@@ -25,6 +25,7 @@ Distributed PyTorch training whose runs come out the same.
   verify   run the first steps of a recipe at several world sizes and with stops, and compare the bits
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
            --state: of everything that training goes on from
+  stacks   print what every rank of a run that goes on now is doing, thread by thread
 """
 
 
@@ -62,7 +63,12 @@ def _dispatch(argv: Sequence[str]) -> int:
     if word == "--version":
         print(f"samestep {_version()}")
         return ExitCode.DONE
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "verify": _verify, "digest": _digest}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "run": _run,
+        "verify": _verify,
+        "digest": _digest,
+        "stacks": _stacks,
+    }
     if word not in commands:
         raise _unknown(word, set(commands))
     return commands[word](rest)
@@ -137,4 +143,19 @@ def _digest(argv: Sequence[str]) -> int:
             "samestep digest [--state] PATH",
         )
     print(path_digest(Path(paths[0]), whole_state=len(paths) < len(argv)))
+    return ExitCode.DONE
+
+
+def _stacks(argv: Sequence[str]) -> int:
+    from samestep.launcher.live import stacks_of_run
+
+    if len(argv) == 1 and argv[0] in ("--help", "-h"):
+        print(HELP, end="")
+        return ExitCode.DONE
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UsageError(
+            f"stacks is expected to be followed by one run directory, but got {len(argv)} words",
+            "samestep stacks RUN_DIR",
+        )
+    print(stacks_of_run(Path(argv[0])), end="")
     return ExitCode.DONE
