@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from samestep.launcher.contract import ENV_HEARTBEAT_FD
 
@@ -26,9 +26,11 @@ IN_STEP = frozenset({"data", "forward", "backward", "sync", "optimizer"})
 _NUMBER = {phase: number for number, phase in enumerate(PHASES)}
 
 # beats, step, collectives, phase, edge, time of the change, and the longest of each SPAN so far in seconds
-_SLOT = struct.Struct("<QqQHHxxxxdddddd")
-SLOT_BYTES = 128  # a rank writes to cache lines of its own
-STACKS_FILE = "samestep-stacks"  # name of the nameless file to which a rank writes its stacks on SIGUSR2
+_RECORD = struct.Struct("<QqQHHxxxxdddddd")
+_COUNT = struct.Struct("<Q")
+# A slot: the number of beats, which says which of two records is the newest; the other one is being written.
+_RECORD_BYTES = 128
+SLOT_BYTES = 3 * _RECORD_BYTES
 SPANS = ("edge", "step", "evaluation", "checkpoint", "closing")
 _READS = 8
 
@@ -70,22 +72,31 @@ class Board:
             raise
 
     def read(self, rank: int) -> Beat:
-        """The newest beat of a rank; read until two copies agree, since nobody locks."""
-        offset = rank * SLOT_BYTES
-        raw = self._memory[offset : offset + _SLOT.size]
+        """The newest beat of a rank; nobody locks, so it is read again where the rank went on meanwhile."""
+        count, raw = self._copy(rank)
         for _ in range(_READS):
-            again = self._memory[offset : offset + _SLOT.size]
-            if again == raw:
+            before = count
+            count, again = self._copy(rank)
+            if count == before:
                 break
             raw = again
-        beats, step, collectives, phase, edge, since, *longest = _SLOT.unpack(raw)
+        beats, step, collectives, phase, edge, since, *longest = raw
         name = PHASES[phase] if phase < len(PHASES) else ""
         return Beat(beats, step, name, bool(edge), collectives, since, tuple(longest))
+
+    def _copy(self, rank: int) -> tuple[int, tuple[Any, ...]]:
+        begin = rank * SLOT_BYTES
+        (count,) = _COUNT.unpack_from(self._memory, begin)
+        return count, _RECORD.unpack_from(self._memory, _newest(begin, count))
 
     def close(self) -> None:
         """Let go of the memory; that of the ranks stays until they end."""
         self._memory.close()
         os.close(self.fd)
+
+
+def _newest(begin: int, count: int) -> int:
+    return begin + _RECORD_BYTES * (1 + count % 2)
 
 
 def _nameless_file() -> int:
@@ -128,7 +139,7 @@ class Heartbeat:
         self._memory = memory
         self._offset = rank * SLOT_BYTES
         self._now = now
-        self._beats = int(_SLOT.unpack_from(memory, self._offset)[0])  # of an earlier run in this process
+        self._beats = int(_COUNT.unpack_from(memory, self._offset)[0])  # of an earlier run in this process
         self._step, self._edge = 0, False
         self._span, self._begun = "", now()
         self._longest = [0.0] * len(SPANS)
@@ -157,7 +168,9 @@ class Heartbeat:
     def _write(self, phase: str, moment: float) -> None:
         self._beats += 1
         where = (self._beats, self._step, self._collectives(), _NUMBER[phase], self._edge, moment)
-        _SLOT.pack_into(self._memory, self._offset, *where, *self._longest)
+        _RECORD.pack_into(self._memory, _newest(self._offset, self._beats), *where, *self._longest)
+        # one store of 8 bytes: pack_into would write zeros first
+        self._memory[self._offset : self._offset + _COUNT.size] = self._beats.to_bytes(_COUNT.size, "little")
 
 
 def pulse(environ: Mapping[str, str], rank: int) -> Pulse:

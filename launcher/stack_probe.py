@@ -2,7 +2,7 @@
 
 py-spy reads another process's memory, so it works while the interpreter lock is held and on a stopped process. Where
 the system does not let it, the process writes its own stacks: a recipe's ranks do so on SIGUSR2 (see
-samestep.train.stack_signal), into a nameless file that is read through /proc.
+stack_signal), into a nameless file that is read through /proc.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from samestep.launcher.heartbeat import STACKS_FILE
+from samestep.launcher.stack_signal import STACKS_FILE
 from samestep.launcher.stacks import Stacks, Thread, parse_faulthandler, parse_spy
 
 _SECONDS = 8.0  # for all processes of a run together, which are looked at at once

@@ -21,6 +21,7 @@ from samestep.launcher.contract import (
     default_run_dir,
 )
 from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
+from samestep.launcher.stack_signal import tell_stacks_when_asked
 from samestep.train import environment, leave, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components
@@ -32,7 +33,6 @@ from samestep.train.loop import Run, run_to_the_end
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
-from samestep.train.stack_signal import tell_stacks_when_asked
 from samestep.train.state.export import export_weights
 
 Config = TypeVar("Config", bound=TrainConfig)

@@ -1,6 +1,6 @@
-"""A rank's own way to tell its stacks: on SIGUSR2, without the interpreter, into a nameless file.
+"""A process's own way to tell its stacks: on SIGUSR2, without the interpreter, into a nameless file.
 
-It is there for systems on which nobody may look into another process; the other end is samestep.launcher.stacks.
+For systems on which nobody may look into another process. Called by the ranks; the other end is stack_probe.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import os
 import signal
 from typing import IO
 
-from samestep.launcher.heartbeat import STACKS_FILE
-
+STACKS_FILE = "samestep-stacks"
 _file: list[IO[bytes]] = []  # kept open: faulthandler writes to its descriptor
 
 
