@@ -78,7 +78,7 @@ def test_a_stopped_process_has_stacks_and_stays_stopped(process):
 
 @pytest.mark.parametrize("what", [SLEEPS, HOLDS_THE_LOCK], ids=["asleep", "holds the lock"])
 def test_without_py_spy_the_process_tells_its_stacks_itself(process, what, monkeypatch):
-    monkeypatch.setattr(stack_probe.shutil, "which", lambda *words, **more: None)
+    monkeypatch.setattr("shutil.which", lambda *words, **more: None)
     pid = process(what)
     for _ in range(2):  # the second answer is not the first one
         stacks = stack_probe.take([pid])[pid]
@@ -87,7 +87,7 @@ def test_without_py_spy_the_process_tells_its_stacks_itself(process, what, monke
 
 
 def test_who_has_no_ear_for_the_signal_is_not_killed_by_it(monkeypatch):
-    monkeypatch.setattr(stack_probe.shutil, "which", lambda *words, **more: None)
+    monkeypatch.setattr("shutil.which", lambda *words, **more: None)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) as program:
         try:
             assert stack_probe.take([program.pid])[program.pid].problem == "py-spy is not installed"
