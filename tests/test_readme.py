@@ -69,6 +69,7 @@ def tree() -> str:
         path
         for folder in ("benchmarks", "launcher", "train", "scripts")
         for path in sorted((ROOT / folder).rglob("*.py"))
+        if not path.name.startswith("__")
     ]
     about = {p.relative_to(ROOT).as_posix(): first_words(p) for p in modules if p.stat().st_size}
     assert all(about.values()), "every module says in its first line what it is"
