@@ -219,7 +219,7 @@ class ErrorRecord:
     pid: int
     generation: int
     step: int  # optimizer steps completed
-    phase: str  # joining, build, data, forward, backward, sync, optimizer, evaluation, checkpoint, closing
+    phase: str  # joining, build, loading, data, forward, backward, sync, optimizer, evaluation, checkpoint, closing
     kind: str  # exception class name
     message: str
     frame: str  # user frame, "file:line in function"

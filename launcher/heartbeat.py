@@ -89,6 +89,10 @@ class Board:
         (count,) = _COUNT.unpack_from(self._memory, begin)
         return count, _RECORD.unpack_from(self._memory, _newest(begin, count))
 
+    def clear(self) -> None:
+        """Forget what ranks wrote that are gone."""
+        self._memory[:] = bytes(len(self._memory))
+
     def close(self) -> None:
         """Let go of the memory; that of the ranks stays until they end."""
         self._memory.close()

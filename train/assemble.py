@@ -142,7 +142,7 @@ def _evaluator(
     group, device = setting.member.group, setting.device
     states = StateMetrics({name: metric for name, metric in kept.items() if metric is not None}, group, device)
     plain = {name: function for name, function in functions.items() if kept.get(name) is None}
-    return Evaluator(plain, states, loader, sampler, group, device, setting.config.seed, autocast)
+    return Evaluator(plain, states, loader, sampler, group, device, setting.config.seed, autocast, setting.pulse.enter)
 
 
 def _ema(components: Components) -> AveragedModel | None:

@@ -16,6 +16,7 @@ from samestep.launcher.stacks import render_all
 from samestep.launcher.supervise.outcome import Hang
 from samestep.launcher.supervise.watchdog import TICK_SECONDS, Patience, Sample, Watchdog
 
+_AGAIN_SECONDS = 5.0  # until a suspicion that came to nothing is looked into once more
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -23,6 +24,9 @@ class Watch(Protocol):
     """Looks after the ranks of one generation after the other."""
 
     fd: int
+
+    def clear(self) -> None:
+        """Ranks are about to be started: what earlier ones said is over."""
 
     def begin(self, generation: int, pids: Mapping[int, int]) -> bool:
         """The ranks were started, rank -> pid; False if nothing is to be watched."""
@@ -38,6 +42,9 @@ class NoWatch:
     """For `--hang-timeout off`, and for scripts that publish nothing."""
 
     fd = -1
+
+    def clear(self) -> None:
+        """Nothing."""
 
     def begin(self, generation: int, pids: Mapping[int, int]) -> bool:  # noqa: ARG002 (Watch's form)
         """Nothing."""
@@ -64,12 +71,17 @@ class HangWatch:
         self._pids: Mapping[int, int] = {}
         self._samples: dict[int, Sample] = {}
         self._last = 0.0
+        self._not_before = 0.0  # time at which stacks may be taken once more
+
+    def clear(self) -> None:
+        """Ranks are about to be started: what earlier ones said is over."""
+        self._board.clear()
 
     def begin(self, generation: int, pids: Mapping[int, int]) -> bool:
         """Look after these ranks from now on."""
         self._watchdog.begin()
         self._generation, self._pids, self._samples = generation, dict(pids), {}
-        self._last = time.monotonic()
+        self._last, self._not_before = time.monotonic(), 0.0
         return True
 
     def tick(self) -> Hang | None:
@@ -78,8 +90,9 @@ class HangWatch:
         self._samples = {rank: self._sample(rank, pid) for rank, pid in self._pids.items()}
         suspicion = self._watchdog.observe(self._samples, now - self._last, _crowding())
         self._last = now
-        if suspicion is None:
+        if suspicion is None or now < self._not_before or any(map(_is_traced, self._pids.values())):
             return None
+        self._not_before = now + _AGAIN_SECONDS
         by_pid = stack_probe.take(list(self._pids.values()))
         stacks = {rank: by_pid[pid] for rank, pid in self._pids.items()}
         children = {
@@ -132,12 +145,23 @@ def _starved(pid: int) -> float:
 
 
 def _busy(pid: int) -> float:
-    """Seconds of processor time of all threads."""
+    """Seconds of processor time of a process and of those that it started."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
+        children = [
+            int(text) for file in Path(f"/proc/{pid}/task").glob("*/children") for text in file.read_text().split()
+        ]
+        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND + sum(map(_busy, children))
     except (OSError, IndexError, ValueError):
         return 0.0
+
+
+def _is_traced(pid: int) -> bool:
+    """Whether a debugger is attached: then standing still is what somebody wants."""
+    try:
+        return int(Path(f"/proc/{pid}/status").read_text().partition("TracerPid:")[2].split()[0]) > 0
+    except (OSError, IndexError, ValueError):
+        return False
 
 
 def _crowding() -> float:

@@ -68,6 +68,7 @@ class Supervisor:
             OSError: a rank or its log file can't be started.
         """
         self._ends, self._failed, self._is_victim, self._hang = [], False, is_victim, None
+        self._watch.clear()
         try:
             self._waiting = lambda: self._start_all(generation, commands, environ, started)
             if self._server is None or self._server.is_ready or not all(command.recipe for command in commands):

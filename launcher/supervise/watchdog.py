@@ -28,6 +28,7 @@ class Patience:
         seldom: in an evaluation or a checkpoint, once one was measured.
         unmeasured: in what has not happened before.
         factor: of the longest time before.
+        working: times as long in what has not happened before, while the rank computes; a build may go on for ever.
         strict: the numbers are the user's own: a busy start is not excused.
     """
 
@@ -35,6 +36,7 @@ class Patience:
     seldom: float = 30.0
     unmeasured: float = 600.0
     factor: float = 10.0
+    working: float = 6.0
     strict: bool = False
 
     @classmethod
@@ -60,6 +62,12 @@ class Patience:
         known = longest.get(beat.phase, 0.0)
         return max(self.seldom, self.factor * known) if known else self.unmeasured
 
+    def excuse(self, beat: Beat, longest: Mapping[str, float]) -> float:
+        """How many times as long it may take while the rank computes: only where there is nothing to compare with."""
+        if self.strict or self.limit(beat, longest) != self.unmeasured:
+            return 1.0
+        return float("inf") if beat.phase in _STARTING else self.working
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -68,7 +76,7 @@ class Sample:
     beat: Beat
     stopped: bool = False  # by SIGSTOP
     starved: float = 0.0  # its main thread was ready to run, and no processor was free
-    busy: float = 0.0  # processor time of all its threads
+    busy: float = 0.0  # processor time of it and of what it started
 
 
 @dataclass(slots=True)
@@ -125,8 +133,8 @@ class Watchdog:
         """Whether a rank has not moved for longer than it may."""
         still = self._still[rank]
         beat = still.sample.beat
-        excused = beat.phase in _STARTING and not self.patience.strict  # nothing to compare with: as long as it works
-        return (still.idle if excused else still.quiet) > self.patience.limit(beat, self.longest)
+        limit, excuse = self.patience.limit(beat, self.longest), self.patience.excuse(beat, self.longest)
+        return still.quiet > limit * excuse or (excuse > 1 and still.idle > limit)
 
     def judge(self, suspicion: Suspicion, stacks: Mapping[int, Stacks], now: float) -> Hang | None:
         """Name the rank; None where it is better to wait. `stacks` by rank, `now` as in Beat.since."""
@@ -200,7 +208,7 @@ def _after(before: _Still | None, sample: Sample, fair: float) -> _Still:
     if before is None or before.sample.beat.beats != sample.beat.beats:
         return _Still(sample)
     starved = max(0.0, sample.starved - before.sample.starved)
-    works = sample.busy - before.sample.busy > 0.05 * fair
+    works = sample.busy > before.sample.busy
     return _Still(
         sample,
         quiet=before.quiet + max(0.0, fair - starved),

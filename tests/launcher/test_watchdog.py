@@ -13,7 +13,7 @@ from samestep.launcher.supervise.watchdog import TICK_SECONDS, Patience, Sample,
 
 USER, TORCH = "recipe.py", "/x/site-packages/torch/distributed/distributed_c10d.py"
 OURS = str(Path(contract.__file__).resolve().parent.parent / "train" / "parallel" / "exchange.py")
-NEVER = 3600.0
+NEVER = 4000.0
 
 
 def longest(**seconds):
@@ -72,6 +72,10 @@ def suspected(ranks, patience=None, *, crowding=1.0, until=NEVER, gap=TICK_SECON
         ([still("checkpoint", step=8), still("forward", step=8)], None, 600.25, (0,)),
         ([still("checkpoint", known=longest(checkpoint=0.5))], None, 30.25, (0,)),
         ([still("build", step=0)], None, 600.25, (0,)),
+        # six times as long while it computes
+        ([grows("evaluation", "busy", 0.9)], None, 3600.25, (0,)),
+        ([grows("forward", "busy", 0.9, edge=True, known=longest())], None, 3600.25, (0,)),
+        ([grows("forward", "busy", 0.9)], None, 4.75, (0,)),
         ([still("closing")], None, 600.25, (0,)),
         # the user's number in place of all floors, never below 10 times the longest
         ([still("build", step=0)], Patience.of("7"), 7.25, (0,)),
