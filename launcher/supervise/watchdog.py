@@ -111,9 +111,10 @@ class Watchdog:
 
     def observe(self, samples: Mapping[int, Sample], seconds: float, crowding: float = 1.0) -> Suspicion | None:
         """Take samples of all ranks, `seconds` after the last ones, with `crowding` tasks ready to run a processor."""
-        fair = min(seconds, 2 * TICK_SECONDS) / min(max(crowding, 1.0), _MOST_CROWDED)
+        seconds = min(seconds, 2 * TICK_SECONDS)
+        crowding = min(max(crowding, 1.0), _MOST_CROWDED)
         for rank, sample in samples.items():
-            self._still[rank] = _after(self._still.get(rank), sample, fair)
+            self._still[rank] = _after(self._still.get(rank), sample, seconds, crowding)
             for span, measured in zip(SPANS, sample.beat.longest, strict=True):
                 self.longest[span] = max(self.longest[span], measured)
         return self._suspicion()
@@ -204,14 +205,15 @@ class Watchdog:
         return max(ranks, key=lambda rank: self._still[rank].sample.beat.since)
 
 
-def _after(before: _Still | None, sample: Sample, fair: float) -> _Still:
+def _after(before: _Still | None, sample: Sample, seconds: float, crowding: float) -> _Still:
     if before is None or before.sample.beat.beats != sample.beat.beats:
         return _Still(sample)
-    starved = max(0.0, sample.starved - before.sample.starved)
+    fair = seconds / crowding
+    starved = sample.starved - before.sample.starved
     works = sample.busy > before.sample.busy
     return _Still(
         sample,
-        quiet=before.quiet + max(0.0, fair - starved),
+        quiet=before.quiet + max(0.0, min(fair, seconds - starved)),
         idle=0.0 if works else before.idle + fair,
         stopped=before.stopped + fair if sample.stopped else 0.0,
     )

@@ -207,6 +207,12 @@ def test_what_only_takes_long_is_no_hang(run, slow):
 
 
 @pytest.mark.slow
+def test_ranks_that_are_programs_of_their_own_are_watched_too(run, reference, monkeypatch):
+    monkeypatch.setenv("PET_NO_WARM", "1")
+    restarted_with_the_bits_of(run("sleep"), reference(), 1, "forward")
+
+
+@pytest.mark.slow
 def test_off_means_off(run, monkeypatch):
     monkeypatch.setenv("PET_HANG_TIMEOUT", "off")
     assert run("none", slow={7: 20}).of("worker_failed") == []

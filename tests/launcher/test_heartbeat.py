@@ -90,6 +90,12 @@ def test_a_second_run_of_a_process_goes_on_counting(board):
     assert board.read(1).beats == 2
 
 
+def test_what_ranks_said_that_are_gone_is_forgotten(board):
+    beating(board).at(3, "step")
+    board.clear()
+    assert board.read(1) == Beat()
+
+
 @pytest.mark.parametrize("text", ["", "no", "-1", "99999"])
 def test_without_memory_nobody_is_told(text):
     assert isinstance(pulse({"SAMESTEP_HEARTBEAT_FD": text}, 0), NoPulse)

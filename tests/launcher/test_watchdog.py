@@ -124,6 +124,11 @@ def test_a_crowded_machine_stretches_time():
     assert suspected([still("forward")], crowding=1000.0)[0] == pytest.approx(45.0, abs=0.6)
 
 
+def test_a_rank_that_computes_on_a_crowded_machine_is_not_excused_twice():
+    assert suspected([grows("forward", "starved", 0.75)], crowding=4.0)[0] == pytest.approx(18.0, abs=0.6)
+    assert suspected([grows("forward", "starved", 0.9)], crowding=4.0)[0] == pytest.approx(45.0, abs=0.6)
+
+
 def test_a_pause_of_the_whole_machine_is_no_time():
     dog = Watchdog(Patience())
     samples = {0: still("forward")(0)}
