@@ -83,9 +83,10 @@ def hung(hang: Hang, log: str, world_size: int) -> Failure:
     what = "a whole step" if hang.phase in IN_STEP else "it"
     usual = f" ({what} took at most {hang.usual:.2g} s before)" if hang.usual else ""
     how = f": {hang.how}" if hang.how else ""
+    place = f" at {hang.frame}" if hang.frame else ""
     return Failure(
         rank=hang.rank,
-        cause=f"hang: {hang.seconds:.0f} s in {hang.phase or 'no phase of training'}{usual}{how}",
+        cause=f"hang: {hang.seconds:.0f} s in {hang.phase or 'no phase of training'}{place}{usual}{how}",
         exit_code=ExitCode.FAILED,
         log=log,
         frame=hang.frame,
@@ -199,7 +200,7 @@ def _is_told(ranks: Sequence[Evidence]) -> bool:
 
 def describe(failure: Failure, exit_code: int) -> list[str]:
     """The block that ends a failed run, culprit first."""
-    place = f"at {failure.frame}" if failure.frame else ""
+    place = f"at {failure.frame}" if failure.frame and failure.frame not in failure.cause else ""
     step = f"step {failure.step}" if failure.step is not None else ""
     phase = f"phase {failure.phase}" if failure.phase else ""
     where = ", ".join(part for part in (place, step, phase) if part)

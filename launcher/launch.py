@@ -160,9 +160,7 @@ def _tell_restart(run: _Run, facts: Facts, failure: Failure, memory: policy.Memo
     evidence.note_failure(failure, failure.exit_code, run.directory)
     run.console.say(
         f"samestep: rank {failure.rank} failed: {failure.cause}"
-        + (f" at {failure.frame}" if failure.frame else "")
-        + f"; restart {memory.fruitless} of {facts.max_restarts}"
-        + (f" in {delay:g} s" if delay else "")
+        f"; restart {memory.fruitless} of {facts.max_restarts}" + (f" in {delay:g} s" if delay else "")
     )
 
 
