@@ -235,6 +235,8 @@ def _step_event(record: StepRecord) -> dict[str, Any]:
     }
     if record.extra:
         event["extra"] = {name: _finite(value) for name, value in record.extra.items()}
+    if record.loads:
+        event |= {"rank_seconds": record.loads.seconds, "memory": record.loads.memory}
     return event
 
 
