@@ -31,7 +31,9 @@ def test_extremes_totals_and_broken_values_are_those_of_all_rows(column):
     if finite:
         assert min(s.low for s in summaries if s.count) == min(finite)
         assert max(s.high for s in summaries if s.count) == max(finite)
-        assert all(column[s.low_at.step - 1] == s.low and column[s.high_at.step - 1] == s.high for s in summaries if s.count)
+        assert all(
+            column[s.low_at.step - 1] == s.low and column[s.high_at.step - 1] == s.high for s in summaries if s.count
+        )
 
 
 @given(values)
