@@ -14,7 +14,8 @@ from samestep.launcher.contract import ExitCode, UsageError
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
        samestep verify [options] recipe.py | samestep digest [--state] PATH
-       samestep stacks RUN_DIR | samestep --version | samestep --help | samestep run --help"""
+       samestep stacks RUN_DIR | samestep watch RUN_DIR | samestep report RUN_DIR [RUN_DIR ...] [--output FILE]
+       samestep --version | samestep --help | samestep run --help"""
 
 HELP = f"""\
 {USAGE}
@@ -26,6 +27,8 @@ Distributed PyTorch training whose runs come out the same.
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
            --state: of everything that training goes on from
   stacks   print what every rank of a run that goes on now is doing, thread by thread
+  watch    show how a run stands, until it ends; --once: now
+  report   make one HTML page of one run, or of several to compare; needs no network
 """
 
 
@@ -68,6 +71,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         "verify": _verify,
         "digest": _digest,
         "stacks": _stacks,
+        "watch": _watch,
+        "report": _report,
     }
     if word not in commands:
         raise _unknown(word, set(commands))
@@ -158,4 +163,14 @@ def _stacks(argv: Sequence[str]) -> int:
             "samestep stacks RUN_DIR",
         )
     print(stacks_of_run(Path(argv[0])), end="")
+def _watch(argv: Sequence[str]) -> int:
+    from samestep.launcher.view.command import command
+
+    return command(argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    from samestep.launcher.report.command import command
+
+    print(command(argv))
     return ExitCode.DONE

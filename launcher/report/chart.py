@@ -75,7 +75,7 @@ def extremes(buckets: Sequence[Bucket], column: int) -> tuple[list[Position], li
     values: list[float | None] = []
     for bucket in buckets:
         summary = bucket.columns[column]
-        if not summary.count:
+        if not summary.finite:
             points: list[tuple[Position, float | None]] = [(bucket.first, None)]
         elif summary.low_at == summary.high_at:
             points = [(summary.low_at, summary.low)]

@@ -40,13 +40,13 @@ def _column(name: str) -> int:
 def _lines(chart: Chart, history: History, position: int, column: int, mean: Callable[[Bucket], float]) -> None:
     """Every step faintly, and above it a smooth line that the legend shows."""
     buckets = history.steps.buckets()
-    if not any(bucket.columns[column].count for bucket in buckets):
+    if not any(bucket.columns[column].finite for bucket in buckets):
         return
     line = {"color": colour(position), "width": 1}
     shared = {"type": "scatter", "mode": "lines", "legendgroup": str(position), "connectgaps": False}
     places, values = extremes(buckets, column)
     smooth = chunks(buckets, _SMOOTH)
-    steps = smooth[0].columns[column].count + smooth[0].columns[column].broken
+    steps = smooth[0].columns[column].finite + smooth[0].columns[column].broken
     if steps == 1:
         chart.add(shared | {"name": history.name, "y": values, "line": line | {"width": 2}}, places)
         return
@@ -82,7 +82,7 @@ def _loss(histories: Sequence[History]) -> Chart:
 
 def _before(history: History, place: Position) -> float:
     """The mean loss around a step, for a mark that has no value of its own."""
-    known = [b.columns[0].mean for b in history.steps.buckets() if b.first.step <= place.step and b.columns[0].count]
+    known = [b.columns[0].mean for b in history.steps.buckets() if b.first.step <= place.step and b.columns[0].finite]
     return float(short(known[-1])) if known else 0.0
 
 

@@ -47,7 +47,7 @@ def facts(history: History) -> dict[str, str]:
     found["Samples/s"] = number(_rate(history))
     started = history.generations[-1] if history.generations else {}
     found["Ranks / shards"] = f"{started.get('world_size', _ABSENT)} / {started.get('shards', _ABSENT)}"
-    found["Starts again"] = str(history.restarts)
+    found["Restarts"] = str(history.restarts)
     if "goodput" in finished:
         found["Time in steps that count"] = f"{100 * float(finished['goodput']):.0f}%"
     held = [
@@ -74,10 +74,8 @@ def verdicts(histories: Sequence[History]) -> list[Verdict]:
     ends.pop("", None)  # of a run without an end
     found = []
     if sum(map(len, ends.values())) > 1:
-        if len(ends) == 1:
-            text = f"The same bits: {', '.join(*ends.values())} end in the same weights."
-        else:
-            text = "Other bits: " + "; ".join(", ".join(names) for names in ends.values()) + " end in other weights."
+        groups = " ≠ ".join(" = ".join(names) for names in ends.values())
+        text = f"The same bits at the end: {groups}" if len(ends) == 1 else f"The weights at the end differ: {groups}"
         found.append(Verdict(text, good=len(ends) == 1))
     first, *others = histories
     for other in others:
@@ -85,7 +83,7 @@ def verdicts(histories: Sequence[History]) -> list[Verdict]:
             step = first_difference(first, other)
             same = "have the same bits in every step that both have"
             text = same if step is None else f"have other bits from step {step} on"
-            found.append(Verdict(f"The losses of {first.name} and {other.name} {text}.", good=step is None))
+            found.append(Verdict(f"The losses of {first.name} and {other.name} {text}", good=step is None))
     return found
 
 
@@ -141,8 +139,8 @@ def number(value: float | None) -> str:
 
 
 def _recent_loss(history: History) -> float | None:
-    known = [bucket.columns[0] for bucket in history.steps.buckets()[-20:] if bucket.columns[0].count]
-    count = sum(column.count for column in known)
+    known = [bucket.columns[0] for bucket in history.steps.buckets()[-20:] if bucket.columns[0].finite]
+    count = sum(column.finite for column in known)
     return sum(column.total for column in known) / count if count else None
 
 

@@ -26,7 +26,7 @@ class Summary(NamedTuple):
     """One column of a bucket; `low` and `high` are NaN where no value was finite."""
 
     total: float
-    count: int  # finite values
+    finite: int
     low: float
     low_at: Position
     high: float
@@ -36,7 +36,7 @@ class Summary(NamedTuple):
     @property
     def mean(self) -> float:
         """Of the finite values; NaN without any."""
-        return self.total / self.count if self.count else math.nan
+        return self.total / self.finite if self.finite else math.nan
 
 
 class Bucket(NamedTuple):
@@ -65,10 +65,10 @@ def merge(left: Bucket, right: Bucket) -> Bucket:
 
 
 def _merge(a: Summary, b: Summary) -> Summary:
-    low = b if not a.count or b.low < a.low else a
-    high = b if not a.count or b.high > a.high else a
+    low = b if not a.finite or b.low < a.low else a
+    high = b if not a.finite or b.high > a.high else a
     return Summary(
-        a.total + b.total, a.count + b.count, low.low, low.low_at, high.high, high.high_at, a.broken + b.broken
+        a.total + b.total, a.finite + b.finite, low.low, low.low_at, high.high, high.high_at, a.broken + b.broken
     )
 
 

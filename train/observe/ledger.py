@@ -123,9 +123,9 @@ class Ledger:
         return records
 
     def _gather(self, last: StepPlan) -> tuple[Table, Table, Table]:
-        """Of all ranks, on the host: rows (world_size, steps, width, columns), times (world_size, steps, phases), memory.
+        """Rows (world_size, steps, width, columns), times (world_size, steps, phases), bytes (world_size, KINDS).
 
-        Memory is (world_size, KINDS), in bytes.
+        Of all ranks, on the host.
         """
         rows = torch.stack([rows for _, rows, _ in self._pending])
         seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)

@@ -25,14 +25,14 @@ def test_extremes_totals_and_broken_values_are_those_of_all_rows(column):
     buckets = thinned(column)
     finite = [value for value in column if value is not None and math.isfinite(value)]
     summaries = [bucket.columns[0] for bucket in buckets]
-    assert sum(s.count for s in summaries) == len(finite)
+    assert sum(s.finite for s in summaries) == len(finite)
     assert sum(s.broken for s in summaries) == len(column) - len(finite)
     assert math.isclose(math.fsum(s.total for s in summaries), math.fsum(finite), abs_tol=1e-6)
     if finite:
-        assert min(s.low for s in summaries if s.count) == min(finite)
-        assert max(s.high for s in summaries if s.count) == max(finite)
+        assert min(s.low for s in summaries if s.finite) == min(finite)
+        assert max(s.high for s in summaries if s.finite) == max(finite)
         assert all(
-            column[s.low_at.step - 1] == s.low and column[s.high_at.step - 1] == s.high for s in summaries if s.count
+            column[s.low_at.step - 1] == s.low and column[s.high_at.step - 1] == s.high for s in summaries if s.finite
         )
 
 
@@ -46,7 +46,7 @@ def test_buckets_are_few_in_order_and_without_gaps(column):
 
 def test_a_short_run_is_not_thinned_at_all():
     buckets = thinned([3.0, None, 1.0], limit=1000)
-    assert [(b.first, b.columns[0].low) for b in buckets if b.columns[0].count] == [
+    assert [(b.first, b.columns[0].low) for b in buckets if b.columns[0].finite] == [
         (Position(1, 32, 0.1), 3.0),
         (Position(3, 96, 0.3), 1.0),
     ]
