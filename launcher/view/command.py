@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -109,16 +111,27 @@ def _until_its_end(watched: Watched, stream: TextIO) -> None:
 
 def _redraw(watched: Watched, stream: TextIO) -> None:
     from samestep.launcher.supervise.console import Console
+    from samestep.launcher.supervise.signals import SignalSocket
     from samestep.launcher.view.screen import paint
 
     console = Console(stderr=stream.fileno())
-    try:
-        while watched.running:
-            console.show_bar(paint(watched.standing, stream))
-            time.sleep(_LOOK_SECONDS)
-            watched.look()
-    finally:
-        console.close()
+    with SignalSocket() as signals:  # so that nothing ends us in the middle of a line
+        try:
+            while watched.running:
+                console.show_bar(paint(watched.standing, stream))
+                select.select([signals], [], [], _LOOK_SECONDS)
+                _obey(signals.read())
+                watched.look()
+        finally:
+            console.close()
+
+
+def _obey(signums: Sequence[int]) -> None:
+    for signum in signums:
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        if signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            raise SystemExit(128 + signum)
 
 
 def _say_changes(watched: Watched, say: Callable[[str], None]) -> None:
