@@ -163,6 +163,9 @@ def _stacks(argv: Sequence[str]) -> int:
             "samestep stacks RUN_DIR",
         )
     print(stacks_of_run(Path(argv[0])), end="")
+    return ExitCode.DONE
+
+
 def _watch(argv: Sequence[str]) -> int:
     from samestep.launcher.view.command import command
 

@@ -71,7 +71,13 @@ def tree() -> str:
         for path in sorted((ROOT / folder).rglob("*.py"))
         if not path.name.startswith("__")
     ]
-    about = {p.relative_to(ROOT).as_posix(): first_words(p) for p in modules if p.stat().st_size}
+    about = {}
+    for path in modules:
+        name = path.relative_to(ROOT).as_posix()
+        if name.count("/") > 1 and (path.parent / "__init__.py").exists():  # a folder of modules is one line
+            path, name = path.parent / "__init__.py", name.rpartition("/")[0] + "/"
+        if path.stat().st_size:
+            about[name] = first_words(path)
     assert all(about.values()), "every module says in its first line what it is"
     folders = sorted({name.rpartition("/")[0].partition("/")[0] for name in (*about, *ABOUT)})
     lines = []

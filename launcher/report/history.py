@@ -148,8 +148,10 @@ class History:
         self.checkpoints.append((self._place(seconds), int(event["step"])))
 
     def _failed(self, event: Mapping[str, Any], seconds: float) -> None:
-        place = f"step {event['step']}, {event['phase']}" if event["step"] is not None else str(event["phase"])
-        self._note("worker_failed", self._place(seconds), f"rank {event['rank']} ({place}): {event['cause']}")
+        step = "" if event["step"] is None else f"step {event['step']}"
+        place = ", ".join(filter(None, [step, str(event["phase"])]))
+        self.last = self._place(seconds)
+        self._note("worker_failed", self.last, f"rank {event['rank']}{place and f' ({place})'}: {event['cause']}")
 
     def _warning(self, event: Mapping[str, Any], seconds: float) -> None:
         self._note("warning", self._place(seconds), str(event["text"]))
