@@ -53,7 +53,7 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     directory, lock = run_dir.own(path)
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
-    console = Console()
+    console = Console(stdout=sys.stderr.fileno() if config.json else None)  # stdout then holds the answer alone
     with SignalSocket() as signals:
         supervisor = Supervisor(config, directory, console, signals)
         try:

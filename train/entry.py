@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import time
@@ -92,7 +94,8 @@ def train(
     generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
         env = WorkerEnv.from_environ(os.environ)
-        config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
+        with contextlib.redirect_stdout(sys.stdout if env.rank == 0 else io.StringIO()):  # one answer to --help
+            config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():
             return _train(build, config, env, run_dir, generation, progress)
