@@ -37,6 +37,7 @@ ABOUT = {
     "tests/test_architecture.py": "who may import whom, and how long things may get",
     "tests/test_readme.py": "this page",
 }
+FOLDED = ("launcher/supervise", "train/observe/guards")  # small files of one kind: the folder says what they are
 SKIPPED_COMMANDS = {"torchrun", "accelerate", "python", "cd", "git", "export"}
 
 
@@ -64,6 +65,10 @@ def first_words(path: Path) -> str:
     return line[: stops[0]] if stops else line
 
 
+def folded(name: str, inside: bool = False) -> bool:
+    return name.startswith(FOLDED) and not (inside and name.endswith("/__init__.py"))
+
+
 def tree() -> str:
     modules = [
         path
@@ -71,6 +76,9 @@ def tree() -> str:
         for path in sorted((ROOT / folder).rglob("*.py"))
     ]
     about = {p.relative_to(ROOT).as_posix(): first_words(p) for p in modules if p.stat().st_size}
+    about = {
+        n.replace("/__init__.py", "/") if folded(n) else n: t for n, t in about.items() if not folded(n, inside=True)
+    }
     assert all(about.values()), "every module says in its first line what it is"
     folders = sorted({name.rpartition("/")[0].partition("/")[0] for name in (*about, *ABOUT)})
     lines = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from samestep.train.data.loader import build_loader
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.evaluate import Evaluator
 from samestep.train.loop import Run
+from samestep.train.observe.guards.check import Subject
+from samestep.train.observe.guards.watch import Guards, guards_for
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
@@ -68,6 +70,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
+    guards = _guards(components, setting, reporter)
     schedule = Schedule(config.checkpoint_every, config.checkpoint_seconds, group, device)
     writer = WritingSaver(schedule, setting.run_dir, setting.generation, config.keep_checkpoints, setting.fence)
     return Run(
@@ -76,12 +79,13 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
         state=TrainState(components, scaler, ema, setting.facts),
         loader=_loader(components.train_data, sampler, components, setting),
         sampler=sampler,
-        step=_step(components, setting, autocast, scaler, ema, reporter),
+        step=_step(replace(components, loss=guards.loss(components.loss)), setting, autocast, scaler, ema, reporter),
         ledger=Ledger(group, device, setting.shards, fingerprint),
-        evaluator=_evaluator(components, setting, autocast),
+        evaluator=_evaluator(components, setting, autocast, guards),
         evaluated_model=components.model if ema is None else ema.module,
         saver=writer if group.rank == 0 else Saver(schedule),
         reporter=reporter,
+        guards=guards,
         progress=progress,
     )
 
@@ -123,7 +127,7 @@ def _step(
 
 
 def _evaluator(
-    components: Components, setting: Setting, autocast: contextlib.AbstractContextManager[None]
+    components: Components, setting: Setting, autocast: contextlib.AbstractContextManager[None], guards: Guards
 ) -> Evaluator | None:
     kept = {name: StateMetric.of(function) for name, function in components.metrics.items()}
     functions = {"loss": components.loss, **components.metrics}
@@ -137,8 +141,15 @@ def _evaluator(
     loader = _loader(components.eval_data, sampler, components, setting)
     group, device = setting.member.group, setting.device
     states = StateMetrics({name: metric for name, metric in kept.items() if metric is not None}, group, device)
-    plain = {name: function for name, function in functions.items() if kept.get(name) is None}
-    return Evaluator(plain, states, loader, sampler, group, device, setting.config.seed, autocast)
+    watched = {name: guards.metric(name, function) for name, function in functions.items() if kept.get(name) is None}
+    return Evaluator(watched, states, loader, sampler, group, device, setting.config.seed, autocast)
+
+
+def _guards(components: Components, setting: Setting, reporter: Reporter) -> Guards:
+    subject = Subject(components.model, components.optimizer, components.scheduler, components.scheduler_interval)
+    return guards_for(
+        setting.config.check, subject, setting.member.group, setting.shards, setting.device, reporter.warning
+    )
 
 
 def _ema(components: Components) -> AveragedModel | None:

@@ -58,6 +58,10 @@ class TrainConfig:
     run_dir: Annotated[Path | None, Option("where everything of the run is kept; default: runs/<recipe>", "folder")] = (
         None
     )
+    check: Annotated[
+        Literal["first", "always", "never"],
+        Option("look for state that leaks between steps or ranks: in the first 3 steps of each start, or in all"),
+    ] = "first"
     allow_nondeterministic: Annotated[
         bool, Option("go on where torch has no deterministic kernel; outside the bit promises")
     ] = False

@@ -24,7 +24,7 @@ from samestep.launcher.contract import (
 )
 from samestep.train import environment, leave, start
 from samestep.train.assemble import Setting, assemble
-from samestep.train.checks import check_components
+from samestep.train.checks import check_components, check_samples_repeat
 from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
@@ -168,6 +168,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         "dataset": dataset_fingerprint(components.train_data, config.seed),
         **environment.record(member.device),
     }
+    if config.check != "never":
+        check_samples_repeat(components.train_data, config.seed, facts["dataset"])
     setting = Setting(config, member, run_dir, shards, joined.generation, facts, joined.fence)
     run = assemble(components, setting, progress)
     progress.clock = run.step.clock
