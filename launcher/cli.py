@@ -14,7 +14,7 @@ from samestep.launcher.contract import ExitCode, UsageError
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
        samestep verify [options] recipe.py | samestep digest [--state] [--json] PATH | samestep completion SHELL
-       samestep --version | samestep --help | samestep run --help"""
+       samestep doctor [--json] | samestep --version | samestep --help | samestep run --help"""
 
 HELP = f"""\
 {USAGE}
@@ -25,6 +25,7 @@ Distributed PyTorch training whose runs come out the same.
   verify   run the first steps of a recipe at several world sizes and with stops, and compare the bits
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
            --state: of everything that training goes on from
+  doctor   look at this machine: devices, limits, disk, network, and a real measurement between two ranks
   completion
            print a script for bash, zsh or fish that completes commands and options:
            eval "$(samestep completion bash)" in ~/.bashrc
@@ -80,6 +81,7 @@ def commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "run": _run,
         "verify": _verify,
         "digest": _digest,
+        "doctor": _doctor,
         "completion": _completion,
     }
 
@@ -91,6 +93,13 @@ def _unknown(word: str, words: set[str]) -> UsageError:
 
     known = words | {"--help", "--version"}
     return UsageError(f"unknown command {word}", nearest_hint(word, known) or "samestep --help lists the commands")
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from samestep.launcher.doctor.examine import DoctorConfig, doctor
+    from samestep.launcher.options import load
+
+    return doctor(load(DoctorConfig, argv, {}, program="samestep doctor"), os.environ, print)
 
 
 def _completion(argv: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import UsageError
+from samestep.launcher.doctor.examine import DoctorConfig
 from samestep.launcher.options import command, nearest_hint
 from samestep.launcher.verify import VerifyConfig
 
@@ -46,6 +47,7 @@ def application() -> cyclopts.App:
     app = cyclopts.App(name="samestep", version_flags=["--version"])
     app.command(command(LaunchConfig, *_recipe()), name="run")
     app.command(command(VerifyConfig, *_recipe()), name="verify")
+    app.command(command(DoctorConfig), name="doctor")
     app.command(_digest, name="digest")
     app.command(_completion, name="completion")
     return app

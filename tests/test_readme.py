@@ -37,7 +37,11 @@ ABOUT = {
     "tests/test_architecture.py": "who may import whom, and how long things may get",
     "tests/test_readme.py": "this page",
 }
-FOLDED = ("launcher/supervise", "train/observe/guards")  # small files of one kind: the folder says what they are
+FOLDED = (
+    "launcher/doctor",
+    "launcher/supervise",
+    "train/observe/guards",
+)  # small files of one kind: the folder says what they are
 SKIPPED_COMMANDS = {"torchrun", "accelerate", "python", "cd", "git", "export"}
 
 
