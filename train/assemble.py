@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from samestep.launcher.contract import RunDir, UsageError
 from samestep.train.checks import check_shard_size
-from samestep.train.config import TrainConfig
+from samestep.train.config import TrainConfig, plain
 from samestep.train.data.loader import build_loader
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.evaluate import Evaluator
@@ -25,6 +25,7 @@ from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
+from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.buffers import BufferCombiner
 from samestep.train.parallel.exchange import BackendExchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -189,12 +190,15 @@ def _reporter(setting: Setting, sampler: SameOrderSampler) -> Reporter:
     config = setting.config
     per_epoch = -(-sampler.samples // config.global_batch_size)
     total = per_epoch * config.epochs
-    return RankZeroReporter(
+    reporter = RankZeroReporter(
         log=EventLog(setting.run_dir.events, time.time),
         epochs=config.epochs,
         steps_per_epoch=per_epoch,
         total_steps=total if config.max_steps is None else min(total, config.max_steps),
         log_every=config.log_every,
+    )
+    return tracked(
+        reporter, wanted(config.trackers), setting.run_dir.path, plain(config), (per_epoch, config.log_every)
     )
 
 

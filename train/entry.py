@@ -30,6 +30,7 @@ from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run, run_to_the_end
+from samestep.train.observe import trackers
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
@@ -125,6 +126,7 @@ def _train(
     progress: _Progress,
 ) -> Result:
     # --- join
+    trackers.wanted(config.trackers)  # what is not installed is said before anything is done
     start.make(run_dir)
     stored = start.stored_config(run_dir, config.resume)
     shards = start.choose_shards(config, stored, env.world_size)
