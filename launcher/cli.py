@@ -13,8 +13,8 @@ from samestep.launcher.contract import ExitCode, UsageError
 
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
-       samestep verify [options] recipe.py | samestep digest [--state] [--json] PATH | samestep completion SHELL
-       samestep doctor [--json] | samestep --version | samestep --help | samestep run --help"""
+       samestep verify [options] recipe.py | samestep digest [--state] [--json] PATH | samestep stacks RUN_DIR
+       samestep doctor [--json] | samestep completion SHELL | samestep run --help | samestep --version | --help"""
 
 HELP = f"""\
 {USAGE}
@@ -32,6 +32,7 @@ Distributed PyTorch training whose runs come out the same.
 
 samestep run recipe.py --help also shows the recipe's own options; --print-config in its place shows every value and
 where it came from. stdout holds data, stderr what is for people; NO_COLOR is respected.
+  stacks   print what every rank of a run that goes on now is doing, thread by thread
 """
 
 
@@ -82,6 +83,7 @@ def commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "verify": _verify,
         "digest": _digest,
         "doctor": _doctor,
+        "stacks": _stacks,
         "completion": _completion,
     }
 
@@ -185,4 +187,19 @@ def _digest(argv: Sequence[str]) -> int:
         )
     found = path_digest(Path(paths[0]), whole_state="--state" in argv)
     print(json.dumps({"path": paths[0], "digest": found}) if "--json" in argv else found)
+    return ExitCode.DONE
+
+
+def _stacks(argv: Sequence[str]) -> int:
+    from samestep.launcher.live import stacks_of_run
+
+    if len(argv) == 1 and argv[0] in ("--help", "-h"):
+        print(HELP, end="")
+        return ExitCode.DONE
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UsageError(
+            f"stacks is expected to be followed by one run directory, but got {len(argv)} words",
+            "samestep stacks RUN_DIR",
+        )
+    print(stacks_of_run(Path(argv[0])), end="")
     return ExitCode.DONE

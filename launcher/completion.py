@@ -49,6 +49,7 @@ def application() -> cyclopts.App:
     app.command(command(VerifyConfig, *_recipe()), name="verify")
     app.command(command(DoctorConfig), name="doctor")
     app.command(_digest, name="digest")
+    app.command(_stacks, name="stacks")
     app.command(_completion, name="completion")
     return app
 
@@ -63,6 +64,10 @@ _Switch = Annotated[bool, Parameter(negative="")]
 
 def _digest(path: Path, /, *, state: _Switch = False, json: _Switch = False) -> Any:
     """Print the sha256 of the weights."""
+
+
+def _stacks(run_dir: Path, /) -> Any:
+    """Print what the ranks of a live run are doing."""
 
 
 def _completion(shell: Shell, /) -> Any:

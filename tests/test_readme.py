@@ -40,7 +40,10 @@ ABOUT = {
 FOLDED = (
     "launcher/doctor",
     "launcher/supervise",
-    "train/observe/guards",
+    "train/data",
+    "train/observe",
+    "train/parallel",
+    "train/state/",
 )  # small files of one kind: the folder says what they are
 SKIPPED_COMMANDS = {"torchrun", "accelerate", "python", "cd", "git", "export"}
 
@@ -78,6 +81,7 @@ def tree() -> str:
         path
         for folder in ("benchmarks", "launcher", "train", "scripts")
         for path in sorted((ROOT / folder).rglob("*.py"))
+        if not path.name.startswith("__")
     ]
     about = {p.relative_to(ROOT).as_posix(): first_words(p) for p in modules if p.stat().st_size}
     about = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.heartbeat import NoPulse, Pulse
 from samestep.train.checks import check_shard_size
 from samestep.train.config import TrainConfig, plain
 from samestep.train.data.loader import build_loader
@@ -49,6 +50,7 @@ class Setting:
     shards: int
     generation: int
     facts: dict[str, Any]  # kept in every checkpoint, compared at resume and over the ranks
+    pulse: Pulse = field(default_factory=NoPulse)  # tells the launcher the phase inside a step
     fence: int | None = None  # generation of the run directory's lock that may publish checkpoints
 
     @property
@@ -100,6 +102,7 @@ def _step(
     reporter: Reporter,
 ) -> OptimizerStep:
     config, group, device, shards = setting.config, setting.member.group, setting.device, setting.shards
+    clock = (CudaClock if device.type == "cuda" else HostClock)(time.perf_counter, setting.pulse.enter)
     exchange_type = TreeExchange if config.reduction == "exact" else BackendExchange
     exchange = exchange_type(group.rank, group.world_size, shards)
     reducer = GradientReducer(
@@ -111,6 +114,7 @@ def _step(
         components.find_unused_parameters,
         compression_hook(config.comm_hook, device) if group.world_size > 1 else None,
     )
+    reducer.enter = clock.enter
     return OptimizerStep(
         components=components,
         seed=config.seed,
@@ -121,7 +125,7 @@ def _step(
         reducer=reducer,
         buffers=BufferCombiner(components.model, group, exchange, shards),
         tally=StepTally(group, shards, device),
-        clock=CudaClock(time.perf_counter) if device.type == "cuda" else HostClock(time.perf_counter),
+        clock=clock,
         ema=ema,
         warn=reporter.warning,
     )
@@ -143,7 +147,9 @@ def _evaluator(
     group, device = setting.member.group, setting.device
     states = StateMetrics({name: metric for name, metric in kept.items() if metric is not None}, group, device)
     watched = {name: guards.metric(name, function) for name, function in functions.items() if kept.get(name) is None}
-    return Evaluator(watched, states, loader, sampler, group, device, setting.config.seed, autocast)
+    return Evaluator(
+        watched, states, loader, sampler, group, device, setting.config.seed, autocast, setting.pulse.enter
+    )
 
 
 def _guards(components: Components, setting: Setting, reporter: Reporter) -> Guards:

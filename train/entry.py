@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ from samestep.launcher.contract import (
     WorkerEnv,
     default_run_dir,
 )
+from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
+from samestep.launcher.stack_signal import tell_stacks_when_asked
 from samestep.train import environment, leave, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components, check_samples_repeat
@@ -63,9 +65,11 @@ class _Progress:
     step: int = 0
     phase: str = "joining"
     clock: PhaseClock | None = None  # knows the phase inside a step
+    pulse: Pulse = field(default_factory=NoPulse)
 
     def __call__(self, step: int, phase: str) -> None:
         self.step, self.phase = step, phase
+        self.pulse.at(step, phase)
 
     @property
     def exact_phase(self) -> str:
@@ -95,6 +99,9 @@ def train(
     generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
         env = WorkerEnv.from_environ(os.environ)
+        progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
+        progress(0, "joining")
+        tell_stacks_when_asked()
         with contextlib.redirect_stdout(sys.stdout if env.rank == 0 else io.StringIO()):  # one answer to --help
             config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
         run_dir = RunDir(config.run_dir or run_dir.path)
@@ -115,6 +122,8 @@ def train(
             print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
         raise
+    finally:
+        progress.pulse.at(progress.step, "")
 
 
 def _train(
@@ -135,6 +144,7 @@ def _train(
     member = join(env, pick_device(config.device, env))
     environment.pin(threads, config.allow_nondeterministic)  # joining may have set the thread count
     leave.end_hard(member)
+    progress.pulse.count_by(member.group.collectives)
     with start.owned(run_dir, member) as fence:
         return _train_joined(build, _Joined(config, member, run_dir, shards, generation, fence, stored), progress)
 
@@ -172,7 +182,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     }
     if config.check != "never":
         check_samples_repeat(components.train_data, config.seed, facts["dataset"])
-    setting = Setting(config, member, run_dir, shards, joined.generation, facts, joined.fence)
+    setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence)
     run = assemble(components, setting, progress)
     progress.clock = run.step.clock
     leave.end_hard(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,7 @@ class Evaluator:
     device: torch.device
     seed: int
     autocast: AbstractContextManager[None]
+    tell: Callable[[str], None]  # a sign of life for each batch
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """One value a function, in float64: sum of totals over sum of weights, in the dataset's order."""
@@ -55,6 +56,7 @@ class Evaluator:
             batches = iter(self.loader)
             for number, plan in enumerate(self.sampler.plans()):
                 for shard in plan.present(self.sampler.owned):
+                    self.tell("evaluation")
                     batch = send_to_device(next(batches), self.device, non_blocking=True)
                     seed_evaluation(self.seed, plan.step, shard)
                     rows.append(self._row(model, batch, plan.size(shard)))

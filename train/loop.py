@@ -65,6 +65,7 @@ def run_to_the_end(run: Run) -> None:
 
 def _rest_of_epoch(run: Run) -> None:
     config, state = run.config, run.state
+    run.progress(state.step, "loading")
     batches = iter(run.loader)
     run.components.model.train()
     plans = epoch_plans(
@@ -99,6 +100,8 @@ def _report(run: Run) -> None:
     records = run.ledger.flush(run.step.tally.extras or [])
     run.state.useful_seconds += sum(record.wall_seconds for record in records)
     run.reporter.steps(records)
+    if slow := run.ledger.slow_rank:
+        run.reporter.warning(str(slow), rank=slow.rank, phase=slow.phase)
 
 
 def _evaluation_due(run: Run, epoch_done: bool) -> bool:

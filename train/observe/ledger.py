@@ -15,6 +15,7 @@ from torch import Tensor
 
 from samestep.launcher.contract import Spread
 from samestep.train.observe.phases import PHASES, Reading
+from samestep.train.observe.stragglers import Straggler, StragglerWatch
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
@@ -64,7 +65,13 @@ class Ledger:
     shards: int
     fingerprint: StateFingerprint
     epoch: EpochSums = field(default_factory=EpochSums)
+    slow_rank: Straggler | None = None  # found by the last flush
+    _stragglers: StragglerWatch = field(init=False)
     _pending: list[tuple[StepPlan, Tensor, Reading]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        spans = [owned_span(rank, self.group.world_size, self.shards) for rank in range(self.group.world_size)]
+        self._stragglers = StragglerWatch([hi - lo for lo, hi in spans])
 
     def add(self, plan: StepPlan, rows: Tensor, reading: Reading) -> None:
         """Take a finished step: its rows (see StepTally.rows) still on the device."""
@@ -80,6 +87,7 @@ class Ledger:
             return []
         plans = [plan for plan, _, _ in self._pending]
         rows, seconds = self._gather(plans[-1])
+        self.slow_rank = self._stragglers.add(seconds)
         sums = self._sums(plans, rows).tolist()
         mean, most, slowest = seconds.mean(0).tolist(), seconds.max(0).tolist(), seconds.argmax(0).tolist()
         walls = seconds.sum(2).max(0).tolist()

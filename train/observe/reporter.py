@@ -39,8 +39,8 @@ class Reporter(Protocol):
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """A checkpoint is committed."""
 
-    def warning(self, text: str) -> None:
-        """Something the person should know; training goes on."""
+    def warning(self, text: str, **about: str | int) -> None:
+        """Something the person should know; training goes on. `about` is for programs."""
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
         """Trained to the end; the last call."""
@@ -73,7 +73,7 @@ class NullReporter:
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """Nothing."""
 
-    def warning(self, text: str) -> None:
+    def warning(self, text: str, **about: str | int) -> None:
         """Nothing."""
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
@@ -190,9 +190,9 @@ class RankZeroReporter:
         """Write the event."""
         self.log.write([{"event": "checkpoint", "step": step, "path": path.name, "seconds": seconds}])
 
-    def warning(self, text: str) -> None:
+    def warning(self, text: str, **about: str | int) -> None:
         """Print to stderr and write the event."""
-        self.log.write([{"event": "warning", "text": text}])
+        self.log.write([{"event": "warning", "text": text, **about}])
         self._bar_print(f"warning: {text}", sys.stderr)
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:

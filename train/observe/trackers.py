@@ -211,9 +211,9 @@ class TrackedReporter:
         """Nothing for a tracker."""
         self.inner.checkpoint(step, path, seconds)
 
-    def warning(self, text: str) -> None:
+    def warning(self, text: str, **about: str | int) -> None:
         """Nothing for a tracker."""
-        self.inner.warning(text)
+        self.inner.warning(text, **about)
 
     def already_finished(self, digest: str, steps: int) -> None:
         """Nothing for a tracker."""
