@@ -55,7 +55,7 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     directory, lock = run_dir.own(path)
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
-    console = Console()
+    console = Console(stdout=sys.stderr.fileno() if config.json else None)  # stdout then holds the answer alone
     patience = Patience.of(config.hang_timeout) if facts.resumes else None
     watch: Watch = HangWatch(patience, facts.world_size, directory) if patience else NoWatch()
     facts = replace(facts, heartbeat_fd=watch.fd)

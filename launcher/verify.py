@@ -32,6 +32,7 @@ class VerifyConfig:
     steps: Annotated[int, Option("optimizer steps of each run", "steps")] = 24
     shards: Annotated[int | None, Option("logical shards; default: the largest of the world sizes", "shards")] = None
     keep: Annotated[Path | None, Option("keep the run directories here", "folder")] = None
+    quiet: Annotated[bool, Option("do not tell which run goes on")] = False
     json: Annotated[bool, Option("print the rows as JSON instead of a table")] = False
 
     def __post_init__(self) -> None:
@@ -93,7 +94,7 @@ def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say
         shards = config.shards or max(size for row in rows for size, _ in row.legs)
         results = []
         for row in rows:
-            if not config.json:
+            if not (config.json or config.quiet):
                 print(f"ranks {row.name}: {config.steps} steps ...", file=sys.stderr, flush=True)
             status = _run_row(row, recipe, shards, environ)
             if status:

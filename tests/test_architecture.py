@@ -28,6 +28,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "environment": set(),
     "leave": set(),
     "as_main": set(),
+    "doctor": set(),
     "recipe": set(),
     "parallel": {"recipe"},
     "data": {"parallel"},

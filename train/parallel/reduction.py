@@ -69,6 +69,8 @@ class GradientReducer:
 
     def begin(self, plan: StepPlan) -> None:
         """Prepare for the shards of one step."""
+        for parameter in self.parameters:  # also those that no optimizer clears: DDP would add to what is there
+            parameter.grad = None
         self.mine = plan.present(self.owned)
         self.present = min(plan.samples, self.shards)
         spans = present_roots(self.group.world_size, self.shards, self.present)[self.group.rank]
