@@ -64,6 +64,8 @@ ENV_STORE_FD = "SAMESTEP_STORE_FD"  # rank zero only: listening socket for the T
 ENV_STORE_PORT = "SAMESTEP_STORE_PORT"
 ENV_STORE_ADDR = "SAMESTEP_STORE_ADDR"  # where rank zero's socket is, if not on loopback
 ENV_TOKEN = "SAMESTEP_TOKEN"  # launchers of one run know it besides the run directory; never handed to a rank
+ENV_HEARTBEAT_FD = "SAMESTEP_HEARTBEAT_FD"  # shared memory in which a recipe's ranks say where they are
+HANDED_DOWN = (ENV_STORE_FD, ENV_HEARTBEAT_FD)  # descriptors, whose numbers a fork changes
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
 
@@ -115,6 +117,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def report(self) -> Path:
+        """Page made by `samestep report`."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """Committed checkpoints and nothing else that `step-*` matches."""
         return self.path / "checkpoints"
@@ -131,6 +138,10 @@ class RunDir:
     def error(self, rank: int) -> Path:
         """ErrorRecord of one rank's newest failure."""
         return self.errors / f"rank-{rank}.json"
+
+    def stacks(self, generation: int) -> Path:
+        """Stacks of all ranks, taken when one of them hung."""
+        return self.errors / f"stacks-{generation}.txt"
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint taken after `step` optimizer steps."""
@@ -158,7 +169,7 @@ class ErrorRecord:
     pid: int
     generation: int
     step: int  # optimizer steps completed
-    phase: str  # joining, build, data, forward, backward, sync, optimizer, evaluation, checkpoint, closing
+    phase: str  # joining, build, loading, data, forward, backward, sync, optimizer, evaluation, checkpoint, closing
     kind: str  # exception class name
     message: str
     frame: str  # user frame, "file:line in function"
@@ -227,6 +238,8 @@ class Step(TypedDict):
     samples_per_s: float
     seconds: dict[str, Spread]  # data, forward, backward, sync, optimizer
     extra: NotRequired[dict[str, float]]
+    rank_seconds: NotRequired[dict[str, list[float]]]  # at log intervals: mean of a phase since the last one, by rank
+    memory: NotRequired[dict[str, list[int]]]  # at log intervals: peak bytes on host and device, by rank
 
 
 class Epoch(TypedDict):

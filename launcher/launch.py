@@ -16,14 +16,16 @@ from samestep.launcher.cluster.layout import Layout, layout
 from samestep.launcher.cluster.team import LOOPBACK, Alone, NotStartedError, Team
 from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
-from samestep.launcher.diagnose import Failure, describe, diagnose, is_consequence
+from samestep.launcher.diagnose import Failure, describe, diagnose, hung, is_consequence
 from samestep.launcher.lock import RunLock
 from samestep.launcher.plan import Command, Facts, Meeting, fork_server_environment, plan, render
 from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console
+from samestep.launcher.supervise.hang_watch import HangWatch, NoWatch, Watch
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.signals import SignalSocket
 from samestep.launcher.supervise.supervisor import Supervisor
+from samestep.launcher.supervise.watchdog import Patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +64,30 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     directory, lock = run_dir.own(path)
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
-    console = Console()
-    with SignalSocket() as signals:
-        supervisor = Supervisor(config, directory, console, signals)
-        head = Head(place, listener, directory, supervisor, console, environ) if place and listener else None
-        team = head or Alone(config)
-        try:
-            result = _generations(_Run(config, recipe, directory, environ, supervisor, console, lock, team), facts)
-            team.stop(result.exit_code)
-            return result
-        finally:
-            if head is not None:
-                head.close()
-            supervisor.close()
-            console.close()
-            lock.release()
+    console = Console(stdout=sys.stderr.fileno() if config.json else None)  # stdout then holds the answer alone
+    alone = place is None  # of other machines' ranks nothing is known here: whoever waits for them would be blamed
+    patience = Patience.of(config.hang_timeout) if facts.resumes and alone else None
+    watch: Watch = HangWatch(patience, facts.world_size, directory) if patience else NoWatch()
+    facts = replace(facts, heartbeat_fd=watch.fd)
+    try:
+        with SignalSocket() as signals:
+            supervisor = Supervisor(config, directory, console, signals, watch)
+            head = Head(place, listener, directory, supervisor, console, environ) if place and listener else None
+            team = head or Alone(config)
+            try:
+                result = _generations(_Run(config, recipe, directory, environ, supervisor, console, lock, team), facts)
+                team.stop(result.exit_code)
+            finally:
+                if head is not None:
+                    head.close()
+                supervisor.close()
+                watch.close()
+                console.close()
+        if facts.resumes and result.exit_code == ExitCode.DONE and not config.no_report:
+            _report(directory, console)
+        return result
+    finally:
+        lock.release()
 
 
 def _follow(
@@ -87,7 +98,7 @@ def _follow(
         run_dir.prepare_logs(Path(config.log_dir))
     console, directory = Console(), RunDir(path)
     with SignalSocket() as signals:
-        supervisor = Supervisor(config, directory, console, signals)
+        supervisor = Supervisor(config, directory, console, signals, NoWatch())
         follower = Follower(FollowerJob(config, recipe, directory, environ, supervisor, console), place, facts)
         try:
             return LaunchResult(follower.obey(), path, follower.generations)
@@ -151,8 +162,7 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
             run.console.say(f"samestep: going on from the newest checkpoint: {run.team.reshaped()}")
             facts = replace(facts, generation=facts.generation + 1)
             continue
-        failure = run.team.missing() or diagnose(evidence.gather(ended, commands, run.directory))
-        failure = failure if ended.stopped_by is None else None
+        failure = _failure(run, commands, ended)
         memory = memory.after(_committed(run.directory), _signature(failure))
         final = ended.interrupted or (failure is not None and policy.never_began(failure.cause, failure.phase))
         verdict = policy.decide(
@@ -179,6 +189,23 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
         return LaunchResult(verdict.exit_code, run.directory.path, number, failure)
 
 
+def _failure(run: _Run, commands: tuple[Command, ...], ended: Generation) -> Failure | None:
+    if ended.hang is not None:
+        return hung(ended.hang, str(commands[ended.hang.rank].log), len(commands))
+    if ended.stopped_by is not None:
+        return None
+    return run.team.missing() or diagnose(evidence.gather(ended, commands, run.directory))
+
+
+def _report(directory: RunDir, console: Console) -> None:
+    """Leave the page of a run; without one, it is done all the same."""
+    from samestep.launcher.report.command import at_the_end
+
+    problem = at_the_end(directory)
+    if problem:
+        console.say(f"samestep: no report: {problem}")
+
+
 def _committed(directory: RunDir) -> int:
     newest = manifest.committed(directory.checkpoints)
     return manifest.step_of(newest[0]) if newest else -1
@@ -193,8 +220,8 @@ def _signature(failure: Failure | None) -> tuple[object, ...] | None:
 def _tell_restart(run: _Run, facts: Facts, failure: Failure, memory: policy.Memory, delay: float) -> None:
     evidence.note_failure(failure, failure.exit_code, run.directory)
     run.console.say(
-        f"samestep: rank {failure.rank} failed: {failure.cause}; restart {memory.fruitless} of {facts.max_restarts}"
-        + (f" in {delay:g} s" if delay else "")
+        f"samestep: rank {failure.rank} failed: {failure.cause}"
+        f"; restart {memory.fruitless} of {facts.max_restarts}" + (f" in {delay:g} s" if delay else "")
     )
 
 

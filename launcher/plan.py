@@ -18,12 +18,14 @@ from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import (
     ENV_FENCE,
     ENV_GENERATION,
+    ENV_HEARTBEAT_FD,
     ENV_LAUNCHED,
     ENV_RUN_DIR,
     ENV_STORE_ADDR,
     ENV_STORE_FD,
     ENV_STORE_PORT,
     ENV_TOKEN,
+    HANDED_DOWN,
     RunDir,
 )
 
@@ -63,6 +65,7 @@ class Facts:
     local_world_size: int | None = None  # ranks of this machine, None: all
     node_rank: int = 0
     nnodes: int = 1
+    heartbeat_fd: int = -1  # of a recipe's ranks
     max_restarts: int = 0
 
 
@@ -114,6 +117,8 @@ def _command(
         env[ENV_STORE_ADDR] = meeting.store_addr
     if has_store_socket:
         env[ENV_STORE_FD] = str(meeting.store_fd)
+    if facts.heartbeat_fd >= 0:
+        env[ENV_HEARTBEAT_FD] = str(facts.heartbeat_fd)
     if config.cpu:
         env["ACCELERATE_USE_CPU"] = "true"
     if config.virtual_local_rank:
@@ -127,10 +132,10 @@ def _command(
         local_rank=local_rank,
         argv=_argv(mine, facts.python),
         env=env,
-        unset=(ENV_TOKEN, *(name for name in (ENV_STORE_FD, ENV_STORE_PORT, ENV_STORE_ADDR) if name not in env)),
+        unset=(ENV_TOKEN, *(name for name in (*HANDED_DOWN, ENV_STORE_PORT, ENV_STORE_ADDR) if name not in env)),
         log=logs / f"rank-{rank}.log",
         elastic_error=elastic_error,
-        pass_fds=(meeting.store_fd,) if has_store_socket else (),
+        pass_fds=tuple(int(env[name]) for name in HANDED_DOWN if name in env),
         signal_group=recipe.kind is Kind.COMMAND,
         recipe=mine if facts.forks else None,
     )

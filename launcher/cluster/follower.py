@@ -21,8 +21,8 @@ from samestep.launcher.diagnose import is_consequence
 from samestep.launcher.plan import Facts, Meeting, fork_server_environment, plan
 from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.events import Event, Halt
 from samestep.launcher.supervise.outcome import Generation, RankEnd
+from samestep.launcher.supervise.peers import Halt
 from samestep.launcher.supervise.supervisor import Supervisor
 
 _CALL_SECONDS = 5.0
@@ -86,9 +86,9 @@ class Follower:
         """Readable when the head has said something."""
         return self._hub.fileno()
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[Halt]:
         """Take what the head says; the answer is what it means for the ranks here."""
-        found: list[Event] = []
+        found: list[Halt] = []
         for item in self._hub.pump():
             if isinstance(item, Gone):
                 self._lost = item.why
@@ -107,7 +107,7 @@ class Follower:
             if self._facts.forks:
                 supervisor.prepare_forks(self._facts.python, fork_server_environment(self._facts))
             while not self._inbox and not self._lost:
-                if not supervisor.let_pass(1.0):
+                if not supervisor.pause(60.0, until=lambda: bool(self._inbox or self._lost)):
                     return ExitCode.TERMINATED
             if not self._inbox:
                 return self._without_head()
@@ -221,7 +221,7 @@ class Follower:
                     "start it with --node-rank 0, and give all machines the same --run-dir on a shared file system",
                     ExitCode.FAILED,
                 )
-            if not job.supervisor.let_pass(_CALL_AGAIN_SECONDS):
+            if not job.supervisor.pause(_CALL_AGAIN_SECONDS):
                 return None
 
     def _dial(self, address: str, port: int) -> socket.socket | None:

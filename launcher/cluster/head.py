@@ -24,8 +24,8 @@ from samestep.launcher.diagnose import Failure
 from samestep.launcher.plan import Facts, Meeting
 from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.events import Event, Halt
 from samestep.launcher.supervise.outcome import Generation, RankEnd
+from samestep.launcher.supervise.peers import Halt
 from samestep.launcher.supervise.supervisor import Supervisor
 
 _END_SECONDS = 60.0  # for machines to report how their ranks ended, after they were told to end them
@@ -86,9 +86,9 @@ class Head:
         """Readable when another machine has said something."""
         return self._hub.fileno()
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[Halt]:
         """Take what the others say; the answer is what it means for the ranks here."""
-        found: list[Event] = []
+        found: list[Halt] = []
         for item in self._hub.pump():
             found += self._gone(item) if isinstance(item, Gone) else self._said(item)
         return found + self._growth()
@@ -119,7 +119,7 @@ class Head:
         if generation.stopped_by is not None or any(end.returncode for end in generation.ends):
             self._halt_others(policy.Patience(0.0, 5.0))
         end = time.monotonic() + _END_SECONDS
-        halted_at = time.monotonic() if self._halted else None
+        halted_at, asked = time.monotonic() if self._halted else None, False
         while pending := [peer for peer in self._members if peer.facts["ended"] is None]:
             if halted_at is None and self._halted:
                 halted_at = time.monotonic()
@@ -128,7 +128,7 @@ class Head:
                     self._lose(peer, "it does not end its ranks")
                     self._hub.drop(peer)
                 break
-            self._supervisor.let_pass(1.0)
+            asked |= not self._supervisor.pause(1.0, until=self._all_told)
         self._running = False
         ends = list(generation.ends)
         for peer in self._members:
@@ -140,7 +140,7 @@ class Head:
                 self._hub.say(peer, {"kind": "stop", "exit_code": None})
         if generation.stopped_by is not None:
             self._reshaped = ""
-        return replace(generation, ends=tuple(ends), interrupted=generation.interrupted or self._supervisor.was_asked)
+        return replace(generation, ends=tuple(ends), interrupted=generation.interrupted or asked)
 
     def missing(self) -> Failure | None:
         """See Team."""
@@ -182,10 +182,14 @@ class Head:
             if not told and now - began > 1.0:
                 told = True
                 self._console.say(f"samestep: {count} of {self._place.fewest} machines are here, waiting for others")
-            if not self._supervisor.let_pass(0.5):
+            callers = len(self._callers)
+            if not self._supervisor.pause(0.5, until=lambda: len(self._callers) != callers):  # noqa: B023 (called now)
                 raise NotStartedError("stopped while waiting for other machines", ExitCode.TERMINATED)
 
-    def _said(self, item: Said) -> list[Event]:
+    def _all_told(self) -> bool:
+        return all(peer.facts["ended"] is not None for peer in self._members)
+
+    def _said(self, item: Said) -> list[Halt]:
         peer, message = item.peer, item.message
         match message.get("kind"):
             case "hello":
@@ -211,7 +215,7 @@ class Head:
         peer.facts = {name: message.get(name) for name in ("host", "nproc", "node_rank", "pid")} | {"ended": None}
         self._callers.append(peer)
 
-    def _gone(self, item: Gone) -> list[Event]:
+    def _gone(self, item: Gone) -> list[Halt]:
         peer = item.peer
         if peer not in self._callers:
             return []
@@ -236,7 +240,7 @@ class Head:
                 hint="look at that machine's own output; this run goes on with the machines that are left, if it may",
             )
 
-    def _growth(self) -> list[Event]:
+    def _growth(self) -> list[Halt]:
         """At a new checkpoint nothing is lost by starting anew with the machines that wait."""
         waiting = len(self._callers) - len([peer for peer in self._members if peer in self._callers])
         room = self._place.most - 1 - len(self._members)

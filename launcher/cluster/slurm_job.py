@@ -16,7 +16,7 @@ from samestep.launcher.cluster.slurm import SlurmConfig, script
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.options import load
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.progress import ProgressLine
+from samestep.launcher.supervise.progress import Progress
 
 _LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 60
@@ -82,7 +82,7 @@ def _sbatch(path: Path, environ: Mapping[str, str]) -> str:
 
 def _follow(job: str, directory: RunDir, environ: Mapping[str, str]) -> int:
     """Until the job is over; Ctrl-C ends the watching, not the job."""
-    console, progress, last = Console(), ProgressLine(directory), ""
+    console, progress, last = Console(), Progress(directory), ""
     try:
         while True:
             state, code = _state(job, environ)
@@ -91,9 +91,8 @@ def _follow(job: str, directory: RunDir, environ: Mapping[str, str]) -> int:
                 last = state
             if state in _OVER:
                 return _OF_OPERATOR.get(state, code or ExitCode.FAILED)
-            line = progress.update()
-            if line and console.has_bar:
-                console.show_bar(line)
+            if console.has_bar:
+                console.show_bar(progress.update())
             time.sleep(_LOOK_SECONDS)
     except KeyboardInterrupt:
         console.say(f"samestep: job {job} goes on; scancel {job} ends it")

@@ -12,8 +12,9 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
+from samestep.launcher.supervise.peers import Halt, Peers
 from samestep.launcher.supervise.signals import SignalSocket
 
 Stream = Literal["stdout", "stderr"]
@@ -52,30 +53,12 @@ class Due:
 
 
 @dataclass(frozen=True, slots=True)
-class Halt:
-    """The ranks of another machine have ended, or will: ours get SIGTERM in `wait` seconds, SIGKILL `grace` later."""
-
-    wait: float
-    grace: float
-
-
-@dataclass(frozen=True, slots=True)
 class ServerSpoke:
     """The fork server is ready, or has ended."""
 
 
 Event = Output | Signalled | Exited | Due | ServerSpoke | Halt
 _ORDER: dict[type[Event], int] = {Output: 0, Signalled: 1, ServerSpoke: 2, Exited: 3, Halt: 4, Due: 5}
-
-
-class Peers(Protocol):
-    """The launchers of other machines."""
-
-    def fileno(self) -> int:
-        """Readable when one has said something."""
-
-    def read(self) -> list[Event]:
-        """What that means here."""
 
 
 class EventSource:
@@ -120,7 +103,7 @@ class EventSource:
 
     def watch_peers(self, peers: Peers, interval: float) -> None:
         """Report what `peers` make of what other machines say; every `interval` seconds they may say something too."""
-        self._selector.register(peers, selectors.EVENT_READ, peers.read)
+        self._selector.register(peers, selectors.EVENT_READ, lambda: list(peers.read()))
         self._peers, self._interval = peers, interval
         self.start_timer(_PEERS, interval)
 
