@@ -67,6 +67,10 @@ HANDED_DOWN = (ENV_STORE_FD, ENV_HEARTBEAT_FD)  # descriptors, whose numbers a f
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
 
+ENV_GRACE = "SAMESTEP_GRACE_SECONDS"  # between the first request to stop and the end by force
+
+DEFAULT_GRACE_SECONDS = 25.0  # below the 30 seconds of torchrun, Kubernetes and most schedulers
+
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -324,6 +328,16 @@ class Finished(TypedDict):
     goodput: float  # useful step seconds / wall seconds over all generations
 
 
+class Preempted(TypedDict):
+    """Training was stopped after `step`; `checkpoint` is the newest committed step, None without any."""
+
+    event: Literal["preempted"]
+    time: float
+    step: int
+    signal: str
+    checkpoint: int | None
+
+
 class WorkerFailed(TypedDict):
     """Written by the launcher; `rank` is the culprit."""
 
@@ -336,4 +350,4 @@ class WorkerFailed(TypedDict):
     exit_code: int
 
 
-Event = Started | Step | Epoch | Eval | Finished | WorkerFailed | dict[str, Any]
+Event = Started | Step | Epoch | Eval | Finished | Preempted | WorkerFailed | dict[str, Any]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("launcher", "train")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
-LONGER = {"launcher/contract.py": 340}  # all that crosses the border between processes stays in one place
+LONGER = {"launcher/contract.py": 370}  # all that crosses the border between processes stays in one place
 
 # Of the launcher, the worker uses what both sides have to agree on, and nothing else.
 SHARED = {"contract", "digest", "heartbeat", "liveness", "lock", "manifest", "options", "stack_signal"}
@@ -37,6 +37,8 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "state_metrics": {"parallel"},
     "evaluate": {"data", "observe", "parallel", "recipe", "state_metrics"},
     "step": {"data", "observe", "parallel", "recipe"},
+    "signals": set(),
+    "preemption": {"loop"},
     "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "state", "step"},
 }
 PURE = {"data.order", "parallel.shards"}  # integers in, integers out: import no other part, so every part may use them

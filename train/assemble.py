@@ -24,6 +24,7 @@ from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
+from samestep.train.parallel.agreement import PACE_SECONDS, Agreement
 from samestep.train.parallel.buffers import BufferCombiner
 from samestep.train.parallel.exchange import BackendExchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -31,7 +32,8 @@ from samestep.train.parallel.group import Membership
 from samestep.train.parallel.hooks import compression_hook
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.recipe import Components
-from samestep.train.state.saver import Saver, Schedule, WritingSaver
+from samestep.train.signals import StopSignals
+from samestep.train.state.saver import Clock, Saver, Schedule, WritingSaver
 from samestep.train.state.train_state import TrainState
 from samestep.train.state_metrics import StateMetric, StateMetrics
 from samestep.train.step import OptimizerStep
@@ -49,6 +51,7 @@ class Setting:
     facts: dict[str, Any]  # kept in every checkpoint, compared at resume and over the ranks
     pulse: Pulse = field(default_factory=NoPulse)  # tells the launcher the phase inside a step
     fence: int | None = None  # generation of the run directory's lock that may publish checkpoints
+    signals: StopSignals = field(default_factory=StopSignals)
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +73,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
-    schedule = Schedule(config.checkpoint_every, config.checkpoint_seconds, group, device)
-    writer = WritingSaver(schedule, setting.run_dir, setting.generation, config.keep_checkpoints, setting.fence)
+    saver, agreement = _saver(setting)
     return Run(
         config=config,
         components=components,
@@ -82,10 +84,24 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
         ledger=Ledger(group, device, setting.shards, fingerprint),
         evaluator=_evaluator(components, setting, autocast),
         evaluated_model=components.model if ema is None else ema.module,
-        saver=writer if group.rank == 0 else Saver(schedule),
+        saver=saver,
+        agreement=agreement,
         reporter=reporter,
         progress=progress,
     )
+
+
+def _saver(setting: Setting) -> tuple[Saver, Agreement]:
+    """Who saves, and how all ranks agree on when."""
+    config, group = setting.config, setting.member.group
+    clock = Clock(config.seconds_between_checkpoints)
+    pace = min(PACE_SECONDS, clock.every_seconds or PACE_SECONDS)
+    agreement = Agreement(group, setting.device, lambda: setting.signals.signum, clock.late, pace)
+    schedule = Schedule(config.checkpoint_every, clock, agreement)
+    if group.rank != 0:
+        return Saver(schedule), agreement
+    keep, left = config.keep_checkpoints, setting.signals.seconds_left
+    return WritingSaver(schedule, setting.run_dir, setting.generation, keep, setting.fence, left), agreement
 
 
 def _step(

@@ -22,7 +22,7 @@ from samestep.launcher.contract import (
 )
 from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
 from samestep.launcher.stack_signal import tell_stacks_when_asked
-from samestep.train import environment, leave, start
+from samestep.train import environment, leave, preemption, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components
 from samestep.train.config import TrainConfig
@@ -33,6 +33,7 @@ from samestep.train.loop import Run, run_to_the_end
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
+from samestep.train.signals import StopSignals
 from samestep.train.state.export import export_weights
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -88,7 +89,9 @@ def train(
         argv: flags without the program's name; those of the process if None (none in a notebook).
 
     Raises:
-        SystemExit: a mistake in usage (2) or no valid checkpoint (78); printed once, without a traceback.
+        SystemExit: a mistake in usage (2) or no valid checkpoint (78); printed once, without a traceback. Stopped by
+            SIGTERM, SIGUSR1 or Ctrl-C after a saved step (75), or with an older checkpoint kept (76). In a notebook
+            signals do what they always do there: an interrupt is a KeyboardInterrupt, and the last checkpoint stays.
         Exception: whatever user code raised, after it was recorded for the launcher.
     """
     env, progress = WorkerEnv(), _Progress()
@@ -175,7 +178,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         "dataset": dataset_fingerprint(components.train_data, config.seed),
         **environment.record(member.device),
     }
-    setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence)
+    signals = StopSignals(active=not _in_notebook())
+    setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence, signals)
     run = assemble(components, setting, progress)
     progress.clock = run.step.clock
     leave.end_hard(run)
@@ -198,7 +202,9 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
             run.reporter.warning(text)
         if found.snapshot is not None:
             run.reporter.resumed(run.state.step, run.state.epoch, found.source)
-        run_to_the_end(run)
+        with signals:
+            run_to_the_end(run)
+            preemption.leave_if_stopped(run, run_dir)
         progress(run.state.step, "closing")
         digest = _close(run, run_dir, member.env.rank)
         run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))

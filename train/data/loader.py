@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from samestep.launcher.contract import UsageError
 from samestep.train.data.rng import seed_collate, seed_sample, streams_restored
 from samestep.train.data.sampler import SameOrderSampler, ShardSamples
+from samestep.train.data.shield import ShieldedLoader, shield
 
 Batch = Any
 
@@ -93,12 +94,13 @@ def build_loader(
     """DataLoader that gives, for each list of `sampler`, the collated batch."""
     shards = ShardDataset(dataset, sampler.seed, collate_fn)
     workers = 0 if num_workers == "auto" or shards.whole else num_workers
-    return DataLoader(
+    return ShieldedLoader(
         shards,
         sampler=sampler,
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_is,
+        worker_init_fn=shield,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # workers' base seed: drawn here, not from the caller's stream

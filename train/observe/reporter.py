@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from samestep.launcher.contract import RankInfo
+from samestep.train.observe.bar import progress_bar
 from samestep.train.observe.ledger import EpochSums, StepRecord
 from samestep.train.observe.phases import PHASES
 
@@ -44,6 +45,9 @@ class Reporter(Protocol):
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
         """Trained to the end; the last call."""
+
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
+        """Stopped after `step` because it was asked for; `checkpoint` is the newest committed step. The last call."""
 
     def already_finished(self, digest: str, steps: int) -> None:
         """A finished run was started again; nothing was done."""
@@ -77,6 +81,9 @@ class NullReporter:
         """Nothing."""
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
+        """Nothing."""
+
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
         """Nothing."""
 
     def already_finished(self, digest: str, steps: int) -> None:
@@ -125,7 +132,7 @@ class RankZeroReporter:
         self.log.write(
             [{"event": event, "generation": generation, "world_size": len(ranks), "shards": shards, "ranks": ranks}]
         )
-        self._bar = _progress_bar(self.stream, self.total_steps)
+        self._bar = progress_bar(self.stream, self.total_steps)
 
     def resumed(self, step: int, epoch: int, source: str) -> None:
         """Say where training goes on."""
@@ -204,6 +211,14 @@ class RankZeroReporter:
         if self._bar is not None:
             self._bar.close()
 
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
+        """Write the event, close the bar, say what a next start will find."""
+        self.log.write([{"event": "preempted", "step": step, "signal": signal_name, "checkpoint": checkpoint}])
+        found = "no checkpoint is there" if checkpoint is None else f"the checkpoint of step {checkpoint} is kept"
+        self._print(f"Stopped by {signal_name} after step {step}: {'saved' if checkpoint == step else found}")
+        if self._bar is not None:
+            self._bar.close()
+
     def already_finished(self, digest: str, steps: int) -> None:
         """Print the digest that the run ended with."""
         self._print(f"Already finished: {steps} steps, digest {digest}")
@@ -240,49 +255,6 @@ def _step_event(record: StepRecord) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-class _NoBar:
-    """Plain lines: what a log file gets."""
-
-    def advance_to(self, step: int, loss: float) -> None:
-        """Nothing to draw."""
-
-    def print(self, line: str, stream: TextIO) -> None:
-        """Print the line."""
-        print(line, file=stream, flush=True)
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class _RichBar:
-    """One line that is redrawn, with lines printed above it."""
-
-    def __init__(self, stream: TextIO, total_steps: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn()]
-        self._progress = Progress(*columns, console=Console(file=stream), transient=True)
-        self._task = self._progress.add_task("steps", total=total_steps, loss=float("nan"))
-        self._progress.start()
-
-    def advance_to(self, step: int, loss: float) -> None:
-        """Redraw."""
-        self._progress.update(self._task, completed=step, loss=loss)
-
-    def print(self, line: str, stream: TextIO) -> None:  # noqa: ARG002 (the bar owns the terminal)
-        """Print above the bar."""
-        self._progress.console.print(line, markup=False, highlight=False)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self._progress.stop()
-
-
-def _progress_bar(stream: TextIO, total_steps: int) -> _NoBar | _RichBar:
-    return _RichBar(stream, total_steps) if stream.isatty() else _NoBar()
 
 
 def phase_line(records: list[StepRecord]) -> str:
