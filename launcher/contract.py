@@ -57,6 +57,14 @@ class UsageError(Exception):
         return f"error: {self.message}" + (f"\nhint: {self.hint}" if self.hint else "")
 
 
+class RefusedStepError(UsageError):
+    """A step that no rank may take, today or at another start; `consequence`: another rank is the reason."""
+
+    def __init__(self, message: str, hint: str, *, consequence: bool) -> None:
+        super().__init__(message, hint, ExitCode.FAILED)
+        self.consequence = consequence
+
+
 # Names of environment variables that the launcher sets and a worker reads, besides torchrun's own.
 ENV_RUN_DIR = "SAMESTEP_RUN_DIR"
 ENV_GENERATION = "SAMESTEP_GENERATION"  # counts the starts of one run, from 0
@@ -197,6 +205,10 @@ class RunDir:
         """Stacks of all ranks, taken when one of them hung."""
         return self.errors / f"stacks-{generation}.txt"
 
+    def not_finite(self, step: int) -> Path:
+        """Ranks and sample ids of a step, counted from 1, whose loss or gradient was NaN or infinite."""
+        return self.errors / f"not-finite-step-{step:08d}.json"
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint taken after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"
@@ -232,6 +244,7 @@ class ErrorRecord:
     time_ns: int
     consequence: bool = False  # a connection to another rank broke: that rank is the culprit, not this one
     hint: str = ""
+    final: bool = False  # another start would come to the same end
 
     def to_json(self) -> str:
         """One JSON object."""

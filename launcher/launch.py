@@ -115,7 +115,7 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
         commands, ended = _one_generation(run, facts)
         failure = _failure(run, commands, ended)
         memory = memory.after(_committed(run.directory), _signature(failure))
-        final = failure is not None and policy.never_began(failure.cause, failure.phase)
+        final = failure is not None and (failure.final or policy.never_began(failure.cause, failure.phase))
         verdict = policy.decide(
             failure_code=None if failure is None else failure.exit_code,
             stopped=_stopped(run, facts, ended, ended.signum),

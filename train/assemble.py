@@ -19,6 +19,8 @@ from samestep.train.config import TrainConfig
 from samestep.train.data.loader import build_loader
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.evaluate import Evaluator
+from samestep.train.finite import FiniteGuard, Investigation, Unguarded
+from samestep.train.finite import guard as finite_guard
 from samestep.train.loop import Run
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.phases import CudaClock, HostClock
@@ -74,13 +76,20 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
     saver, agreement = _saver(setting)
+    state = TrainState(components, scaler, ema, setting.facts)
+    investigate = Investigation(group, sampler, setting.run_dir)
+    guard = (
+        Unguarded()
+        if config.precision == "fp16"
+        else finite_guard(config.nan_policy, investigate, state.passed_over, reporter.warning)
+    )
     return Run(
         config=config,
         components=components,
-        state=TrainState(components, scaler, ema, setting.facts),
+        state=state,
         loader=_loader(components.train_data, sampler, components, setting),
         sampler=sampler,
-        step=_step(components, setting, autocast, scaler, ema, reporter),
+        step=_step(components, setting, autocast, scaler, ema, guard, reporter),
         ledger=Ledger(group, device, setting.shards, fingerprint),
         evaluator=_evaluator(components, setting, autocast),
         evaluated_model=components.model if ema is None else ema.module,
@@ -110,6 +119,7 @@ def _step(
     autocast: contextlib.AbstractContextManager[None],
     scaler: GradScaler,
     ema: AveragedModel | None,
+    guard: FiniteGuard,
     reporter: Reporter,
 ) -> OptimizerStep:
     config, group, device, shards = setting.config, setting.member.group, setting.device, setting.shards
@@ -134,7 +144,8 @@ def _step(
         autocast=autocast,
         scaler=scaler,
         reducer=reducer,
-        buffers=BufferCombiner(components.model, group, exchange, shards),
+        guard=guard,
+        buffers=BufferCombiner(components.model, group, exchange, shards, keep=guard.keeps_buffers),
         tally=StepTally(group, shards, device),
         clock=clock,
         ema=ema,

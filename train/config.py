@@ -40,6 +40,12 @@ class TrainConfig:
         int | None, Option("CPU threads of a rank; default: physical cores // shards, at least 1", "threads")
     ] = None
     clip_grad_norm: Annotated[float | None, Option("largest norm of the reduced gradient", "norm")] = None
+    nan_policy: Annotated[
+        Literal["stop", "skip", "rewind"],
+        Option(
+            "a loss or gradient that is NaN or infinite: end the run, leave the batch out, or that from a checkpoint on"
+        ),
+    ] = "stop"
     num_workers: Annotated[
         int | Literal["auto"], Option("DataLoader workers of a rank; never changes the bits", "processes")
     ] = "auto"

@@ -22,14 +22,14 @@ from samestep.launcher.contract import (
 )
 from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
 from samestep.launcher.stack_signal import tell_stacks_when_asked
-from samestep.train import environment, leave, preemption, start
+from samestep.train import environment, leave, preemption, rewind, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components
 from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
-from samestep.train.loop import Run, run_to_the_end
+from samestep.train.loop import Run
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
@@ -203,7 +203,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         if found.snapshot is not None:
             run.reporter.resumed(run.state.step, run.state.epoch, found.source)
         with signals:
-            run_to_the_end(run)
+            rewind.run_with_rewinds(run, member, run_dir)
             preemption.leave_if_stopped(run, run_dir)
         progress(run.state.step, "closing")
         digest = _close(run, run_dir, member.env.rank)

@@ -94,6 +94,7 @@ def _rest_of_epoch(run: Run) -> None:
 
 
 def _report(run: Run) -> None:
+    run.step.guard.settle()
     run.ledger.epoch = run.state.sums
     records = run.ledger.flush(run.step.tally.extras or [])
     run.state.useful_seconds += sum(record.wall_seconds for record in records)

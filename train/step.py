@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.data.rng import seed_shard
+from samestep.train.finite import FiniteGuard, start_of_backward
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.observe.tally import StepTally
 from samestep.train.parallel.buffers import BufferCombiner
@@ -34,6 +35,7 @@ class OptimizerStep:
     autocast: AbstractContextManager[None]
     scaler: GradScaler
     reducer: GradientReducer
+    guard: FiniteGuard
     buffers: BufferCombiner
     tally: StepTally
     clock: PhaseClock
@@ -61,7 +63,8 @@ class OptimizerStep:
             self.tally.add(outcome)
 
             self.clock.enter("backward")
-            self.reducer.backward(shard, self.scaler.scale(target))
+            scaled = self.scaler.scale(target)
+            self.reducer.backward(shard, scaled, start_of_backward(scaled))
             self.buffers.after_shard(shard)
 
         self.clock.enter("sync")
@@ -70,7 +73,10 @@ class OptimizerStep:
 
         self.clock.enter("optimizer")
         if self._divide(gradients, plan):
-            self._update()
+            if self.guard.admits(plan, gradients, self.tally.totals):
+                self._update()
+            else:
+                self.buffers.undo()
         return self.tally.rows()
 
     def _divide(self, gradients: list[Tensor], plan: StepPlan) -> bool:

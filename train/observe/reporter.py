@@ -100,13 +100,12 @@ class EventLog:
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self.path = path
         self.clock = clock
-        self._file = path.open("a", encoding="utf-8")
 
     def write(self, events: Iterable[dict[str, Any]]) -> None:
         """Append events that carry `event`; the time is added here."""
         now = self.clock()
-        self._file.write("".join(json.dumps({"event": e["event"], "time": now, **e}) + "\n" for e in events))
-        self._file.flush()
+        with self.path.open("a", encoding="utf-8") as file:  # anew each time: going back cuts the file
+            file.write("".join(json.dumps({"event": e["event"], "time": now, **e}) + "\n" for e in events))
 
     def offset(self) -> int:
         """Bytes written so far."""

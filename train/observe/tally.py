@@ -57,6 +57,11 @@ class StepTally:
         if len(self._values) == self._expected:
             self._complete(names)
 
+    @property
+    def totals(self) -> list[Tensor]:
+        """Losses of this rank's shards in this step, as they were added."""
+        return [torch.as_tensor(total) for total, *_ in self._values]
+
     def rows(self) -> Tensor:
         """float64; of this rank, shape (width, columns), or of all ranks, (world_size, width, columns)."""
         return self._rows()
