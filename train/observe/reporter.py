@@ -100,6 +100,7 @@ class EventLog:
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self.path = path
         self.clock = clock
+        path.touch()
 
     def write(self, events: Iterable[dict[str, Any]]) -> None:
         """Append events that carry `event`; the time is added here."""
