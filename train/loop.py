@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
 from samestep.train.config import TrainConfig
+from samestep.train.data.loader import Loader
 from samestep.train.data.sampler import SameOrderSampler, epoch_plans
 from samestep.train.evaluate import Evaluator
 from samestep.train.observe.ledger import Ledger
@@ -33,7 +32,7 @@ class Run:
     config: TrainConfig
     components: Components
     state: TrainState
-    loader: DataLoader[Any]
+    loader: Loader
     sampler: SameOrderSampler
     step: OptimizerStep
     ledger: Ledger
@@ -56,6 +55,7 @@ def run_to_the_end(run: Run) -> None:
     while run.state.step < run.max_steps:
         run.sampler.load_state_dict({"epoch": run.state.epoch, "cursor": run.state.cursor})
         _rest_of_epoch(run)
+    run.loader.close()
     run.progress(run.state.step, "checkpoint")
     run.saver.save(run.state, run.reporter)
     run.saver.wait(run.reporter)

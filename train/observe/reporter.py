@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from samestep.launcher.contract import RankInfo
+from samestep.train.observe.bar import progress_bar
 from samestep.train.observe.ledger import EpochSums, StepRecord
 from samestep.train.observe.phases import PHASES
 
@@ -38,6 +39,9 @@ class Reporter(Protocol):
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """A checkpoint is committed."""
+
+    def loader(self, workers: int, prefetch: int, text: str) -> None:
+        """How batches are fetched, and a sentence about it or nothing."""
 
     def warning(self, text: str, **about: str | int) -> None:
         """Something the person should know; training goes on. `about` is for programs."""
@@ -71,6 +75,9 @@ class NullReporter:
         """Nothing."""
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
+        """Nothing."""
+
+    def loader(self, workers: int, prefetch: int, text: str) -> None:
         """Nothing."""
 
     def warning(self, text: str, **about: str | int) -> None:
@@ -125,7 +132,7 @@ class RankZeroReporter:
         self.log.write(
             [{"event": event, "generation": generation, "world_size": len(ranks), "shards": shards, "ranks": ranks}]
         )
-        self._bar = _progress_bar(self.stream, self.total_steps)
+        self._bar = progress_bar(self.stream, self.total_steps)
 
     def resumed(self, step: int, epoch: int, source: str) -> None:
         """Say where training goes on."""
@@ -190,6 +197,12 @@ class RankZeroReporter:
         """Write the event."""
         self.log.write([{"event": "checkpoint", "step": step, "path": path.name, "seconds": seconds}])
 
+    def loader(self, workers: int, prefetch: int, text: str) -> None:
+        """Write the event, print the sentence."""
+        self.log.write([{"event": "loader", "workers": workers, "prefetch": prefetch, "reason": text}])
+        if text:
+            self._print(text)
+
     def warning(self, text: str, **about: str | int) -> None:
         """Print to stderr and write the event."""
         self.log.write([{"event": "warning", "text": text, **about}])
@@ -240,49 +253,6 @@ def _step_event(record: StepRecord) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-class _NoBar:
-    """Plain lines: what a log file gets."""
-
-    def advance_to(self, step: int, loss: float) -> None:
-        """Nothing to draw."""
-
-    def print(self, line: str, stream: TextIO) -> None:
-        """Print the line."""
-        print(line, file=stream, flush=True)
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class _RichBar:
-    """One line that is redrawn, with lines printed above it."""
-
-    def __init__(self, stream: TextIO, total_steps: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn()]
-        self._progress = Progress(*columns, console=Console(file=stream), transient=True)
-        self._task = self._progress.add_task("steps", total=total_steps, loss=float("nan"))
-        self._progress.start()
-
-    def advance_to(self, step: int, loss: float) -> None:
-        """Redraw."""
-        self._progress.update(self._task, completed=step, loss=loss)
-
-    def print(self, line: str, stream: TextIO) -> None:  # noqa: ARG002 (the bar owns the terminal)
-        """Print above the bar."""
-        self._progress.console.print(line, markup=False, highlight=False)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self._progress.stop()
-
-
-def _progress_bar(stream: TextIO, total_steps: int) -> _NoBar | _RichBar:
-    return _RichBar(stream, total_steps) if stream.isatty() else _NoBar()
 
 
 def phase_line(records: list[StepRecord]) -> str:
