@@ -39,7 +39,7 @@ class TrainConfig:
     ] = None
     clip_grad_norm: Annotated[float | None, Option("largest norm of the reduced gradient", "norm")] = None
     num_workers: Annotated[
-        int | Literal["auto"], Option("DataLoader workers of a rank; never changes the bits", "processes")
+        int | Literal["auto"], Option("loader workers of a rank; auto measures; never changes the bits", "processes")
     ] = "auto"
     log_every: Annotated[int, Option("steps between log lines; losses are read from the device only then", "steps")] = (
         100

@@ -198,7 +198,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
             run.reporter.warning(text)
         if found.snapshot is not None:
             run.reporter.resumed(run.state.step, run.state.epoch, found.source)
-        run_to_the_end(run)
+        with environment.long_lived_objects_set_aside():
+            run_to_the_end(run)
         progress(run.state.step, "closing")
         digest = _close(run, run_dir, member.env.rank)
         run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))

@@ -62,7 +62,7 @@ def run_to_the_end(run: Run) -> None:
 
 
 def _rest_of_epoch(run: Run) -> None:
-    config, state = run.config, run.state
+    config, state, max_steps = run.config, run.state, run.max_steps
     run.progress(state.step, "loading")
     batches = iter(run.loader)
     run.components.model.train()
@@ -77,7 +77,7 @@ def _rest_of_epoch(run: Run) -> None:
         state.advance(plan)
 
         # --- what is due after it
-        epoch_done, last = state.cursor == run.sampler.samples, state.step >= run.max_steps
+        epoch_done, last = state.cursor == run.sampler.samples, state.step >= max_steps
         evaluate, due = _evaluation_due(run, epoch_done), run.saver.due(state.step) or last
         if state.step % config.log_every == 0 or epoch_done or evaluate or due:
             _report(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -60,17 +61,21 @@ class WorkerStream:
 
     def __init__(self, shards: ShardDataset, lists: ListsAhead, choice: Choice, *, pin_memory: bool) -> None:
         before = set(multiprocessing.active_children())
-        loader = DataLoader(
-            shards,
-            sampler=lists,
-            batch_size=None,
-            num_workers=choice.workers,
-            prefetch_factor=choice.prefetch,
-            collate_fn=_as_is,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # workers' base seed: drawn here, not from the caller's stream
-        )
-        self._batches: Iterator[Batch] | None = iter(loader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "This DataLoader will create", UserWarning
+            )  # it counts cores, not waiting
+            loader = DataLoader(
+                shards,
+                sampler=lists,
+                batch_size=None,
+                num_workers=choice.workers,
+                prefetch_factor=choice.prefetch,
+                collate_fn=_as_is,
+                pin_memory=pin_memory,
+                generator=torch.Generator(),  # workers' base seed: drawn here, not from the caller's stream
+            )
+            self._batches: Iterator[Batch] | None = iter(loader)
         self.workers = choice.workers
         self.pids = [p.pid for p in multiprocessing.active_children() if p not in before and p.pid is not None]
 

@@ -108,6 +108,12 @@ class EventLog:
         self._file.write("".join(json.dumps({"event": e["event"], "time": now, **e}) + "\n" for e in events))
         self._file.flush()
 
+    def write_steps(self, records: list[StepRecord]) -> None:
+        """Append a `step` event for each."""
+        now = self.clock()
+        self._file.write("".join([step_line(record, now) for record in records]))
+        self._file.flush()
+
     def offset(self) -> int:
         """Bytes written so far."""
         return self.path.stat().st_size
@@ -141,7 +147,7 @@ class RankZeroReporter:
 
     def steps(self, records: list[StepRecord]) -> None:
         """Write an event a step, print a line each `log_every` steps of an epoch."""
-        self.log.write(_step_event(record) for record in records)
+        self.log.write_steps(records)
         self._of_epoch += records
         for record in records:
             position = record.step - record.epoch * self.steps_per_epoch
@@ -235,20 +241,23 @@ class RankZeroReporter:
             print(line, file=stream, flush=True)
 
 
-def _step_event(record: StepRecord) -> dict[str, Any]:
-    event: dict[str, Any] = {
-        "event": "step",
-        "step": record.step,
-        "epoch": record.epoch + 1,
-        "loss": _finite(record.loss),
-        "loss_hex": record.loss.hex(),
-        "samples": record.samples,
-        "samples_per_s": record.samples / record.wall_seconds if record.wall_seconds else 0.0,
-        "seconds": record.seconds,
-    }
+_SPREAD = '{"mean": %r, "max": %r, "slowest_rank": %d}'
+_STEP = (
+    '{"event": "step", "time": %r, "step": %d, "epoch": %d, "loss": %s, "loss_hex": "%s", "samples": %d, '
+    '"samples_per_s": %r, "seconds": {' + ", ".join(f'"{phase}": {_SPREAD}' for phase in PHASES) + "}%s}\n"
+)
+
+
+def step_line(record: StepRecord, now: float) -> str:
+    """The JSON of one `step` event; written for every step, so by a template, which takes a third of json.dumps."""
+    spreads = [value for phase in PHASES for value in record.seconds[phase].values()]
+    rate = round(record.samples / record.wall_seconds, 1) if record.wall_seconds else 0.0
+    loss = repr(record.loss) if math.isfinite(record.loss) else "null"
+    extra = ""
     if record.extra:
-        event["extra"] = {name: _finite(value) for name, value in record.extra.items()}
-    return event
+        extra = ', "extra": ' + json.dumps({name: _finite(value) for name, value in record.extra.items()})
+    place = (now, record.step, record.epoch + 1, loss, record.loss.hex(), record.samples, rate)
+    return _STEP % (*place, *spreads, extra)
 
 
 def _finite(value: float) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class StepTally:
         self._brings_weights |= brings_weights
         names = list(outcome.log) if self.extras is None else self.extras
         extras = [outcome.log[name] * outcome.weight for name in names]
-        self._values.append([outcome.total.detach(), outcome.weight, *extras])
+        self._values.append([_kept(outcome.total), _kept(outcome.weight), *map(_kept, extras)])
         if len(self._values) == self._expected:
             self._complete(names)
 
@@ -92,19 +93,32 @@ class StepTally:
         self.own_weights = any(part["own_weights"] for part in records)
 
 
+def _kept(value: Value) -> Value:
+    """The value without its graph, a tensor without dimensions."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach() if value.requires_grad else value
+    return value.reshape(()) if value.dim() else value
+
+
 def table(steps: list[Values], width: int, columns: int, device: torch.device) -> Tensor:
     """float64 of shape (steps, width, columns), zero where a step has fewer shards; reads nothing from the device."""
+    missing: list[Value] = [0.0] * columns
     flat: list[Value] = []
     for values in steps:
-        for shard in values:
-            flat += shard
-        flat += [0.0] * (columns * (width - len(values)))
-    tensors = {place: value for place, value in enumerate(flat) if isinstance(value, Tensor)}
-    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in flat]
-    result = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
-    for dtype in {value.dtype for value in tensors.values()}:
-        places = [place for place, value in tensors.items() if value.dtype == dtype]
-        stacked = torch.stack([tensors[place].reshape(()) for place in places])
+        for slot in range(width):
+            flat += values[slot] if slot < len(values) else missing
+    by_type: dict[torch.dtype, list[int]] = {}
+    for place, value in enumerate(flat):
+        if isinstance(value, Tensor):
+            by_type.setdefault(value.dtype, []).append(place)
+    tensors = {dtype: [cast(Tensor, flat[place]) for place in places] for dtype, places in by_type.items()}
+    for places in by_type.values():
+        for place in places:
+            flat[place] = 0.0
+    result = torch.tensor(flat, dtype=torch.float64).to(device, non_blocking=True)
+    for dtype, places in by_type.items():
+        stacked = torch.stack(tensors[dtype])
         result[torch.tensor(places).to(device, non_blocking=True)] = stacked.to(device, torch.float64)
     return result.view(len(steps), width, columns)
 

@@ -75,14 +75,16 @@ class GradientReducer:
             parameter.grad = None
         self.mine = plan.present(self.owned)
         self.present = min(plan.samples, self.shards)
+        self._step = plan.step
+        self._alone = self.group.world_size == 1 and self.present == 1
+        self._overlap = self._replica is not None and plan.everyone_works(self.group.world_size)
+        if self._alone:
+            return
         spans = present_roots(self.group.world_size, self.shards, self.present)[self.group.rank]
         self._folds: dict[Span, Fold[Gradients]] = {span: Fold(span, _add) for span in spans}
         self._used = [False] * len(self.parameters)  # by some shard of this rank
         self._skipped = False  # some shard of this rank left a parameter unused
         self._results: list[tuple[list[Tensor], Tensor]] = []
-        self._overlap = self._replica is not None and plan.everyone_works(self.group.world_size)
-        self._alone = self.group.world_size == 1 and self.present == 1
-        self._step = plan.step
 
     def module(self, shard: int) -> nn.Module:
         """What the loss of `shard` has to call: DDP for the last one where all ranks work, else the raw module."""
@@ -103,10 +105,10 @@ class GradientReducer:
 
     def finish(self) -> Gradients:
         """Leave the sums in `p.grad` and return those that are not None."""
+        if self._alone:
+            return self._of_one_shard()
         if self._overlap:
             self._collect()
-        elif self._alone:
-            self._refuse_sparse()
         elif self.group.world_size == 1:
             self._assign_solo()
         else:
@@ -241,10 +243,9 @@ class GradientReducer:
             if not kept:
                 parameter.grad = None
 
-    def _refuse_sparse(self) -> None:
-        for index, parameter in enumerate(self.parameters):
-            if parameter.grad is not None:
-                self._dense(index, parameter.grad)
+    def _of_one_shard(self) -> Gradients:
+        found = [(index, p.grad) for index, p in enumerate(self.parameters)]
+        return [self._dense(index, gradient) for index, gradient in found if gradient is not None]
 
     def _fold_of(self, shard: int) -> Fold[Gradients]:
         return next(fold for span, fold in self._folds.items() if span[0] <= shard < span[1])
