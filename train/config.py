@@ -58,6 +58,9 @@ class TrainConfig:
     run_dir: Annotated[Path | None, Option("where everything of the run is kept; default: runs/<recipe>", "folder")] = (
         None
     )
+    compile: Annotated[
+        bool, Option("torch.compile the model: one graph a shard size; other bits than without, on any world size")
+    ] = False
     allow_nondeterministic: Annotated[
         bool, Option("go on where torch has no deterministic kernel; outside the bit promises")
     ] = False
