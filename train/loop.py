@@ -56,6 +56,8 @@ def run_to_the_end(run: Run) -> None:
         run.sampler.load_state_dict({"epoch": run.state.epoch, "cursor": run.state.cursor})
         _rest_of_epoch(run)
     run.loader.close()
+    if run.evaluator is not None:
+        run.evaluator.loader.close()
     run.progress(run.state.step, "checkpoint")
     run.saver.save(run.state, run.reporter)
     run.saver.wait(run.reporter)
