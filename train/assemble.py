@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,17 +15,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from samestep.launcher.contract import RunDir, UsageError
 from samestep.launcher.heartbeat import NoPulse, Pulse
 from samestep.train.checks import check_shard_size
-from samestep.train.config import TrainConfig
+from samestep.train.config import TrainConfig, plain
 from samestep.train.data.loader import Loader, build_loader
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.data.watch import Tell
 from samestep.train.data.worker_stream import Epochs
 from samestep.train.evaluate import Evaluator
 from samestep.train.loop import Run
+from samestep.train.observe.guards.check import Subject
+from samestep.train.observe.guards.watch import Guards, guards_for
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
+from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.exchange import BackendExchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -72,6 +75,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
+    guards = _guards(components, setting, reporter)
     schedule = Schedule(config.checkpoint_every, config.checkpoint_seconds, group, device)
     writer = WritingSaver(schedule, setting.run_dir, setting.generation, config.keep_checkpoints, setting.fence)
     return Run(
@@ -80,12 +84,13 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
         state=TrainState(components, scaler, ema, setting.facts),
         loader=_loader(components.train_data, sampler, components, setting, reporter, Epochs(config.epochs - 1)),
         sampler=sampler,
-        step=_step(components, setting, autocast, scaler, ema, reporter),
+        step=_step(replace(components, loss=guards.loss(components.loss)), setting, autocast, scaler, ema, reporter),
         ledger=Ledger(group, device, setting.shards, fingerprint),
-        evaluator=_evaluator(components, setting, autocast, reporter),
+        evaluator=_evaluator(components, setting, autocast, reporter, guards),
         evaluated_model=components.model if ema is None else ema.module,
         saver=writer if group.rank == 0 else Saver(schedule),
         reporter=reporter,
+        guards=guards,
         progress=progress,
     )
 
@@ -129,7 +134,11 @@ def _step(
 
 
 def _evaluator(
-    components: Components, setting: Setting, autocast: contextlib.AbstractContextManager[None], reporter: Reporter
+    components: Components,
+    setting: Setting,
+    autocast: contextlib.AbstractContextManager[None],
+    reporter: Reporter,
+    guards: Guards,
 ) -> Evaluator | None:
     kept = {name: StateMetric.of(function) for name, function in components.metrics.items()}
     functions = {"loss": components.loss, **components.metrics}
@@ -143,8 +152,17 @@ def _evaluator(
     loader = _loader(components.eval_data, sampler, components, setting, reporter, Epochs(None))
     group, device = setting.member.group, setting.device
     states = StateMetrics({name: metric for name, metric in kept.items() if metric is not None}, group, device)
-    plain = {name: function for name, function in functions.items() if kept.get(name) is None}
-    return Evaluator(plain, states, loader, sampler, group, device, setting.config.seed, autocast, setting.pulse.enter)
+    watched = {name: guards.metric(name, function) for name, function in functions.items() if kept.get(name) is None}
+    return Evaluator(
+        watched, states, loader, sampler, group, device, setting.config.seed, autocast, setting.pulse.enter
+    )
+
+
+def _guards(components: Components, setting: Setting, reporter: Reporter) -> Guards:
+    subject = Subject(components.model, components.optimizer, components.scheduler, components.scheduler_interval)
+    return guards_for(
+        setting.config.check, subject, setting.member.group, setting.shards, setting.device, reporter.warning
+    )
 
 
 def _ema(components: Components) -> AveragedModel | None:
@@ -194,12 +212,15 @@ def _reporter(setting: Setting, sampler: SameOrderSampler) -> Reporter:
     config = setting.config
     per_epoch = -(-sampler.samples // config.global_batch_size)
     total = per_epoch * config.epochs
-    return RankZeroReporter(
+    reporter = RankZeroReporter(
         log=EventLog(setting.run_dir.events, time.time),
         epochs=config.epochs,
         steps_per_epoch=per_epoch,
         total_steps=total if config.max_steps is None else min(total, config.max_steps),
         log_every=config.log_every,
+    )
+    return tracked(
+        reporter, wanted(config.trackers), setting.run_dir.path, plain(config), (per_epoch, config.log_every)
     )
 
 

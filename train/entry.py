@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import time
@@ -24,13 +26,14 @@ from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
 from samestep.launcher.stack_signal import tell_stacks_when_asked
 from samestep.train import environment, leave, start
 from samestep.train.assemble import Setting, assemble
-from samestep.train.checks import check_components
+from samestep.train.checks import check_components, check_samples_repeat
 from samestep.train.compilation import compile_in_place
 from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run, run_to_the_end
+from samestep.train.observe import trackers
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
@@ -100,7 +103,8 @@ def train(
         progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
         progress(0, "joining")
         tell_stacks_when_asked()
-        config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
+        with contextlib.redirect_stdout(sys.stdout if env.rank == 0 else io.StringIO()):  # one answer to --help
+            config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():
             return _train(build, config, env, run_dir, generation, progress)
@@ -132,6 +136,7 @@ def _train(
     progress: _Progress,
 ) -> Result:
     # --- join
+    trackers.wanted(config.trackers)  # what is not installed is said before anything is done
     start.make(run_dir)
     stored = start.stored_config(run_dir, config.resume)
     shards = start.choose_shards(config, stored, env.world_size)
@@ -177,6 +182,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         "dataset": dataset_fingerprint(components.train_data, config.seed),
         **environment.record(member.device),
     }
+    if config.check != "never":
+        check_samples_repeat(components.train_data, config.seed, facts["dataset"])
     setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence)
     run = assemble(components, setting, progress)
     progress.clock = run.step.clock

@@ -17,6 +17,7 @@ from samestep.train.config import TrainConfig
 from samestep.train.data.loader import Loader
 from samestep.train.data.sampler import SameOrderSampler, epoch_plans
 from samestep.train.evaluate import Evaluator
+from samestep.train.observe.guards.watch import Guards
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.reporter import Reporter
 from samestep.train.recipe import Components
@@ -40,6 +41,7 @@ class Run:
     evaluated_model: nn.Module
     saver: Saver
     reporter: Reporter
+    guards: Guards
     progress: Callable[[int, str], None]  # told step and phase, for error records
 
     @property
@@ -74,7 +76,9 @@ def _rest_of_epoch(run: Run) -> None:
     for plan in plans:
         # --- one step
         run.progress(plan.step, "step")
+        run.guards.before_step(plan)
         rows = run.step(plan, batches)
+        run.guards.after_step(plan)
         run.ledger.add(plan, rows, run.step.clock.take())
         state.advance(plan)
 
