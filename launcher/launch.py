@@ -55,19 +55,24 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     directory, lock = run_dir.own(path)
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
-    console = Console()
+    console = Console(stdout=sys.stderr.fileno() if config.json else None)  # stdout then holds the answer alone
     patience = Patience.of(config.hang_timeout) if facts.resumes else None
     watch: Watch = HangWatch(patience, facts.world_size, directory) if patience else NoWatch()
     facts = replace(facts, heartbeat_fd=watch.fd)
-    with SignalSocket() as signals:
-        supervisor = Supervisor(config, directory, console, signals, watch, facts.grace, saves=facts.resumes)
-        try:
-            return _generations(_Run(config, recipe, directory, environ, supervisor, console, lock), facts)
-        finally:
-            supervisor.close()
-            watch.close()
-            console.close()
-            lock.release()
+    try:
+        with SignalSocket() as signals:
+            supervisor = Supervisor(config, directory, console, signals, watch, facts.grace, saves=facts.resumes)
+            try:
+                result = _generations(_Run(config, recipe, directory, environ, supervisor, console, lock), facts)
+            finally:
+                supervisor.close()
+                watch.close()
+                console.close()
+        if facts.resumes and result.exit_code == ExitCode.DONE and not config.no_report:
+            _report(directory, console)
+        return result
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +167,15 @@ def _tell_stopped(run: _Run, exit_code: int) -> None:
     step = _committed(run.directory)
     newest = f" (step {step})" if exit_code in policy.PREEMPTED and step >= 0 else ""
     run.console.say(f"samestep: {EXIT_MEANING[ExitCode(exit_code)]}{newest}; exit code {int(exit_code)}")
+
+
+def _report(directory: RunDir, console: Console) -> None:
+    """Leave the page of a run; without one, it is done all the same."""
+    from samestep.launcher.report.command import at_the_end
+
+    problem = at_the_end(directory)
+    if problem:
+        console.say(f"samestep: no report: {problem}")
 
 
 def _committed(directory: RunDir) -> int:

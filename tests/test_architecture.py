@@ -20,7 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 LONGER = {"launcher/contract.py": 370}  # all that crosses the border between processes stays in one place
 
 # Of the launcher, the worker uses what both sides have to agree on, and nothing else.
-SHARED = {"contract", "digest", "heartbeat", "liveness", "lock", "manifest", "options", "stack_signal"}
+SHARED = {"contract", "digest", "heartbeat", "liveness", "lock", "manifest", "options", "stack_signal", "view"}
 
 # Parts of train/ (a folder, or a module beside the folders) and the other parts that each may import.
 TRAIN_IMPORTS: dict[str, set[str]] = {
@@ -28,10 +28,12 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "environment": set(),
     "leave": set(),
     "as_main": set(),
+    "doctor": set(),
     "recipe": set(),
     "parallel": {"recipe"},
     "data": {"parallel"},
     "observe": {"parallel", "recipe"},
+    "compilation": {"parallel"},
     "checks": {"data", "parallel", "recipe"},
     "state": {"observe", "parallel", "recipe"},
     "state_metrics": {"parallel"},

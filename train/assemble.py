@@ -5,29 +5,35 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from samestep.launcher.contract import RunDir, UsageError
 from samestep.launcher.heartbeat import NoPulse, Pulse
 from samestep.train.checks import check_shard_size
-from samestep.train.config import TrainConfig
-from samestep.train.data.loader import build_loader
+from samestep.train.config import TrainConfig, plain
+from samestep.train.data.loader import Loader, build_loader
 from samestep.train.data.sampler import SameOrderSampler
+from samestep.train.data.watch import Tell
+from samestep.train.data.worker_stream import Epochs
 from samestep.train.evaluate import Evaluator
 from samestep.train.finite import FiniteGuard, Investigation, Unguarded
 from samestep.train.finite import guard as finite_guard
 from samestep.train.loop import Run
+from samestep.train.observe.guards.check import Subject
+from samestep.train.observe.guards.watch import Guards, guards_for
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
+from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.agreement import PACE_SECONDS, Agreement
-from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.exchange import BackendExchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Membership
@@ -75,29 +81,34 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
+    guards = _guards(components, setting, reporter)
     saver, agreement = _saver(setting)
     state = TrainState(components, scaler, ema, setting.facts)
-    investigate = Investigation(group, sampler, setting.run_dir)
-    guard = (
-        Unguarded()
-        if config.precision == "fp16"
-        else finite_guard(config.nan_policy, investigate, state.passed_over, reporter.warning)
-    )
+    watched = replace(components, loss=guards.loss(components.loss))
     return Run(
         config=config,
         components=components,
         state=state,
-        loader=_loader(components.train_data, sampler, components, setting),
+        loader=_loader(components.train_data, sampler, components, setting, reporter, Epochs(config.epochs - 1)),
         sampler=sampler,
-        step=_step(components, setting, autocast, scaler, ema, guard, reporter),
+        step=_step(watched, setting, autocast, scaler, ema, _finite(setting, sampler, state, reporter), reporter),
         ledger=Ledger(group, device, setting.shards, fingerprint),
-        evaluator=_evaluator(components, setting, autocast),
+        evaluator=_evaluator(components, setting, autocast, reporter, guards),
         evaluated_model=components.model if ema is None else ema.module,
         saver=saver,
         agreement=agreement,
         reporter=reporter,
+        guards=guards,
         progress=progress,
     )
+
+
+def _finite(setting: Setting, sampler: SameOrderSampler, state: TrainState, reporter: Reporter) -> FiniteGuard:
+    """What becomes of steps that are not finite; in half precision the scaler leaves them out."""
+    if setting.config.precision == "fp16":
+        return Unguarded()
+    investigate = Investigation(setting.member.group, sampler, setting.run_dir)
+    return finite_guard(setting.config.nan_policy, investigate, state.passed_over, reporter.warning)
 
 
 def _saver(setting: Setting) -> tuple[Saver, Agreement]:
@@ -136,25 +147,31 @@ def _step(
         compression_hook(config.comm_hook, device) if group.world_size > 1 else None,
     )
     reducer.enter = clock.enter
+    has_buffers = next(components.model.buffers(), None) is not None
     return OptimizerStep(
         components=components,
         seed=config.seed,
-        device=device,
         clip_grad_norm=config.clip_grad_norm,
         autocast=autocast,
         scaler=scaler,
         reducer=reducer,
         guard=guard,
-        buffers=BufferCombiner(components.model, group, exchange, shards, keep=guard.keeps_buffers),
+        buffers=BufferCombiner(components.model, group, exchange, shards, keep=guard.keeps_buffers)
+        if has_buffers
+        else NoBuffers(),
         tally=StepTally(group, shards, device),
         clock=clock,
-        ema=ema,
+        follow=_nobody if ema is None else ema.update_parameters,
         warn=reporter.warning,
     )
 
 
 def _evaluator(
-    components: Components, setting: Setting, autocast: contextlib.AbstractContextManager[None]
+    components: Components,
+    setting: Setting,
+    autocast: contextlib.AbstractContextManager[None],
+    reporter: Reporter,
+    guards: Guards,
 ) -> Evaluator | None:
     kept = {name: StateMetric.of(function) for name, function in components.metrics.items()}
     functions = {"loss": components.loss, **components.metrics}
@@ -165,11 +182,24 @@ def _evaluator(
     if components.eval_data is None:
         return None
     sampler = _sampler(components.eval_data, setting, shuffle=False)
-    loader = _loader(components.eval_data, sampler, components, setting)
+    loader = _loader(components.eval_data, sampler, components, setting, reporter, Epochs(None))
     group, device = setting.member.group, setting.device
     states = StateMetrics({name: metric for name, metric in kept.items() if metric is not None}, group, device)
-    plain = {name: function for name, function in functions.items() if kept.get(name) is None}
-    return Evaluator(plain, states, loader, sampler, group, device, setting.config.seed, autocast, setting.pulse.enter)
+    watched = {name: guards.metric(name, function) for name, function in functions.items() if kept.get(name) is None}
+    return Evaluator(
+        watched, states, loader, sampler, group, device, setting.config.seed, autocast, setting.pulse.enter
+    )
+
+
+def _guards(components: Components, setting: Setting, reporter: Reporter) -> Guards:
+    subject = Subject(components.model, components.optimizer, components.scheduler, components.scheduler_interval)
+    return guards_for(
+        setting.config.check, subject, setting.member.group, setting.shards, setting.device, reporter.warning
+    )
+
+
+def _nobody(model: nn.Module) -> None:
+    """No average follows."""
 
 
 def _ema(components: Components) -> AveragedModel | None:
@@ -193,13 +223,23 @@ def _sampler(dataset: Any, setting: Setting, *, shuffle: bool) -> SameOrderSampl
     )
 
 
-def _loader(dataset: Any, sampler: SameOrderSampler, components: Components, setting: Setting) -> Any:
+def _loader(
+    dataset: Any,
+    sampler: SameOrderSampler,
+    components: Components,
+    setting: Setting,
+    reporter: Reporter,
+    epochs: Epochs,
+) -> Loader:
     return build_loader(
         dataset,
         sampler,
         collate_fn=components.collate_fn,
         num_workers=setting.config.num_workers,
         device=setting.device,
+        epochs=epochs,
+        ranks_here=setting.member.env.local_world_size,
+        tell=Tell(lambda choice, text: reporter.loader(choice.workers, choice.prefetch, text), reporter.warning),
     )
 
 
@@ -209,12 +249,15 @@ def _reporter(setting: Setting, sampler: SameOrderSampler) -> Reporter:
     config = setting.config
     per_epoch = -(-sampler.samples // config.global_batch_size)
     total = per_epoch * config.epochs
-    return RankZeroReporter(
+    reporter = RankZeroReporter(
         log=EventLog(setting.run_dir.events, time.time),
         epochs=config.epochs,
         steps_per_epoch=per_epoch,
         total_steps=total if config.max_steps is None else min(total, config.max_steps),
         log_every=config.log_every,
+    )
+    return tracked(
+        reporter, wanted(config.trackers), setting.run_dir.path, plain(config), (per_epoch, config.log_every)
     )
 
 

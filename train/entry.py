@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import time
@@ -24,12 +26,14 @@ from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
 from samestep.launcher.stack_signal import tell_stacks_when_asked
 from samestep.train import environment, leave, preemption, rewind, start
 from samestep.train.assemble import Setting, assemble
-from samestep.train.checks import check_components
+from samestep.train.checks import check_components, check_samples_repeat
+from samestep.train.compilation import compile_in_place
 from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run
+from samestep.train.observe import trackers
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
@@ -102,7 +106,8 @@ def train(
         progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
         progress(0, "joining")
         tell_stacks_when_asked()
-        config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
+        with contextlib.redirect_stdout(sys.stdout if env.rank == 0 else io.StringIO()):  # one answer to --help
+            config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():
             return _train(build, config, env, run_dir, generation, progress)
@@ -134,6 +139,7 @@ def _train(
     progress: _Progress,
 ) -> Result:
     # --- join
+    trackers.wanted(config.trackers)  # what is not installed is said before anything is done
     start.make(run_dir)
     stored = start.stored_config(run_dir, config.resume)
     shards = start.choose_shards(config, stored, env.world_size)
@@ -171,6 +177,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     if config.weights is not None and found.snapshot is None:
         start.load_weights(components.model, config.weights)
     components.model.to(member.device)
+    uncompiled = compile_in_place(components.model, member.device, member.group) if config.compile else ""
     facts = {
         "seed": config.seed,
         "shards": shards,
@@ -178,6 +185,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         "dataset": dataset_fingerprint(components.train_data, config.seed),
         **environment.record(member.device),
     }
+    if config.check != "never":
+        check_samples_repeat(components.train_data, config.seed, facts["dataset"])
     signals = StopSignals(active=not _in_notebook())
     setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence, signals)
     run = assemble(components, setting, progress)
@@ -198,11 +207,11 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     else:
         start.announce(run, run_dir, member, shards, joined.generation)
         alone = "" if member.env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
-        for text in filter(None, [alone, *warnings]):
+        for text in filter(None, [alone, uncompiled, *warnings]):
             run.reporter.warning(text)
         if found.snapshot is not None:
             run.reporter.resumed(run.state.step, run.state.epoch, found.source)
-        with signals:
+        with signals, environment.long_lived_objects_set_aside():
             rewind.run_with_rewinds(run, member, run_dir)
             preemption.leave_if_stopped(run, run_dir)
         progress(run.state.step, "closing")

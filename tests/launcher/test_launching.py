@@ -201,8 +201,9 @@ def test_success_says_nothing_of_its_own(samestep):
 
 def test_json_ends_the_output_with_one_line(samestep):
     good = samestep.act("0=say:before", options=("--json",))
-    *_, last = good.stdout.splitlines()
-    assert json.loads(last) == {"exit_code": 0, "run_dir": "runs/actor", "generations": 1, "failure": None}
+    expected = {"exit_code": 0, "run_dir": "runs/actor", "generations": 1, "failure": None, "metrics": {}}
+    assert json.loads(good.stdout) == expected | dict.fromkeys(("digest", "steps", "restarts", "goodput"))
+    assert good.stderr == "before\n", "what ranks say does not mix with the answer"
     bad = json.loads(samestep.act("1=raise", "0=wait", options=("--json",)).stdout)
     assert (bad["exit_code"], bad["failure"]["rank"], bad["failure"]["cause"]) == (1, 1, "ValueError: boom")
 

@@ -1,14 +1,36 @@
-"""The progress line of a process that nobody launched: redrawn on a terminal, nothing anywhere else."""
+"""The live view of a rank that people started by hand, and where there is no terminal, plain lines.
+
+It is the view of `samestep run` and `samestep watch`, drawn from the same events. Below `samestep run` ranks write into
+a pipe, so there the launcher draws.
+"""
 
 from __future__ import annotations
 
-from typing import TextIO
+import atexit
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TextIO
+
+_REDRAW_SECONDS = 0.1
 
 
-class _NoBar:
-    """Plain lines: what a log file gets."""
+class Bar(Protocol):
+    """Where a rank's words go."""
 
-    def advance_to(self, step: int, loss: float) -> None:
+    def take(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Events that were written."""
+
+    def print(self, line: str, stream: TextIO) -> None:
+        """A line of words."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class PlainLines:
+    """What a file, a pipe and a notebook get."""
+
+    def take(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Nothing to draw."""
 
     def print(self, line: str, stream: TextIO) -> None:
@@ -19,31 +41,47 @@ class _NoBar:
         """Nothing to close."""
 
 
-class _RichBar:
-    """One line that is redrawn, with lines printed above it."""
+class LiveView:
+    """A few lines that are redrawn, with words printed above them."""
 
-    def __init__(self, stream: TextIO, total_steps: int) -> None:
+    def __init__(self, stream: TextIO, total_steps: int, epochs: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.live import Live
 
-        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn()]
-        self._progress = Progress(*columns, console=Console(file=stream), transient=True)
-        self._task = self._progress.add_task("steps", total=total_steps, loss=float("nan"))
-        self._progress.start()
+        from samestep.launcher.view.standing import Standing
 
-    def advance_to(self, step: int, loss: float) -> None:
-        """Redraw."""
-        self._progress.update(self._task, completed=step, loss=loss)
+        self._standing = Standing(total=total_steps, epochs=epochs)
+        self._live = Live(console=Console(file=stream), transient=True, auto_refresh=False)
+        self._live.start()
+        atexit.register(self._live.stop)  # a run that fails leaves the terminal with a cursor too
+        self._drawn = 0.0
 
-    def print(self, line: str, stream: TextIO) -> None:  # noqa: ARG002 (the bar owns the terminal)
-        """Print above the bar."""
-        self._progress.console.print(line, markup=False, highlight=False)
+    def take(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Redraw, if that was not done a moment ago."""
+        for event in events:
+            self._standing.take(event)
+        now = time.monotonic()
+        if now - self._drawn >= _REDRAW_SECONDS:
+            self._drawn = now
+            self._draw()
+
+    def print(self, line: str, stream: TextIO) -> None:  # noqa: ARG002 (the view owns the terminal)
+        """Print above the view."""
+        self._live.console.print(line, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Remove the bar."""
-        self._progress.stop()
+        """Remove the view."""
+        self._live.stop()
+
+    def _draw(self) -> None:
+        from rich.console import Group
+
+        from samestep.launcher.view.lines import display
+
+        lines = display(self._standing, self._live.console.width)
+        self._live.update(Group(*lines), refresh=True)
 
 
-def progress_bar(stream: TextIO, total_steps: int) -> _NoBar | _RichBar:
-    """What suits a stream."""
-    return _RichBar(stream, total_steps) if stream.isatty() else _NoBar()
+def bar(stream: TextIO, total_steps: int, epochs: int) -> Bar:
+    """The view on a terminal, else plain lines."""
+    return LiveView(stream, total_steps, epochs) if stream.isatty() else PlainLines()

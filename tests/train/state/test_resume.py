@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "small.py"
@@ -220,6 +221,17 @@ def test_an_average_of_weights_is_evaluated_exported_and_resumed_exactly(go):
     average = load_file(resumed.run_dir / "weights.safetensors")
     assert not average["0.weight"].equal(resumed.weights["0.weight"])
     assert average["0.weight"].equal(load_file(whole.run_dir / "weights.safetensors")["0.weight"])
+
+
+def test_an_average_follows_every_update_as_torchs_own_does(go):
+    ended = go("--checkpoint-every", "1", "--keep-checkpoints", "99", fault="ema")
+    steps = sorted((ended.run_dir / "checkpoints").glob("step-*"))
+    first, *later = [load_file(path / "model.safetensors") for path in steps]
+    expected = [first[name].clone() for name in first]
+    for weights in later:
+        get_ema_multi_avg_fn(0.9)(expected, [weights[name] for name in first], None)
+    average = load_file(ended.run_dir / "weights.safetensors")
+    assert all(average[name].equal(tensor) for name, tensor in zip(first, expected, strict=True))
 
 
 @pytest.mark.parametrize(
