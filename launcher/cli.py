@@ -12,10 +12,9 @@ from pathlib import Path
 from samestep.launcher.contract import ExitCode, UsageError
 
 USAGE = """\
-usage: samestep run [options] recipe.py [recipe options]
+usage: samestep run [options] recipe.py [recipe options] | samestep submit slurm [options] recipe.py [recipe options]
        samestep verify [options] recipe.py | samestep digest [--state] [--json] PATH | samestep stacks RUN_DIR
        samestep watch RUN_DIR | samestep report RUN_DIR [RUN_DIR ...] [--output FILE] | samestep doctor [--json]
-       samestep submit slurm [options] recipe.py [recipe options]
        samestep completion SHELL | samestep run --help | samestep --version | samestep --help"""
 
 HELP = f"""\

@@ -9,18 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
 from samestep.train.config import TrainConfig
+from samestep.train.data.loader import Loader
 from samestep.train.data.sampler import SameOrderSampler, epoch_plans
 from samestep.train.evaluate import Evaluator
 from samestep.train.observe.guards.watch import Guards
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.reporter import Reporter
+from samestep.train.parallel.agreement import Agreement
 from samestep.train.recipe import Components
 from samestep.train.state.saver import Saver
 from samestep.train.state.train_state import TrainState
@@ -34,13 +34,14 @@ class Run:
     config: TrainConfig
     components: Components
     state: TrainState
-    loader: DataLoader[Any]
+    loader: Loader
     sampler: SameOrderSampler
     step: OptimizerStep
     ledger: Ledger
     evaluator: Evaluator | None
     evaluated_model: nn.Module
     saver: Saver
+    agreement: Agreement
     reporter: Reporter
     guards: Guards
     progress: Callable[[int, str], None]  # told step and phase, for error records
@@ -54,17 +55,20 @@ class Run:
 
 
 def run_to_the_end(run: Run) -> None:
-    """Train until the last step, and return when its state is saved."""
-    while run.state.step < run.max_steps:
+    """Train until the last step, or the one after which all ranks agreed to stop; return when its state is saved."""
+    while run.state.step < run.max_steps and not run.agreement.stop:
         run.sampler.load_state_dict({"epoch": run.state.epoch, "cursor": run.state.cursor})
         _rest_of_epoch(run)
+    run.loader.close()
+    if run.evaluator is not None:
+        run.evaluator.loader.close()
     run.progress(run.state.step, "checkpoint")
     run.saver.save(run.state, run.reporter)
     run.saver.wait(run.reporter)
 
 
 def _rest_of_epoch(run: Run) -> None:
-    config, state = run.config, run.state
+    config, state, max_steps = run.config, run.state, run.max_steps
     run.progress(state.step, "loading")
     batches = iter(run.loader)
     run.components.model.train()
@@ -81,7 +85,7 @@ def _rest_of_epoch(run: Run) -> None:
         state.advance(plan)
 
         # --- what is due after it
-        epoch_done, last = state.cursor == run.sampler.samples, state.step >= run.max_steps
+        epoch_done, last = state.cursor == run.sampler.samples, state.step >= max_steps
         evaluate, due = _evaluation_due(run, epoch_done), run.saver.due(state.step) or last
         if state.step % config.log_every == 0 or epoch_done or evaluate or due:
             _report(run)
@@ -91,11 +95,12 @@ def _rest_of_epoch(run: Run) -> None:
         if due or better:
             run.progress(state.step, "checkpoint")
             run.saver.save(state, run.reporter)
-        if last:
+        if last or run.agreement.stop:
             break
 
 
 def _report(run: Run) -> None:
+    run.step.guard.settle()
     run.ledger.epoch = run.state.sums
     records = run.ledger.flush(run.step.tally.extras or [])
     run.state.useful_seconds += sum(record.wall_seconds for record in records)

@@ -1,4 +1,4 @@
-"""One optimizer step: zero_grad; forward, loss and backward for each shard; gradient sync, clip, step, schedule."""
+"""One optimizer step: no gradients; forward, loss and backward for each shard; gradient sync, clip, step, schedule."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.data.rng import seed_shard
+from samestep.train.finite import FiniteGuard, start_of_backward
 from samestep.train.observe.phases import PhaseClock
-from samestep.train.observe.tally import StepTally
-from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.observe.tally import StepTally, Values
+from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components, objective, require_gradient, weigh
@@ -29,27 +28,26 @@ class OptimizerStep:
 
     components: Components
     seed: int
-    device: torch.device
     clip_grad_norm: float | None
     autocast: AbstractContextManager[None]
     scaler: GradScaler
     reducer: GradientReducer
-    buffers: BufferCombiner
+    guard: FiniteGuard
+    buffers: BufferCombiner | NoBuffers
     tally: StepTally
     clock: PhaseClock
-    ema: AveragedModel | None
+    follow: Callable[[nn.Module], None]  # the moving average of the weights, told after each update
     warn: Callable[[str], None]
 
-    def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Tensor:
-        """Take this rank's shards of `plan` from `batches`."""
-        self.components.optimizer.zero_grad(set_to_none=True)
+    def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Tensor | Values:
+        """Take this rank's shards of `plan` from `batches`, which are on the device."""
         self.reducer.begin(plan)
         self.buffers.begin(plan)
         self.tally.begin(plan)
 
         for shard in plan.present(self.reducer.owned):
             self.clock.enter("data")
-            batch = send_to_device(next(batches), self.device, non_blocking=True)
+            batch = next(batches)
 
             self.clock.enter("forward")
             seed_shard(self.seed, plan.step, shard)
@@ -61,7 +59,8 @@ class OptimizerStep:
             self.tally.add(outcome)
 
             self.clock.enter("backward")
-            self.reducer.backward(shard, self.scaler.scale(target))
+            scaled = self.scaler.scale(target)
+            self.reducer.backward(shard, scaled, start_of_backward(scaled))
             self.buffers.after_shard(shard)
 
         self.clock.enter("sync")
@@ -70,7 +69,10 @@ class OptimizerStep:
 
         self.clock.enter("optimizer")
         if self._divide(gradients, plan):
-            self._update()
+            if self.guard.admits(plan, gradients, self.tally.totals):
+                self._update()
+            else:
+                self.buffers.undo()
         return self.tally.rows()
 
     def _divide(self, gradients: list[Tensor], plan: StepPlan) -> bool:
@@ -93,6 +95,8 @@ class OptimizerStep:
         self.scaler.step(optimizer)
         self.scaler.update()
         skipped = self.scaler.get_scale() < scale
+        if not skipped:
+            self.follow(self.components.model)
         if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
             return
         if self.components.scheduler_interval == "step" and not skipped:

@@ -107,8 +107,9 @@ class Follower:
             if self._facts.forks:
                 supervisor.prepare_forks(self._facts.python, fork_server_environment(self._facts))
             while not self._inbox and not self._lost:
-                if not supervisor.pause(60.0, until=lambda: bool(self._inbox or self._lost)):
-                    return ExitCode.TERMINATED
+                signum = supervisor.pause(60.0, until=lambda: bool(self._inbox or self._lost))
+                if signum is not None:
+                    return policy.after_stop(signum, (), forced=False, saves=True, committed=False)
             if not self._inbox:
                 return self._without_head()
             message = self._inbox.pop(0)
@@ -171,14 +172,14 @@ class Follower:
         return code
 
     def _stopped(self, ended: Generation) -> int:
-        verdict = policy.decide(
-            failure_code=None,
-            stopped_by=ended.stopped_by,
-            own_codes=frozenset(end.returncode for end in ended.ends if end.returncode >= 0),
-            restarts_left=0,
+        assert ended.signum is not None
+        return policy.after_stop(
+            ended.signum,
+            [end.returncode for end in ended.ends],
+            forced=ended.forced,
+            saves=self._facts.resumes,
+            committed=bool(manifest.committed(self._job.directory.checkpoints)),
         )
-        assert isinstance(verdict, policy.Stop)
-        return verdict.exit_code
 
     def _without_head(self) -> int:
         kept = bool(manifest.committed(self._job.directory.checkpoints))
@@ -221,7 +222,7 @@ class Follower:
                     "start it with --node-rank 0, and give all machines the same --run-dir on a shared file system",
                     ExitCode.FAILED,
                 )
-            if not job.supervisor.pause(_CALL_AGAIN_SECONDS):
+            if job.supervisor.pause(_CALL_AGAIN_SECONDS) is not None:
                 return None
 
     def _dial(self, address: str, port: int) -> socket.socket | None:

@@ -6,7 +6,6 @@ falls apart, one side at most ever commits: that of the head. Machines that lose
 
 from __future__ import annotations
 
-import errno
 import socket
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from samestep.launcher.cluster.hub import Gone, Hub, Peer, Said
 from samestep.launcher.cluster.layout import Layout
 from samestep.launcher.cluster.roster import Candidate, choose
 from samestep.launcher.cluster.team import Assembled, NotStartedError
-from samestep.launcher.contract import ExitCode, RunDir, UsageError
+from samestep.launcher.contract import ExitCode, RunDir
 from samestep.launcher.diagnose import Failure
 from samestep.launcher.plan import Facts, Meeting
 from samestep.launcher.supervise import policy
@@ -30,30 +29,6 @@ from samestep.launcher.supervise.supervisor import Supervisor
 
 _END_SECONDS = 60.0  # for machines to report how their ranks ended, after they were told to end them
 _GROWTH_GRACE = 30.0  # for ranks to save, when machines join
-
-
-def open_head(place: Layout) -> socket.socket | None:
-    """The socket on which the head listens, on the one address chosen; None where another machine is the head.
-
-    Raises:
-        UsageError: this is to be the head, but can't listen there.
-    """
-    if place.node_rank not in (None, 0):
-        return None
-    if place.node_rank is None and interfaces.resolve(place.address) not in interfaces.own_addresses():
-        return None
-    address = interfaces.reachable_address(place.address or place.source)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        return socket.create_server((address, place.port), family=family, backlog=128)
-    except OSError as error:
-        if place.node_rank is None and error.errno == errno.EADDRINUSE:
-            return None  # another launcher of this machine came first
-        option = "--rdzv-endpoint" if place.node_rank is None else "--master-port"
-        raise UsageError(
-            f"{option} is expected to be free on {address}, but {place.port} is not ({error.strerror})",
-            "choose another port, the same on all machines",
-        ) from None
 
 
 class Head:
@@ -107,7 +82,15 @@ class Head:
             self._hub.say(peer, _start(facts, place, world_size, first, node_rank, nnodes))
             first += sizes[node_rank]
         self._running, self._halted = True, False
-        self._console.say(_who(world_size, [(socket.gethostname(), sizes[0]), *map(_host, self._members)]))
+        self._console.say(
+            _who(
+                world_size,
+                [
+                    (socket.gethostname(), sizes[0]),
+                    *[(str(peer.facts["host"]), int(peer.facts["nproc"])) for peer in self._members],
+                ],
+            )
+        )
         return Assembled(replace(facts, world_size=world_size, local_world_size=sizes[0], nnodes=nnodes), place, store)
 
     def failed(self, exit_code: int, *, is_victim: bool) -> None:
@@ -119,7 +102,7 @@ class Head:
         if generation.stopped_by is not None or any(end.returncode for end in generation.ends):
             self._halt_others(policy.Patience(0.0, 5.0))
         end = time.monotonic() + _END_SECONDS
-        halted_at, asked = time.monotonic() if self._halted else None, False
+        halted_at, asked = time.monotonic() if self._halted else None, generation.signum
         while pending := [peer for peer in self._members if peer.facts["ended"] is None]:
             if halted_at is None and self._halted:
                 halted_at = time.monotonic()
@@ -128,7 +111,7 @@ class Head:
                     self._lose(peer, "it does not end its ranks")
                     self._hub.drop(peer)
                 break
-            asked |= not self._supervisor.pause(1.0, until=self._all_told)
+            asked = self._supervisor.pause(1.0, until=self._all_told) or asked
         self._running = False
         ends = list(generation.ends)
         for peer in self._members:
@@ -140,7 +123,7 @@ class Head:
                 self._hub.say(peer, {"kind": "stop", "exit_code": None})
         if generation.stopped_by is not None:
             self._reshaped = ""
-        return replace(generation, ends=tuple(ends), interrupted=generation.interrupted or asked)
+        return replace(generation, ends=tuple(ends), signum=asked)
 
     def missing(self) -> Failure | None:
         """See Team."""
@@ -183,8 +166,10 @@ class Head:
                 told = True
                 self._console.say(f"samestep: {count} of {self._place.fewest} machines are here, waiting for others")
             callers = len(self._callers)
-            if not self._supervisor.pause(0.5, until=lambda: len(self._callers) != callers):  # noqa: B023 (called now)
-                raise NotStartedError("stopped while waiting for other machines", ExitCode.TERMINATED)
+            signum = self._supervisor.pause(0.5, until=lambda: len(self._callers) != callers)  # noqa: B023 (called now)
+            if signum is not None:
+                code = policy.after_stop(signum, (), forced=False, saves=facts.resumes, committed=False)
+                raise NotStartedError("stopped while waiting for other machines", code)
 
     def _all_told(self) -> bool:
         return all(peer.facts["ended"] is not None for peer in self._members)
@@ -267,10 +252,6 @@ def _who(world_size: int, hosts: list[tuple[str, int]]) -> str:
     names = ", ".join(f"{host} ({ranks})" for host, ranks in hosts)
     plural = "s" if world_size > 1 else "", "s" if len(hosts) > 1 else ""
     return f"samestep: {world_size} rank{plural[0]} on {len(hosts)} machine{plural[1]}: {names}"
-
-
-def _host(peer: Peer) -> tuple[str, int]:
-    return str(peer.facts["host"]), int(peer.facts["nproc"])
 
 
 def _candidate(peer: Peer) -> Candidate:

@@ -30,9 +30,18 @@ class Supervisor:
     """Owns the processes of the current generation; usable for several generations one after another."""
 
     def __init__(
-        self, config: LaunchConfig, run_dir: RunDir, console: Console, signals: SignalSocket, watch: Watch
+        self,
+        config: LaunchConfig,
+        run_dir: RunDir,
+        console: Console,
+        signals: SignalSocket,
+        watch: Watch,
+        grace: float,
+        *,
+        saves: bool,
     ) -> None:
         self._config = config
+        self._grace, self._saves = grace, saves
         self._watch = watch
         self._hang: Hang | None = None
         self._console = console
@@ -45,6 +54,7 @@ class Supervisor:
         self._failed = False
         self._is_victim: Callable[[RankEnd], bool]
         self._stopped_by: int | None = None
+        self._signum: int | None = None
         self._presses = 0
         self._patience = Patience(0.0, 0.0)
         self._due: dict[str, Callable[[], None]] = {
@@ -88,19 +98,18 @@ class Supervisor:
                     self._handle(event)
         finally:
             self._leave_nothing()
-        return Generation(generation, tuple(self._ends), self._stopped_by, self._presses > 0, self._hang)
+        return Generation(generation, tuple(self._ends), self._stopped_by, self._signum, self._presses > 1, self._hang)
 
-    def pause(self, seconds: float, until: Callable[[], bool] = bool) -> bool:
-        """Let time pass, or what `until` says happen; False if the operator asked to stop meanwhile."""
+    def pause(self, seconds: float, until: Callable[[], bool] = bool) -> int | None:
+        """Let time pass, or what `until` says happen; the signal if the operator asked to stop meanwhile."""
         self._source.start_timer("pause", seconds)
         while not until():
             for event in self._source.wait():
                 if event == Due("pause"):
-                    return True
+                    return None
                 if isinstance(event, Signalled):
-                    self._operator(event.signum)
-                    return False
-        return True
+                    return event.signum
+        return None
 
     def attend(self, peers: Peers, interval: float) -> None:
         """Listen to the launchers of other machines, from now on and in every generation."""
@@ -199,6 +208,8 @@ class Supervisor:
         if code != 0 and not self._failed and self._stopped_by is None:
             self._failed = True
             self._end_all(policy.after_exit(code, is_victim=self._is_victim(end)))
+        elif self._saves and self._presses == 1 and code not in (0, *policy.PREEMPTED):
+            self._end_all(policy.WHILE_STOPPING)
 
     def _look_for_hangs(self) -> None:
         if self._failed or self._stopped_by is not None:
@@ -211,16 +222,17 @@ class Supervisor:
         self._end_all(policy.after_hang())
 
     def _operator(self, signum: int) -> None:
-        self._presses += 1
+        self._presses, self._signum = self._presses + 1, signum
         if self._waiting is not None and self._server is not None:
             self._waiting = None  # no rank has been started: none will be
             self._source.forget(self._server.fileno())
         if self._stopped_by is None and not self._failed:
             self._stopped_by = signum
         if self._presses == 1 and not self._config.quiet:
-            self._console.say("samestep: stopping all ranks (once more: at once)")
+            doing = "finishing the step and saving" if self._saves else "stopping all ranks"
+            self._console.say(f"samestep: {doing} (once more: at once)")
         if self._running():
-            self._end_all(policy.after_signal(self._presses, self._config.shutdown_timeout))
+            self._end_all(policy.after_signal(self._presses, self._grace))
 
     def _halt(self, patience: Patience) -> None:
         """Ranks elsewhere end, so ours can't go on; if ours have begun to fail by themselves, all is on its way."""

@@ -40,11 +40,17 @@ class Reporter(Protocol):
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """A checkpoint is committed."""
 
+    def loader(self, workers: int, prefetch: int, text: str) -> None:
+        """How batches are fetched, and a sentence about it or nothing."""
+
     def warning(self, text: str, **about: str | int) -> None:
         """Something the person should know; training goes on. `about` is for programs."""
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
         """Trained to the end; the last call."""
+
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
+        """Stopped after `step` because it was asked for; `checkpoint` is the newest committed step. The last call."""
 
     def already_finished(self, digest: str, steps: int) -> None:
         """A finished run was started again; nothing was done."""
@@ -74,10 +80,16 @@ class NullReporter:
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """Nothing."""
 
+    def loader(self, workers: int, prefetch: int, text: str) -> None:
+        """Nothing."""
+
     def warning(self, text: str, **about: str | int) -> None:
         """Nothing."""
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
+        """Nothing."""
+
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
         """Nothing."""
 
     def already_finished(self, digest: str, steps: int) -> None:
@@ -94,15 +106,25 @@ class EventLog:
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self.path = path
         self.clock = clock
-        self._file = path.open("a", encoding="utf-8")
+        path.touch()
 
     def write(self, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Append events that carry `event`; the time is added here, and what was written is returned."""
         now = self.clock()
         stamped = [{"event": event["event"], "time": now, **event} for event in events]
-        self._file.write("".join(json.dumps(event) + "\n" for event in stamped))
-        self._file.flush()
+        self._append([json.dumps(event) + "\n" for event in stamped])
         return stamped
+
+    def write_steps(self, records: list[StepRecord]) -> list[str]:
+        """Append a `step` event for each; the lines that were written."""
+        now = self.clock()
+        lines = [step_line(record, now) for record in records]
+        self._append(lines)
+        return lines
+
+    def _append(self, lines: list[str]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:  # anew each time: going back cuts the file
+            file.write("".join(lines))
 
     def offset(self) -> int:
         """Bytes written so far."""
@@ -137,7 +159,8 @@ class RankZeroReporter:
 
     def steps(self, records: list[StepRecord]) -> None:
         """Write an event a step, print a line each `log_every` steps of an epoch."""
-        self._write(_step_event(record) for record in records)
+        lines = self.log.write_steps(records)
+        self._bar.take(map(json.loads, lines))  # parsed by a view on a terminal alone
         self._of_epoch += records
         for record in records:
             position = record.step - record.epoch * self.steps_per_epoch
@@ -191,6 +214,12 @@ class RankZeroReporter:
         """Write the event."""
         self._write([{"event": "checkpoint", "step": step, "path": path.name, "seconds": seconds}])
 
+    def loader(self, workers: int, prefetch: int, text: str) -> None:
+        """Write the event, print the sentence."""
+        self._write([{"event": "loader", "workers": workers, "prefetch": prefetch, "reason": text}])
+        if text:
+            self._print(text)
+
     def warning(self, text: str, **about: str | int) -> None:
         """Print to stderr and write the event."""
         self._write([{"event": "warning", "text": text, **about}])
@@ -202,6 +231,13 @@ class RankZeroReporter:
             [{"event": "run_finished", "digest": digest, "steps": steps, "restarts": restarts, "goodput": goodput}]
         )
         self._print(f"Finished Training: {steps} steps, digest {digest}")
+        self._bar.close()
+
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
+        """Write the event, close the bar, say what a next start will find."""
+        self._write([{"event": "preempted", "step": step, "signal": signal_name, "checkpoint": checkpoint}])
+        found = "no checkpoint is there" if checkpoint is None else f"the checkpoint of step {checkpoint} is kept"
+        self._print(f"Stopped by {signal_name} after step {step}: {'saved' if checkpoint == step else found}")
         self._bar.close()
 
     def already_finished(self, digest: str, steps: int) -> None:
@@ -219,22 +255,26 @@ class RankZeroReporter:
         self._bar.print(line, self.stream)
 
 
-def _step_event(record: StepRecord) -> dict[str, Any]:
-    event: dict[str, Any] = {
-        "event": "step",
-        "step": record.step,
-        "epoch": record.epoch + 1,
-        "loss": _finite(record.loss),
-        "loss_hex": record.loss.hex(),
-        "samples": record.samples,
-        "samples_per_s": record.samples / record.wall_seconds if record.wall_seconds else 0.0,
-        "seconds": record.seconds,
-    }
+_SPREAD = '{"mean": %r, "max": %r, "slowest_rank": %d}'
+_STEP = (
+    '{"event": "step", "time": %r, "step": %d, "epoch": %d, "loss": %s, "loss_hex": "%s", "samples": %d, '
+    '"samples_per_s": %r, "seconds": {' + ", ".join(f'"{phase}": {_SPREAD}' for phase in PHASES) + "}%s}\n"
+)
+
+
+def step_line(record: StepRecord, now: float) -> str:
+    """The JSON of one `step` event; written for every step, so by a template, which takes a third of json.dumps."""
+    spreads = [value for phase in PHASES for value in record.seconds[phase].values()]
+    rate = round(record.samples / record.wall_seconds, 1) if record.wall_seconds else 0.0
+    loss = repr(record.loss) if math.isfinite(record.loss) else "null"
+    extra = ""
     if record.extra:
-        event["extra"] = {name: _finite(value) for name, value in record.extra.items()}
+        extra = ', "extra": ' + json.dumps({name: _finite(value) for name, value in record.extra.items()})
     if record.loads:
-        event |= {"rank_seconds": record.loads.seconds, "memory": record.loads.memory}
-    return event
+        loads = {"rank_seconds": record.loads.seconds, "memory": record.loads.memory}
+        extra += ", " + json.dumps(loads)[1:-1]
+    place = (now, record.step, record.epoch + 1, loss, record.loss.hex(), record.samples, rate)
+    return _STEP % (*place, *spreads, extra)
 
 
 def _finite(value: float) -> float | None:

@@ -211,6 +211,10 @@ class TrackedReporter:
         """Nothing for a tracker."""
         self.inner.checkpoint(step, path, seconds)
 
+    def loader(self, workers: int, prefetch: int, text: str) -> None:
+        """Nothing for a tracker."""
+        self.inner.loader(workers, prefetch, text)
+
     def warning(self, text: str, **about: str | int) -> None:
         """Nothing for a tracker."""
         self.inner.warning(text, **about)
@@ -218,6 +222,12 @@ class TrackedReporter:
     def already_finished(self, digest: str, steps: int) -> None:
         """Nothing for a tracker."""
         self.inner.already_finished(digest, steps)
+
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
+        """Close the trackers."""
+        for feed in self.feeds:
+            feed.finish()
+        self.inner.preempted(step, signal_name, checkpoint)
 
     def offset(self) -> int:
         """As without trackers."""
