@@ -142,7 +142,8 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
 def _failure(run: _Run, commands: tuple[Command, ...], ended: Generation) -> Failure | None:
     if ended.hang is not None:
         return hung(ended.hang, str(commands[ended.hang.rank].log), len(commands))
-    return diagnose(evidence.gather(ended, commands, run.directory)) if ended.stopped_by is None else None
+    left = evidence.gather(ended, commands, run.directory)
+    return diagnose(left, ended.memory) if ended.stopped_by is None else None
 
 
 def _committed(directory: RunDir) -> int:

@@ -20,18 +20,29 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 LONGER = {"launcher/contract.py": 340}  # all that crosses the border between processes stays in one place
 
 # Of the launcher, the worker uses what both sides have to agree on, and nothing else.
-SHARED = {"contract", "digest", "heartbeat", "liveness", "lock", "manifest", "options", "stack_signal"}
+SHARED = {
+    "contract",
+    "digest",
+    "heartbeat",
+    "liveness",
+    "lock",
+    "manifest",
+    "options",
+    "stack_signal",
+    "traceback_text",
+}
 
 # Parts of train/ (a folder, or a module beside the folders) and the other parts that each may import.
 TRAIN_IMPORTS: dict[str, set[str]] = {
     "config": set(),
     "environment": set(),
-    "leave": set(),
+    "cause": set(),
+    "leave": {"cause"},
     "as_main": set(),
     "doctor": set(),
     "recipe": set(),
     "parallel": {"recipe"},
-    "data": {"parallel"},
+    "data": {"cause", "parallel"},
     "observe": {"parallel", "recipe"},
     "checks": {"data", "parallel", "recipe"},
     "state": {"observe", "parallel", "recipe"},

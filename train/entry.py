@@ -114,13 +114,21 @@ def train(
         if env.rank == 0 or not leave.said_by_rank_zero(record, run_dir):
             print(error if env.rank == 0 else f"[rank {env.rank}] {error}", file=sys.stderr, flush=True)
         raise SystemExit(int(error.exit_code)) from None
-    except Exception as error:
+    except SystemExit as leaving:
+        early = leave.early_exit(leaving, env.rank, generation, progress.step, progress.exact_phase)
+        if early is not None:
+            leave.write_record(early, run_dir)
+        raise
+    except Exception as seen:
+        reason = leave.loader_death(seen)
         leave.write_record(
-            leave.error_record(error, env.rank, generation, progress.step, progress.exact_phase), run_dir
+            leave.error_record(reason, env.rank, generation, progress.step, progress.exact_phase), run_dir
         )
-        if leave.is_consequence(error):
+        if leave.is_consequence(reason):
             print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
-            raise SystemExit(1) from error
+            raise SystemExit(1) from reason
+        if reason is not seen:
+            raise reason from seen
         raise
     finally:
         progress.pulse.at(progress.step, "")

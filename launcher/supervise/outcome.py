@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from samestep.launcher.memory_signs import NOTHING_COUNTED, MemorySigns
+
 
 @dataclass(frozen=True, slots=True)
 class RankEnd:
@@ -16,6 +18,7 @@ class RankEnd:
     ended_ns: int
     stdout: tuple[str, ...] = ()
     stderr: tuple[str, ...] = ()
+    peak_bytes: int = 0  # most memory that it, or a process it waited for, ever held
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +44,4 @@ class Generation:
     stopped_by: int | None = None  # the operator's signal, if it came before any failure
     interrupted: bool = False  # the operator has asked at all: nothing is started any more
     hang: Hang | None = None  # why we ended the ranks
+    memory: MemorySigns = NOTHING_COUNTED  # when the first rank failed, with kills counted since the start

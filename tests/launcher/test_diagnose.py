@@ -85,7 +85,7 @@ CASES = {
         1,
         "exit code 3, last words: bye",
     ),
-    "early leaver": ([end(1, 0, 3), end(0, 1, 5, *RESET)], 1, "it returned with exit code 0"),
+    "early leaver": ([end(1, 0, 3), end(0, 1, 5, *RESET)], 1, "it left with 0 before the run was done"),
     "early leaver, but somebody else has a reason": ([end(1, 0, 3), end(0, 1, 5, *BOOM)], 0, "ValueError: boom"),
     "only victims": ([end(1, 1, 5, *RESET), end(0, 1, 6, *RESET)], 1, "RuntimeError"),
     "stopped from outside": ([end(0, -15, 5), end(1, -15, 6)], 0, "killed by SIGTERM"),

@@ -6,7 +6,7 @@ once with all ids (no Python a sample), others sample by sample (or through `__g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from samestep.launcher.contract import UsageError
+from samestep.train.cause import blame
 from samestep.train.data.rng import seed_collate, seed_sample, streams_restored
 from samestep.train.data.sampler import SameOrderSampler, ShardSamples
 
@@ -59,21 +60,29 @@ class ShardDataset(Dataset[Batch]):
             )
             return torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
         with streams_restored():
-            if self.batched:
+            try:
+                if self.batched:
+                    seed_collate(self.seed, samples.epoch, samples[0])
+                    items = self.dataset.__getitems__(list(samples))
+                else:
+                    items = [self._sample(samples.epoch, sample) for sample in samples]
                 seed_collate(self.seed, samples.epoch, samples[0])
-                items = self.dataset.__getitems__(list(samples))
-            else:
-                items = [self._sample(samples.epoch, sample) for sample in samples]
-            seed_collate(self.seed, samples.epoch, samples[0])
-            return self.collate_fn(items)
+                return self.collate_fn(items)
+            except Exception as error:
+                blame(error, f"a batch of the dataset's samples {_listed(samples)}")
+                raise
 
     def _sample(self, epoch: int, sample: int) -> Any:
         seed_sample(self.seed, epoch, sample)
         try:
             return self.dataset[sample]
         except Exception as error:
-            error.add_note(f"samestep: raised by sample {sample} of the dataset")
+            blame(error, f"sample {sample} of the dataset")
             raise
+
+
+def _listed(samples: Sequence[int], most: int = 8) -> str:
+    return ", ".join(map(str, samples[:most])) + (f" and {len(samples) - most} more" if len(samples) > most else "")
 
 
 def _indexable_at_once(dataset: Any) -> bool:
