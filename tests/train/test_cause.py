@@ -102,7 +102,7 @@ def test_the_death_of_a_loader_is_the_cause_whatever_the_rank_saw_of_it(seen, mo
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
     before = signal.getsignal(signal.SIGCHLD)
-    monkeypatch.setattr(leave.signal_handling, "_error_if_any_worker_fails", fails)
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._error_if_any_worker_fails", fails)
     try:
         found = leave.loader_death(seen)
     finally:
