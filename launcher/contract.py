@@ -67,6 +67,8 @@ HANDED_DOWN = (ENV_STORE_FD, ENV_HEARTBEAT_FD)  # descriptors, whose numbers a f
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
 
+ENV_JOIN_TIMEOUT = "SAMESTEP_JOIN_TIMEOUT"  # seconds that a rank waits for the others before training can begin
+
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -228,6 +230,7 @@ class ErrorRecord:
     time_ns: int
     consequence: bool = False  # a connection to another rank broke: that rank is the culprit, not this one
     hint: str = ""
+    accused: int | None = None  # the rank that this one waited for in vain
 
     def to_json(self) -> str:
         """One JSON object."""

@@ -63,6 +63,9 @@ def diagnose(ranks: Sequence[Evidence], memory: MemorySigns = NOTHING_COUNTED) -
     left_early = _left_early(ranks) if is_consequence(culprit) else None
     if left_early is not None:
         return _early(left_early, culprit, ranks)
+    absent = _absent(culprit, ranks)
+    if absent is not None:
+        return absent
     said = last_exception(culprit.end.stderr)
     record = culprit.record
     killed = _death(culprit, said, memory)
@@ -99,6 +102,23 @@ def hung(hang: Hang, log: str, world_size: int) -> Failure:
         phase=hang.phase,
         others_stopped=world_size - 1,
         hint=f"stacks of all ranks: {hang.stacks}" if hang.stacks else "",
+    )
+
+
+def _absent(witness: Evidence, ranks: Sequence[Evidence]) -> Failure | None:
+    """A rank that the others waited for in vain, and that we had to end."""
+    record = witness.record
+    item = next((item for item in ranks if record is not None and item.end.rank == record.accused), None)
+    if record is None or item is None:
+        return None
+    return Failure(
+        rank=item.end.rank,
+        cause=record.message.splitlines()[0],
+        exit_code=ExitCode.FAILED,
+        log=item.log,
+        phase=record.phase,
+        others_stopped=sum(other.end.returncode != 0 for other in ranks if other is not item),
+        hint=record.hint,
     )
 
 

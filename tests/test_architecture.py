@@ -29,6 +29,7 @@ SHARED = {
     "manifest",
     "options",
     "stack_signal",
+    "temporary",
     "traceback_text",
 }
 

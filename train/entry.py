@@ -34,7 +34,7 @@ from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run, run_to_the_end
 from samestep.train.observe import trackers
 from samestep.train.observe.phases import PhaseClock
-from samestep.train.parallel.group import Membership, join, pick_device
+from samestep.train.parallel.group import JoinTimeoutError, Membership, join, pick_device
 from samestep.train.recipe import Components
 from samestep.train.state.export import export_weights
 
@@ -121,9 +121,9 @@ def train(
         raise
     except Exception as seen:
         reason = leave.loader_death(seen)
-        leave.write_record(
-            leave.error_record(reason, env.rank, generation, progress.step, progress.exact_phase), run_dir
-        )
+        accused = reason.missing[0] if isinstance(reason, JoinTimeoutError) else None
+        place = (env.rank, generation, progress.step, progress.exact_phase)
+        leave.write_record(leave.error_record(reason, *place, accused), run_dir)
         if leave.is_consequence(reason):
             print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
             raise SystemExit(1) from reason

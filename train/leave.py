@@ -34,6 +34,7 @@ _BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "
 _DOCUMENTED = frozenset(ExitCode) - {ExitCode.DONE, ExitCode.FAILED}
 _LOADER_DIED = re.compile(r"DataLoader worker \(pid \d+\) ")  # with the signal or status, which torch then leaves out
 _LOADER_LOOKS, _LOADER_PAUSE = 10, 0.02
+_LATE = "it hangs or is slow before it calls train(): see its log; --join-timeout waits longer"
 _immortal: list[Any] = []
 
 
@@ -105,8 +106,10 @@ def is_consequence(error: BaseException) -> bool:
     return network or (isinstance(error, RuntimeError) and any(phrase in text for phrase in _BROKEN_CONNECTION))
 
 
-def error_record(error: BaseException, rank: int, generation: int, step: int, phase: str) -> ErrorRecord:
-    """What the launcher reads to find the culprit."""
+def error_record(
+    error: BaseException, rank: int, generation: int, step: int, phase: str, accused: int | None = None
+) -> ErrorRecord:
+    """What the launcher reads to find the culprit; `accused` is a rank that this one waited for in vain."""
     usage = isinstance(error, UsageError)
     cause = cause_of(error)
     return ErrorRecord(
@@ -123,7 +126,8 @@ def error_record(error: BaseException, rank: int, generation: int, step: int, ph
         exit_code=int(error.exit_code) if isinstance(error, UsageError) else int(ExitCode.FAILED),
         time_ns=time.time_ns(),
         consequence=not usage and is_consequence(error),
-        hint=error.hint if isinstance(error, UsageError) else "",
+        hint=error.hint if isinstance(error, UsageError) else (_LATE if accused is not None else ""),
+        accused=accused,
     )
 
 

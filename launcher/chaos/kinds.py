@@ -41,6 +41,11 @@ class Kind:
         """It damages the newest one, so another has to be there."""
         return self.aim is Aim.FILES and self.name.startswith("checkpoint")
 
+    @property
+    def hits_from_the_start(self) -> bool:
+        """What it hits is there before the first step."""
+        return not self.needs_two_checkpoints and self.aim is not Aim.LOADER
+
 
 _TO_A_RANK = (
     *("KILL", "TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "ALRM"),

@@ -40,7 +40,7 @@ def plan(
 ) -> list[list[Fault]]:
     """Faults of each run in the order in which they strike; each moment at most once a run, each kind equally often."""
     choose = random.Random(seed)
-    early = [kind for kind in kinds if not kind.needs_two_checkpoints] or kinds
+    early = [kind for kind in kinds if kind.hits_from_the_start] or kinds
     decks = {moment: _deck(early if moment in _BEFORE_ANY_SAVE else kinds, choose) for moment in Moment}
     moments = _deck(tuple(Moment), choose)
     runs: list[list[Fault]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from samestep.launcher.chaos.trace import Trace
 from samestep.launcher.chaos.trial import Expected, Subject
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.options import Option, nearest_hint, peek
+from samestep.launcher.supervise.process import start_in_session
 
 _FORM = {"module": ["-m"], "command": ["--no-python"]}
 
@@ -81,6 +83,7 @@ class _Stage:
     recipe: Recipe
     environ: Mapping[str, str]
     folder: Path
+    liveness: int  # read end of a pipe: no launcher outlives us
 
     def start(self, run_dir: RunDir, flags: Iterable[str], stderr: int) -> subprocess.Popen[bytes]:
         """Start a launcher as a user would."""
@@ -88,9 +91,10 @@ class _Stage:
         words = [sys.executable, "-m", "samestep.launcher", "run", "--quiet", "--max-restarts", "100000"]
         words += ["--nproc-per-node", ranks, *_FORM.get(self.recipe.kind.value, [])]
         words += [self.recipe.target, *self.recipe.arguments, "--log-every", "1", "--resume", "auto", *flags]
-        return subprocess.Popen(
+        return start_in_session(
             [*words, "--run-dir", str(run_dir.path)],
-            env={**self.environ, "TMPDIR": str(self.folder / "tmp")},
+            {**self.environ, "TMPDIR": str(self.folder / "tmp")},
+            self.liveness,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
@@ -102,7 +106,8 @@ def chaos(config: ChaosConfig, recipe: Recipe, environ: Mapping[str, str], say: 
     with tempfile.TemporaryDirectory(prefix="samestep-chaos-") as temporary:
         folder = (config.keep or Path(temporary)).absolute()
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
-        stage = _Stage(config, recipe, environ, folder)
+        liveness, _life = os.pipe()  # open until this process ends
+        stage = _Stage(config, recipe, environ, folder, liveness)
         _tell("the undisturbed run ...")
         course, expected, seconds = _reference(stage)
         flags = () if peek(recipe.arguments, "checkpoint-every") else ("--checkpoint-every", str(_often(course)))

@@ -22,6 +22,13 @@ _SERVER = "fork_server import main"
 _GONE_SECONDS = 10.0
 
 
+def present(kind: Kind, launcher: subprocess.Popen[bytes], ranks: dict[int, int]) -> bool:
+    """Whether what a fault hits while ranks join has been started."""
+    if kind.aim in (Aim.RANK, Aim.ALL_RANKS, Aim.LOADER):
+        return bool(_ranks(launcher.pid, ranks))
+    return kind.aim is not Aim.SERVER or bool(_servers(launcher.pid, ranks))
+
+
 def strike(kind: Kind, rank: int, launcher: subprocess.Popen[bytes], ranks: dict[int, int], run_dir: RunDir) -> bool:
     """Do it; False if what it would hit isn't there. `ranks` are the process ids that the run has told."""
     below = _below(launcher.pid)

@@ -14,13 +14,14 @@ import psutil
 from samestep.launcher.chaos.kinds import Aim, Moment
 from samestep.launcher.chaos.outcome import Strike, Trial
 from samestep.launcher.chaos.plan import Fault
-from samestep.launcher.chaos.strike import end, strike
+from samestep.launcher.chaos.strike import end, present, strike
 from samestep.launcher.chaos.trace import Trace
 from samestep.launcher.contract import ExitCode, RunDir
 
 _LOOK_SECONDS = 0.003
 _SAMPLE_SECONDS = 0.5
 _LEAVE_SECONDS = 2.0
+_JOIN_SECONDS = 0.1  # a part of the joining, in which forked ranks meet
 _LAST_BREATH = 0.25  # seconds in which ranks that are about to end may still do steps
 _START_AGAIN = frozenset({ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT, ExitCode.INTERRUPTED, ExitCode.TERMINATED})
 
@@ -95,14 +96,22 @@ class Subject:
 
     def _await(self, fault: Fault) -> None:
         """Return at the moment of the fault."""
-        if fault.moment is Moment.FIRST_STEP:
+        if fault.moment is Moment.JOINING:
+            self._until(lambda: self.trace.started_since(self.began) is not None or self._present(fault))
+        elif fault.moment is Moment.FIRST_STEP:
             before = self.trace.step
             self._until(lambda: self.trace.started_since(self.began) is not None or self.trace.step > before)
         elif fault.after_step is not None:
             step = fault.after_step
             self._until(lambda: not self.pending and self.trace.step >= step)
+        delay = fault.delay
+        if fault.moment is Moment.JOINING and fault.kind.aim not in (Aim.LAUNCHER, Aim.FILES):
+            delay = min(delay, _JOIN_SECONDS * fault.delay)  # what it hits is there for a part of the joining only
         since = time.monotonic()
-        self._until(lambda: time.monotonic() - since >= fault.delay)
+        self._until(lambda: time.monotonic() - since >= delay)
+
+    def _present(self, fault: Fault) -> bool:
+        return present(fault.kind, self.launcher, self.trace.ranks)
 
     def _until(self, condition: Callable[[], bool]) -> None:
         self._look(0.0)

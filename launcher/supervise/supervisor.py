@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from samestep.launcher import memory_signs
+from samestep.launcher import memory_signs, temporary
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import RunDir
 from samestep.launcher.liveness import adopt_orphans
@@ -284,4 +284,5 @@ class Supervisor:
             for stream in ("stdout", "stderr"):
                 self._close_pipe(rank, stream)
             log.close()
+        temporary.sweep()
         self._workers, self._logs = {}, {}

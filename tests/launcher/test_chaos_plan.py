@@ -42,7 +42,7 @@ def test_many_faults_strike_every_kind_at_every_moment():
     faults = [fault for run in planned(faults=6 * len(ALL) * 2) for fault in run]
     pairs = Counter((fault.kind.name, fault.moment) for fault in faults)
     early = {Moment.JOINING, Moment.FIRST_STEP}
-    possible = {(k.name, m) for k in ALL for m in Moment if not (k.needs_two_checkpoints and m in early)}
+    possible = {(k.name, m) for k in ALL for m in Moment if k.hits_from_the_start or m not in early}
     assert set(pairs) == possible
     assert len({kind.name for kind in ALL}) >= 25
     assert {fault.rank for fault in faults} == {0, 1, 2}

@@ -6,6 +6,9 @@ once with all ids (no Python a sample), others sample by sample (or through `__g
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import shutil
 from collections.abc import Callable, Sequence, Sized
 from typing import Any, Literal, cast
 
@@ -13,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from samestep.launcher import temporary
 from samestep.launcher.contract import UsageError
 from samestep.train.cause import blame
 from samestep.train.data.rng import seed_collate, seed_sample, streams_restored
@@ -101,6 +105,7 @@ def build_loader(
 ) -> DataLoader[Batch]:
     """DataLoader that gives, for each list of `sampler`, the collated batch."""
     shards = ShardDataset(dataset, sampler.seed, collate_fn)
+    _tell_apart_temporary_files()
     workers = 0 if num_workers == "auto" or shards.whole else num_workers
     return DataLoader(
         shards,
@@ -112,6 +117,15 @@ def build_loader(
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # workers' base seed: drawn here, not from the caller's stream
     )
+
+
+def _tell_apart_temporary_files() -> None:
+    """Have sockets of loading processes in a folder that can be removed after a rank that was killed."""
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # where multiprocessing looks
+    mine = temporary.folder() if "tempdir" not in settings else None
+    if mine is not None:
+        settings["tempdir"] = str(mine)
+        atexit.register(shutil.rmtree, mine, ignore_errors=True)
 
 
 def _as_is(batch: Batch) -> Batch:
