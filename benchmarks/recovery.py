@@ -124,7 +124,8 @@ PARTS = ("script", "build", "loss")
 
 def measure(launcher: str, ranks: int, rounds: int, *, ignore_term: bool) -> dict[str, object]:
     """One row. A launcher whose restart never comes is ended and started anew."""
-    choose, results, lost = random.Random(1), [], 0
+    choose, lost = random.Random(1), 0
+    results: list[dict[str, float]] = []
     while len(results) + lost < rounds:
         with tempfile.TemporaryDirectory(prefix="recovery-") as temporary:
             folder = Path(temporary)

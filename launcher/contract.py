@@ -66,7 +66,6 @@ ENV_HEARTBEAT_FD = "SAMESTEP_HEARTBEAT_FD"  # shared memory in which a recipe's 
 HANDED_DOWN = (ENV_STORE_FD, ENV_HEARTBEAT_FD)  # descriptors, whose numbers a fork changes
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
-
 ENV_JOIN_TIMEOUT = "SAMESTEP_JOIN_TIMEOUT"  # seconds that a rank waits for the others before training can begin
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -257,6 +256,8 @@ class RankInfo(TypedDict):
     local_rank: int
     host: str
     pid: int
+    resident_bytes: NotRequired[int]  # memory that it has mapped in when training begins
+    proportional_bytes: NotRequired[int]  # of which this is its share: ranks share what the fork server has loaded
 
 
 class Started(TypedDict):

@@ -27,6 +27,7 @@ SHARED = {
     "liveness",
     "lock",
     "manifest",
+    "memory_signs",
     "options",
     "stack_signal",
     "temporary",

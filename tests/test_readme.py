@@ -38,6 +38,7 @@ ABOUT = {
     "tests/test_readme.py": "this page",
 }
 FOLDED = (
+    "launcher/chaos",
     "launcher/doctor",
     "launcher/supervise",
     "train/data",
