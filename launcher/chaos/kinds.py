@@ -27,14 +27,12 @@ class Kind:
         aim: whom it hits.
         signum: what is sent, if it is a signal.
         resumed_after: seconds after which a stopped process goes on, or a limit is lifted; None: never.
-        on_request: only where it is named with --kinds.
     """
 
     name: str
     aim: Aim
     signum: int = 0
     resumed_after: float | None = None
-    on_request: bool = False
 
     @property
     def needs_two_checkpoints(self) -> bool:
@@ -54,7 +52,7 @@ _TO_A_RANK = (
 KINDS: tuple[Kind, ...] = (
     *(Kind(f"rank-{name.lower()}", Aim.RANK, getattr(signal, f"SIG{name}")) for name in _TO_A_RANK),
     Kind("rank-pause", Aim.RANK, signal.SIGSTOP, resumed_after=0.5),
-    Kind("rank-stop", Aim.RANK, signal.SIGSTOP, on_request=True),
+    Kind("rank-stop", Aim.RANK, signal.SIGSTOP),
     Kind("rank-no-disk", Aim.RANK, resumed_after=1.0),
     Kind("rank-no-descriptors", Aim.RANK, resumed_after=0.5),
     Kind("all-kill", Aim.ALL_RANKS, signal.SIGKILL),

@@ -64,7 +64,7 @@ def chosen(text: str) -> tuple[Kind, ...]:
         UsageError: a word fits none.
     """
     if not text.strip():
-        return tuple(kind for kind in KINDS if not kind.on_request)
+        return KINDS
     found: list[Kind] = []
     for word in (part.strip() for part in text.split(",") if part.strip()):
         fitting = [BY_NAME[word]] if word in BY_NAME else [k for k in KINDS if k.name.startswith(f"{word}-")]

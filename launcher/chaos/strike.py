@@ -73,7 +73,9 @@ def _ranks(launcher: int, ranks: dict[int, int]) -> list[psutil.Process]:
     """Ranks as the system knows them, also while they have not told who they are yet."""
     servers = _servers(launcher, ranks)[:1]
     with contextlib.suppress(psutil.Error):
-        return [child for child in psutil.Process(launcher).children() if child not in servers]
+        parent = psutil.Process(launcher)
+        unready = parent.cmdline()  # what a child is called until it has become its program
+        return [child for child in parent.children() if child not in servers and child.cmdline() != unready]
     return []
 
 

