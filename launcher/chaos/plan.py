@@ -56,7 +56,7 @@ def plan(
                 chosen.append(moment)
         drafts = [_draft(next(decks[moment]), moment, course, world_size, choose) for moment in chosen]
         drafts.sort(key=lambda fault: -1 if fault.after_step is None else fault.after_step)
-        runs.append([replace(fault, number=next(numbers)) for fault in drafts])
+        runs.append([replace(fault, number=next(numbers)) for fault in _apart(drafts, world_size)])
     return runs
 
 
@@ -74,6 +74,15 @@ def _deck(cards: Sequence[Card], choose: random.Random) -> Iterator[Card]:
     """All of them in a random order, again and again."""
     while True:
         yield from choose.sample(list(cards), len(cards))
+
+
+def _apart(drafts: list[Fault], world_size: int) -> Iterator[Fault]:
+    """The same kind hits another rank the next time: one rank that crashes twice in one place is rightly given up."""
+    ranks: dict[Kind, int] = {}
+    for fault in drafts:
+        rank = (ranks[fault.kind] + 1) % world_size if fault.kind in ranks else fault.rank
+        ranks[fault.kind] = rank
+        yield replace(fault, rank=rank)
 
 
 def _draft(kind: Kind, moment: Moment, course: Course, world_size: int, choose: random.Random) -> Fault:

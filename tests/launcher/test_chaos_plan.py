@@ -38,6 +38,12 @@ def test_every_fault_is_planned_once_and_no_moment_twice_in_a_run():
         assert steps == sorted(steps)
 
 
+def test_no_rank_crashes_twice_in_one_way_before_it_has_made_progress():
+    for run in planned(kinds=chosen("rank-segv"), per_run=6):
+        ranks = [fault.rank for fault in run]
+        assert all(first != second for first, second in zip(ranks, ranks[1:], strict=False))
+
+
 def test_many_faults_strike_every_kind_at_every_moment():
     faults = [fault for run in planned(faults=6 * len(ALL) * 2) for fault in run]
     pairs = Counter((fault.kind.name, fault.moment) for fault in faults)
