@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_every_fault_is_planned_once_and_no_moment_twice_in_a_run():
 def test_no_rank_crashes_twice_in_one_way_before_it_has_made_progress():
     for run in planned(kinds=chosen("rank-segv"), per_run=6):
         ranks = [fault.rank for fault in run]
-        assert all(first != second for first, second in zip(ranks, ranks[1:], strict=False))
+        assert all(first != second for first, second in pairwise(ranks))
 
 
 def test_many_faults_strike_every_kind_at_every_moment():
