@@ -93,6 +93,22 @@ def split(argv: Sequence[str], config_type: type[Any] = LaunchConfig) -> tuple[l
     return _tokens(given), list(argv[position:])
 
 
+def interleaved(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str], list[str]]:
+    """As `split`, for a command whose options may stand before, between and after its words.
+
+    Raises:
+        UsageError: as `split`.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    own, words, rest = list[str](), list[str](), list(argv[:end])
+    while rest:
+        flags, rest = split(rest, config_type)
+        own += flags
+        words += rest[:1]
+        rest = rest[1:]
+    return own, [*words, *argv[end + 1 :]]
+
+
 def _flags(config_type: type[Any]) -> dict[str, _Flag]:
     hints = get_type_hints(config_type, include_extras=True)
     known = {word: _Flag(word, False) for word in (*HELP, PRINT_CONFIG)}

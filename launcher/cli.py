@@ -14,8 +14,8 @@ from samestep.launcher.contract import ExitCode, UsageError
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
        samestep verify [options] recipe.py | samestep chaos [options] recipe.py | samestep stacks RUN_DIR
-       samestep digest [--state] [--json] PATH | samestep doctor [--json] | samestep completion SHELL
-       samestep run --help | samestep --version | samestep --help"""
+       samestep watch RUN_DIR | samestep report RUN_DIR [RUN_DIR ...] [--output FILE] | samestep doctor [--json]
+       samestep digest [--state] [--json] PATH | samestep completion SHELL | samestep --help | samestep --version"""
 
 HELP = f"""\
 {USAGE}
@@ -27,6 +27,9 @@ Distributed PyTorch training whose runs come out the same.
   chaos    strike a recipe with faults while it trains, and compare the bits with those of an undisturbed run
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
            --state: of everything that training goes on from
+  stacks   print what every rank of a run that goes on now is doing, thread by thread
+  watch    show how a run stands, until it ends; --once: now
+  report   make one HTML page of one run, or of several to compare; needs no network
   doctor   look at this machine: devices, limits, disk, network, and a real measurement between two ranks
   completion
            print a script for bash, zsh or fish that completes commands and options:
@@ -34,7 +37,6 @@ Distributed PyTorch training whose runs come out the same.
 
 samestep run recipe.py --help also shows the recipe's own options; --print-config in its place shows every value and
 where it came from. stdout holds data, stderr what is for people; NO_COLOR is respected.
-  stacks   print what every rank of a run that goes on now is doing, thread by thread
 """
 
 
@@ -88,6 +90,8 @@ def commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "doctor": _doctor,
         "stacks": _stacks,
         "completion": _completion,
+        "watch": _watch,
+        "report": _report,
     }
 
 
@@ -220,4 +224,17 @@ def _stacks(argv: Sequence[str]) -> int:
             "samestep stacks RUN_DIR",
         )
     print(stacks_of_run(Path(argv[0])), end="")
+    return ExitCode.DONE
+
+
+def _watch(argv: Sequence[str]) -> int:
+    from samestep.launcher.view.command import command
+
+    return command(argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    from samestep.launcher.report.command import command
+
+    print(command(argv))
     return ExitCode.DONE

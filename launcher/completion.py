@@ -50,6 +50,8 @@ def application() -> cyclopts.App:
     app.command(command(DoctorConfig), name="doctor")
     app.command(_digest, name="digest")
     app.command(_stacks, name="stacks")
+    app.command(_watch, name="watch")
+    app.command(_report, name="report")
     app.command(_completion, name="completion")
     return app
 
@@ -68,6 +70,14 @@ def _digest(path: Path, /, *, state: _Switch = False, json: _Switch = False) -> 
 
 def _stacks(run_dir: Path, /) -> Any:
     """Print what the ranks of a live run are doing."""
+
+
+def _watch(run_dir: Path, /, *, once: _Switch = False) -> Any:
+    """Show how a run stands."""
+
+
+def _report(run_dir: Path, /, *more: Path, output: Path | None = None) -> Any:
+    """Make one HTML page."""
 
 
 def _completion(shell: Shell, /) -> Any:

@@ -114,6 +114,7 @@ class LaunchConfig:
     dry_run: Annotated[
         bool, Option("Print the commands and their environment, start and create nothing", negative="")
     ] = False
+    no_report: Annotated[bool, Option("Do not write RUN_DIR/report.html at the end", negative="")] = False
     quiet: Annotated[bool, Option("Show errors only", negative="")] = False
     json: Annotated[bool, Option("End with one line of JSON on stdout", negative="")] = False
 

@@ -173,6 +173,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def report(self) -> Path:
+        """Page made by `samestep report`."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """Committed checkpoints and nothing else that `step-*` matches."""
         return self.path / "checkpoints"
@@ -292,6 +297,8 @@ class Step(TypedDict):
     samples_per_s: float
     seconds: dict[str, Spread]  # data, forward, backward, sync, optimizer
     extra: NotRequired[dict[str, float]]
+    rank_seconds: NotRequired[dict[str, list[float]]]  # at log intervals: mean of a phase since the last one, by rank
+    memory: NotRequired[dict[str, list[int]]]  # at log intervals: peak bytes on host and device, by rank
 
 
 class Epoch(TypedDict):

@@ -59,15 +59,20 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     patience = Patience.of(config.hang_timeout) if facts.resumes else None
     watch: Watch = HangWatch(patience, facts.world_size, directory) if patience else NoWatch()
     facts = replace(facts, heartbeat_fd=watch.fd)
-    with SignalSocket() as signals:
-        supervisor = Supervisor(config, directory, console, signals, watch)
-        try:
-            return _generations(_Run(config, recipe, directory, environ, supervisor, console, lock), facts)
-        finally:
-            supervisor.close()
-            watch.close()
-            console.close()
-            lock.release()
+    try:
+        with SignalSocket() as signals:
+            supervisor = Supervisor(config, directory, console, signals, watch)
+            try:
+                result = _generations(_Run(config, recipe, directory, environ, supervisor, console, lock), facts)
+            finally:
+                supervisor.close()
+                watch.close()
+                console.close()
+        if facts.resumes and result.exit_code == ExitCode.DONE and not config.no_report:
+            _report(directory, console)
+        return result
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +160,15 @@ def _without_lost_device(run: _Run, facts: Facts, failure: Failure) -> Facts:
     devices = policy.devices_left(visible, facts.world_size, failure.rank)
     run.console.say(f"samestep: the device of rank {failure.rank} is gone: going on with {left} of {left + 1} ranks")
     return replace(facts, world_size=left, devices=devices)
+
+
+def _report(directory: RunDir, console: Console) -> None:
+    """Leave the page of a run; without one, it is done all the same."""
+    from samestep.launcher.report.command import at_the_end
+
+    problem = at_the_end(directory)
+    if problem:
+        console.say(f"samestep: no report: {problem}")
 
 
 def _committed(directory: RunDir) -> int:

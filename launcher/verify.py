@@ -113,8 +113,8 @@ def _run_row(row: Row, recipe: Recipe, shards: int, environ: Mapping[str, str]) 
     """Start each leg through the public command; a failure is shown and ends everything."""
     form = {"module": ["-m"], "command": ["--no-python"]}.get(recipe.kind.value, [])
     for world_size, last_step in row.legs:
-        command = [sys.executable, "-m", "samestep.launcher", "run", "--quiet", "--nproc-per-node", str(world_size)]
-        command += [*form, recipe.target, *recipe.arguments]
+        command = [sys.executable, "-m", "samestep.launcher", "run", "--quiet", "--no-report"]
+        command += ["--nproc-per-node", str(world_size), *form, recipe.target, *recipe.arguments]
         command += ["--shards", str(shards), "--max-steps", str(last_step), "--run-dir", str(row.run_dir.path)]
         command += ["--resume", "auto"]
         done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, check=False)

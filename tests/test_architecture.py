@@ -32,6 +32,7 @@ SHARED = {
     "stack_signal",
     "temporary",
     "traceback_text",
+    "view",
 }
 
 # Parts of train/ (a folder, or a module beside the folders) and the other parts that each may import.
@@ -46,6 +47,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "parallel": {"recipe"},
     "data": {"cause", "parallel"},
     "observe": {"parallel", "recipe"},
+    "compilation": {"parallel"},
     "checks": {"data", "parallel", "recipe"},
     "state": {"observe", "parallel", "recipe"},
     "state_metrics": {"parallel"},

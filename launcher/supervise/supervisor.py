@@ -20,7 +20,7 @@ from samestep.launcher.supervise.logs import RankLog, routes
 from samestep.launcher.supervise.outcome import Generation, Hang, RankEnd
 from samestep.launcher.supervise.policy import Patience
 from samestep.launcher.supervise.process import Program, Worker
-from samestep.launcher.supervise.progress import REFRESH_SECONDS, ProgressLine
+from samestep.launcher.supervise.progress import REFRESH_SECONDS, Progress
 from samestep.launcher.supervise.signals import SignalSocket
 
 _DRAIN_READS = 1024  # a pipe holds far less, unless somebody who outlives the rank goes on writing
@@ -37,7 +37,7 @@ class Supervisor:
         self._watch = watch
         self._hang: Hang | None = None
         self._console = console
-        self._progress = ProgressLine(run_dir) if console.has_bar and not config.quiet else None
+        self._progress = Progress(run_dir) if console.has_bar and not config.quiet else None
         self._source = EventSource(signals)
         self._workers: dict[int, Worker] = {}
         self._logs: dict[int, RankLog] = {}
@@ -261,15 +261,14 @@ class Supervisor:
 
     def _show_progress(self) -> None:
         assert self._progress is not None
-        line = self._progress.update()
-        if line:
-            self._console.show_bar(line)
+        self._console.show_bar(self._progress.update())
         self._source.start_timer("progress", REFRESH_SECONDS)
 
     def _leave_nothing(self) -> None:
         """After this no process, descriptor or timer of the generation is left, also if we fail ourselves."""
         undisturbed = all(worker.returncode == 0 for worker in self._workers.values())
         self._waiting = None
+        self._console.show_bar(())
         for timer in ("terminate", "kill", "abandon", "progress", "watch"):
             self._source.stop_timer(timer)
         for rank, worker in self._workers.items():

@@ -112,8 +112,9 @@ KINDS = {
         "in __getitem__",
         "phase data",
     ),
-    "loader killed": ("is killed by signal: Killed", "data loading process", "--num-workers"),
-    "loader left": ("exited unexpectedly with exit code 3", "a data loading process died", "--num-workers 0"),
+    # torch leaves the signal or status out where its queue notices before its handler of SIGCHLD does
+    "loader killed": ("DataLoader worker (pid", "killed by signal: Killed|exited unexpectedly", "data loading process"),
+    "loader left": ("DataLoader worker (pid", "exited unexpectedly", "a data loading process died"),
 }
 BY_DATA = {"sample", "loader killed", "loader left"}
 FAST = ("segmentation fault", "loader killed")
