@@ -44,6 +44,7 @@ class Failure:
     phase: str = ""
     others_stopped: int = 0
     hint: str = ""
+    final: bool = False  # another start would come to the same end
     told: bool = False  # rank zero has printed the reason itself
     stack: tuple[str, ...] = ()  # of a crash in native code, innermost frame first
 
@@ -81,6 +82,7 @@ def diagnose(ranks: Sequence[Evidence], memory: MemorySigns = NOTHING_COUNTED) -
         phase=phase,
         others_stopped=sum(item.end.returncode != 0 for item in ranks if item is not culprit),
         hint=killed.hint if killed else _hint(culprit, said, memory),
+        final=record is not None and record.final,
         told=_is_told(ranks),
         stack=crash_stack(culprit.end.stderr) if crash else (),
     )

@@ -16,8 +16,10 @@ from pathlib import Path
 from samestep.launcher.argv import Kind, Recipe
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import (
+    DEFAULT_GRACE_SECONDS,
     ENV_FENCE,
     ENV_GENERATION,
+    ENV_GRACE,
     ENV_HEARTBEAT_FD,
     ENV_JOIN_TIMEOUT,
     ENV_LAUNCHED,
@@ -62,6 +64,7 @@ class Facts:
     heartbeat_fd: int = -1  # of a recipe's ranks
     max_restarts: int = 0
     devices: str = ""  # CUDA devices that are left, once one is gone
+    grace: float = DEFAULT_GRACE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ def _command(
         ENV_GENERATION: str(facts.generation),
         ENV_FENCE: str(facts.fence),
         ENV_JOIN_TIMEOUT: str(config.join_timeout),
+        ENV_GRACE: str(facts.grace),
     }
     if meeting.store_port:
         env[ENV_STORE_PORT] = str(meeting.store_port)

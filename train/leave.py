@@ -27,7 +27,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data._utils import signal_handling
 
-from samestep.launcher.contract import ErrorRecord, ExitCode, RunDir, UsageError
+from samestep.launcher.contract import ErrorRecord, ExitCode, RefusedStepError, RunDir, UsageError
 from samestep.train.cause import cause_of
 
 _BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
@@ -110,7 +110,7 @@ def error_record(
     error: BaseException, rank: int, generation: int, step: int, phase: str, accused: int | None = None
 ) -> ErrorRecord:
     """What the launcher reads to find the culprit; `accused` is a rank that this one waited for in vain."""
-    usage = isinstance(error, UsageError)
+    usage, refused = isinstance(error, UsageError), isinstance(error, RefusedStepError)
     cause = cause_of(error)
     return ErrorRecord(
         rank=rank,
@@ -125,9 +125,10 @@ def error_record(
         traceback="".join(traceback.format_exception(error)),
         exit_code=int(error.exit_code) if isinstance(error, UsageError) else int(ExitCode.FAILED),
         time_ns=time.time_ns(),
-        consequence=not usage and is_consequence(error),
+        consequence=error.consequence if isinstance(error, RefusedStepError) else not usage and is_consequence(error),
         hint=error.hint if isinstance(error, UsageError) else (_LATE if accused is not None else ""),
         accused=accused,
+        final=refused,
     )
 
 

@@ -42,6 +42,7 @@ class Generation:
     number: int
     ends: tuple[RankEnd, ...]
     stopped_by: int | None = None  # the operator's signal, if it came before any failure
-    interrupted: bool = False  # the operator has asked at all: nothing is started any more
+    signum: int | None = None  # the operator's last signal, whenever it came: nothing is started any more
+    forced: bool = False  # the operator asked again
     hang: Hang | None = None  # why we ended the ranks
     memory: MemorySigns = NOTHING_COUNTED  # when the first rank failed, with kills counted since the start
