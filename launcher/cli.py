@@ -14,6 +14,7 @@ from samestep.launcher.contract import ExitCode, UsageError
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
        samestep verify [options] recipe.py | samestep digest [--state] PATH
+       samestep submit kubernetes [options] recipe.py [recipe options]
        samestep --version | samestep --help | samestep run --help"""
 
 HELP = f"""\
@@ -25,6 +26,7 @@ Distributed PyTorch training whose runs come out the same.
   verify   run the first steps of a recipe at several world sizes and with stops, and compare the bits
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
            --state: of everything that training goes on from
+  submit   hand a recipe to Kubernetes: an Indexed Job, a JobSet or a Kubeflow TrainJob; --dry-run prints the manifests
 """
 
 
@@ -62,7 +64,12 @@ def _dispatch(argv: Sequence[str]) -> int:
     if word == "--version":
         print(f"samestep {_version()}")
         return ExitCode.DONE
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "verify": _verify, "digest": _digest}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "run": _run,
+        "verify": _verify,
+        "digest": _digest,
+        "submit": _submit,
+    }
     if word not in commands:
         raise _unknown(word, set(commands))
     return commands[word](rest)
@@ -122,6 +129,12 @@ def _verify(argv: Sequence[str]) -> int:
     recipe = Recipe(words[0], tuple(words[1:]))
     check(recipe)
     return verify(config, recipe, os.environ, print)
+
+
+def _submit(argv: Sequence[str]) -> int:
+    from samestep.launcher.cluster.submit import submit
+
+    return submit(argv, os.environ, print)
 
 
 def _digest(argv: Sequence[str]) -> int:
