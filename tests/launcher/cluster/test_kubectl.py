@@ -69,7 +69,7 @@ def test_without_kubectl_nothing_happens_and_the_way_is_shown(samestep):
     ("words", "expected"),
     [
         ([], "followed by one of kubernetes"),
-        (["kubernete"], "did you mean kubernetes?"),
+        (["kubern"], "did you mean kubernetes?"),
         (["kubernetes", "--image", IMAGE], "a recipe is expected, by its path in the image"),
         (["kubernetes", "--nodse", "2", "r.py"], "did you mean --nodes?"),
         (["kubernetes", "--kind", "cronjob", "--image", IMAGE, "r.py"], "cronjob"),
