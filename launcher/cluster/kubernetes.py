@@ -132,6 +132,7 @@ def _job(config: KubernetesConfig, container: str, template: Manifest, backoff_l
         "backoffLimit": backoff_limit,
         "podFailurePolicy": pod.failure_policy(container),
         "podReplacementPolicy": "Failed",  # never two pods of one index: they would write to one run directory
+        "successPolicy": {"rules": [{"succeededIndexes": "0"}]},  # the first pod decides for all: its run is the run
         "template": template,
     }
 

@@ -146,7 +146,8 @@ class Network:
                     for child in psutil.Process(pod.process.pid).children():
                         child.kill()
                 pod.process.kill()
-                pod.process.communicate()
+            with pod.process:  # waits, and closes its pipe
+                pass
         for namespace in self._made:
             subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
         for folder in self._etc:

@@ -100,6 +100,7 @@ def test_restarts_count_every_pod_of_a_failed_run():
     spec, _ = job_of(manifests(replace(TWO, nodes=3, max_restarts=2), RECIPE))
     assert spec["backoffLimit"] == 6
     assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (3, 3, "Indexed")
+    assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}  # no pod is replaced after the run has ended
     jobset = one(manifests(replace(TWO, kind="jobset", max_restarts=2), RECIPE), "JobSet")["spec"]
     assert jobset["failurePolicy"]["maxRestarts"] == 2
     assert job_of([one(manifests(replace(TWO, kind="jobset"), RECIPE), "JobSet")])[0]["backoffLimit"] == 0

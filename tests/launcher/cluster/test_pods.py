@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ DIGEST = "9c7034f63c2592796e9ee3aef7326c221cdae17030adccf7698b97545a6f395d"  # R
 IMAGE = "registry.example/samestep:0.1.0"
 
 
-def in_pod(kind: str, nodes: int, arguments: tuple[str, ...] = ARGUMENTS) -> dict[str, Any]:
-    """The container as the cluster would start it; Kubeflow's Trainer adds what its torch plugin adds."""
+def in_pod(kind: str, nodes: int, arguments: tuple[str, ...] = ARGUMENTS) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The Job's spec and the container, as the cluster would start it; Kubeflow's Trainer adds what its plugin adds."""
     config = KubernetesConfig(image=IMAGE, kind=kind, nodes=nodes, nproc_per_node=2, name="digits")  # type: ignore[arg-type]
     objects = manifests(config, Recipe(str(DIGITS), arguments))
     (holder,) = [m for m in objects if m["kind"] in ("Job", "JobSet", "TrainingRuntime")]
@@ -43,7 +44,7 @@ def in_pod(kind: str, nodes: int, arguments: tuple[str, ...] = ARGUMENTS) -> dic
             {"name": "PET_MASTER_ADDR", "value": "digits-node-0-0.digits"},
             {"name": "PET_MASTER_PORT", "value": "29500"},
         ]
-    return container
+    return job, container
 
 
 def hostnames(kind: str, nodes: int) -> dict[str, list[str]]:
@@ -59,7 +60,7 @@ def digest(run_dir: Path) -> str:
 
 
 def test_one_pod_trains_as_first_process_without_privileges(pods):
-    container = in_pod("indexed-job", 1)
+    _, container = in_pod("indexed-job", 1)
     with pods.network(hostnames("indexed-job", 1)) as network:
         started = network.start(0, container["command"], pods.environment(container, 0))
         code, output = started.end()
@@ -69,7 +70,7 @@ def test_one_pod_trains_as_first_process_without_privileges(pods):
 
 
 def test_a_pod_that_is_deleted_leaves_nothing_and_goes_on_in_another(pods):
-    container = in_pod("indexed-job", 1, (*ARGUMENTS, "--checkpoint-every", "2"))
+    _, container = in_pod("indexed-job", 1, (*ARGUMENTS, "--checkpoint-every", "2"))
     with pods.network(hostnames("indexed-job", 1)) as network:
         env = pods.environment(container, 0)
         first = network.start(0, container["command"], env)
@@ -98,7 +99,7 @@ def starts_several_nodes() -> bool:
 @pytest.mark.parametrize("program", ["samestep", "torchrun"])
 @pytest.mark.parametrize("kind", ["indexed-job", "jobset", "trainjob"])
 def test_two_pods_find_each_other_by_what_the_manifest_says(kind, program, pods):
-    container = in_pod(kind, 2)
+    _, container = in_pod(kind, 2)
     command = container["command"]
     if program == "torchrun":  # it reads the same variables: what a pod is told does not depend on us
         command = ["torchrun", *command[command.index(str(DIGITS)) :]]
@@ -112,6 +113,55 @@ def test_two_pods_find_each_other_by_what_the_manifest_says(kind, program, pods)
     lines = (pods.volume / "digits" / "events.jsonl").read_text().splitlines()
     ranks = next(event for event in map(json.loads, lines) if event["event"] == "run_started")["ranks"]
     assert [rank["host"] for rank in ranks] == [name for name in hostnames(kind, 2) for _ in range(2)]
+
+
+def verdict(policy: dict[str, Any], code: int) -> str:
+    """What the Job controller does with a failed pod: the first rule that fits, else it counts."""
+    fitting = [rule for rule in policy["rules"] if code in rule.get("onExitCodes", {}).get("values", ())]
+    return str(fitting[0]["action"]) if fitting else "Count"
+
+
+def control(start: Callable[[int], Any], running: dict[int, Any], job: dict[str, Any], seconds: float) -> list[str]:
+    """What the Job controller does until the job has ended: replaces pods that failed. Says what it did with each."""
+    done: list[str] = []
+    until = time.monotonic() + seconds
+    while running:
+        assert time.monotonic() < until, done
+        for index, one in list(running.items()):
+            if one.process.poll() is None:
+                continue
+            code, output = one.end()
+            print(f"pod {index} ended with {code}\n{output}")
+            del running[index]
+            if code == 0 and str(index) in [rule["succeededIndexes"] for rule in job["successPolicy"]["rules"]]:
+                return done
+            if code:
+                done.append(verdict(job["podFailurePolicy"], code))
+                if done[-1] == "FailJob":
+                    return done
+                running[index] = start(index)
+        time.sleep(0.05)
+    return done
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_pod_that_is_lost_is_replaced_and_costs_no_bit(victim, pods):
+    if not starts_several_nodes():
+        pytest.skip("samestep run starts the ranks of one machine only")
+    job, container = in_pod("indexed-job", 2, (*ARGUMENTS, "--checkpoint-every", "2"))
+    with pods.network(hostnames("indexed-job", 2)) as network:
+        start = lambda index: network.start(index, container["command"], pods.environment(container, index))  # noqa: E731
+        running = {index: start(index) for index in range(2)}
+        until = time.monotonic() + 90
+        while not list(pods.volume.glob("digits/checkpoints/step-*")):
+            assert all(one.process.poll() is None for one in running.values())
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        running[victim].first_process().kill()
+        done = control(start, running, job, 200)
+    assert "Count" in done
+    assert len(done) <= job["backoffLimit"]
+    assert digest(pods.volume / "digits") == DIGEST
 
 
 @pytest.mark.parametrize("program", ["samestep", "torchrun"])
