@@ -14,7 +14,7 @@ from samestep.launcher.contract import ExitCode, UsageError
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
        samestep verify [options] recipe.py | samestep digest [--state] PATH
-       samestep submit kubernetes [options] recipe.py [recipe options]
+       samestep submit kubernetes [options] recipe.py [recipe options] | samestep plan [options] [RUN_DIR]
        samestep --version | samestep --help | samestep run --help"""
 
 HELP = f"""\
@@ -27,6 +27,7 @@ Distributed PyTorch training whose runs come out the same.
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
            --state: of everything that training goes on from
   submit   hand a recipe to Kubernetes: an Indexed Job, a JobSet or a Kubeflow TrainJob; --dry-run prints the manifests
+  plan     what a measured run would be like on 1 to 16384 ranks: step, communication, memory, failures, time to train
 """
 
 
@@ -69,6 +70,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         "verify": _verify,
         "digest": _digest,
         "submit": _submit,
+        "plan": _plan,
     }
     if word not in commands:
         raise _unknown(word, set(commands))
@@ -135,6 +137,12 @@ def _submit(argv: Sequence[str]) -> int:
     from samestep.launcher.cluster.submit import submit
 
     return submit(argv, os.environ, print)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from samestep.launcher.scale.command import plan
+
+    return plan(argv, print)
 
 
 def _digest(argv: Sequence[str]) -> int:

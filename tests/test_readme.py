@@ -33,6 +33,7 @@ ABOUT = {
     "docker/compose.yaml": "two nodes on one machine",
     "docker/healthcheck.py": "whether a container's run still says something",
     "launcher/supervise/": "one event loop over the ranks of a run: exits, output, signals, timers",
+    "launcher/scale/": "samestep plan: published formulas for step, network, memory and failures on many ranks",
     "launcher/cluster/": "runs in other people's clusters: Kubernetes objects as data, names, submission",
     "tests/launcher/": "the launcher, with real ranks that need no torch",
     "tests/train/": "the worker, file by file",
