@@ -15,6 +15,7 @@ from samestep.launcher.contract import UsageError
 from samestep.launcher.scale.predict import Prediction
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 460, 260, 62, 40, 16, 40
+_PREFIX = {-1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T"}
 _STYLE = """
 svg { background: #fff; font: 12px system-ui, sans-serif; fill: #222 }
 .grid { stroke: #ddd } .line { fill: none; stroke: #1864ab; stroke-width: 2 } .point { fill: #1864ab }
@@ -84,12 +85,11 @@ def _draw(group: ET.Element, panel: Panel, rows: Sequence[Prediction]) -> None:
         return _HEIGHT - _BOTTOM - (place - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
     _text(group, 12, 22, panel.title, "title")
-    for step in range(5):
-        place = low + (high - low) * step / 4
-        height = _HEIGHT - _BOTTOM - step / 4 * (_HEIGHT - _TOP - _BOTTOM)
+    for mark, label in _marks(low, high, logarithmic=panel.logarithmic):
+        height = _HEIGHT - _BOTTOM - (mark - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
         ends = {"x1": f"{_LEFT}", "x2": f"{_WIDTH - _RIGHT}", "y1": f"{height:.1f}", "y2": f"{height:.1f}"}
         ET.SubElement(group, "line", ends | {"class": "grid"})
-        _text(group, _LEFT - 6, height + 4, f"{10**place:.3g}" if panel.logarithmic else f"{place:.0%}", "quiet", "end")
+        _text(group, _LEFT - 6, height + 4, label, "quiet", "end")
     every = max(1, math.ceil(len(rows) / 6))
     for row in rows[::every]:
         _text(group, x(row.ranks), _HEIGHT - _BOTTOM + 16, f"{row.ranks}", "quiet", "middle")
@@ -105,6 +105,14 @@ def _draw(group: ET.Element, panel: Panel, rows: Sequence[Prediction]) -> None:
 def _decades(values: Sequence[float]) -> tuple[float, float]:
     low = math.floor(math.log10(min(values)))
     return low, max(low + 1, math.ceil(math.log10(max(values))))
+
+
+def _marks(low: float, high: float, *, logarithmic: bool) -> list[tuple[float, str]]:
+    """Where the grid's lines are, and what stands at them: quarters, or powers of ten with a prefix of the SI."""
+    if not logarithmic:
+        return [(step / 4, f"{step / 4:.0%}") for step in range(5)]
+    powers = range(int(low), int(high) + 1, max(1, math.ceil((high - low) / 5)))
+    return [(power, f"{10 ** (power % 3)} {_PREFIX.get(power // 3, f'e{power // 3 * 3}')}".strip()) for power in powers]
 
 
 def _text(parent: ET.Element, x: float, y: float, text: str, kind: str, anchor: str = "start") -> None:
