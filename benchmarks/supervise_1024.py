@@ -2,9 +2,10 @@
 
     python benchmarks/supervise_1024.py [RANKS ...]      16 64 256 1024 if none are given
 
-Every rank is a real process with its own pipes, log and session. Per number of ranks one JSON line: seconds until all
-are started; share of one core that the launcher uses while nothing happens; after one rank is killed, milliseconds until
-the first other rank has ended (noticed and decided), until the last has (handled), and until the launcher has left.
+Every rank is a real process with its own pipes, log and session. Per number of ranks one JSON line, medians of three:
+seconds until all are started; share of one core that the launcher uses while nothing happens; and once one rank is
+killed, milliseconds until the first other rank has ended (noticed and decided), until the last has (handled), and until
+the launcher has left.
 A quiet machine is needed; goals: at 1024 ranks at most 1 % of a core, and 100 ms.
 """
 
