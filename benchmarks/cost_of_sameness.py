@@ -80,7 +80,9 @@ def ours(
     def train(steps: int) -> None:
         batches = iter(run.loader)
         for plan in epoch_plans(len(data), batch, shards, 0, 0, 0):
+            run.guards.before_step(plan)
             rows = run.step(plan, batches)
+            run.guards.after_step(plan)
             run.ledger.add(plan, rows, run.step.clock.take())
             if plan.step + 1 == steps:
                 break

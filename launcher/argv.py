@@ -16,7 +16,7 @@ from cyclopts import Parameter
 
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import ENV_LAUNCHED, ENV_RUN_DIR, UsageError, default_run_dir
-from samestep.launcher.options import nearest_hint, peek
+from samestep.launcher.options import HELP, PRINT_CONFIG, nearest_hint, peek
 
 
 class Kind(Enum):
@@ -113,9 +113,25 @@ def split_around(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str]
     return split([*own, *after], config_type)[0], [*words[:1], *rest]
 
 
+def interleaved(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str], list[str]]:
+    """As `split`, for a command whose options may stand before, between and after its words.
+
+    Raises:
+        UsageError: as `split`.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    own, words, rest = list[str](), list[str](), list(argv[:end])
+    while rest:
+        flags, rest = split(rest, config_type)
+        own += flags
+        words += rest[:1]
+        rest = rest[1:]
+    return own, [*words, *argv[end + 1 :]]
+
+
 def _flags(config_type: type[Any]) -> dict[str, _Flag]:
     hints = get_type_hints(config_type, include_extras=True)
-    known = {"--help": _Flag("help", False), "-h": _Flag("help", False)}
+    known = {word: _Flag(word, False) for word in (*HELP, PRINT_CONFIG)}
     for field in fields(config_type):
         hint = hints[field.name]
         parameter = next(item for item in hint.__metadata__ if isinstance(item, Parameter))

@@ -13,9 +13,9 @@ from samestep.launcher.contract import ExitCode, UsageError
 
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
-       samestep verify [options] recipe.py | samestep digest [--state] PATH
-       samestep submit kubernetes [options] recipe.py [recipe options] | samestep plan [options] [RUN_DIR]
-       samestep --version | samestep --help | samestep run --help"""
+       samestep submit kubernetes [options] recipe.py [...] | samestep verify [options] recipe.py | samestep doctor
+       samestep watch|stacks|plan RUN_DIR | samestep report RUN_DIR ... | samestep digest [--state] [--json] PATH
+       samestep completion SHELL | samestep run --help | samestep --version | samestep --help"""
 
 HELP = f"""\
 {USAGE}
@@ -28,6 +28,16 @@ Distributed PyTorch training whose runs come out the same.
            --state: of everything that training goes on from
   submit   hand a recipe to Kubernetes: an Indexed Job, a JobSet or a Kubeflow TrainJob; --dry-run prints the manifests
   plan     what a measured run would be like on 1 to 16384 ranks: step, communication, memory, failures, time to train
+  stacks   print what every rank of a run that goes on now is doing, thread by thread
+  watch    show how a run stands, until it ends; --once: now
+  report   make one HTML page of one run, or of several to compare; needs no network
+  doctor   look at this machine: devices, limits, disk, network, and a real measurement between two ranks
+  completion
+           print a script for bash, zsh or fish that completes commands and options:
+           eval "$(samestep completion bash)" in ~/.bashrc
+
+samestep run recipe.py --help also shows the recipe's own options; --print-config in its place shows every value and
+where it came from. stdout holds data, stderr what is for people; NO_COLOR is respected.
 """
 
 
@@ -65,25 +75,51 @@ def _dispatch(argv: Sequence[str]) -> int:
     if word == "--version":
         print(f"samestep {_version()}")
         return ExitCode.DONE
-    commands: dict[str, Callable[[Sequence[str]], int]] = {
+    known = commands()
+    if word not in known:
+        raise _unknown(word, set(known))
+    return known[word](rest)
+
+
+def commands() -> dict[str, Callable[[Sequence[str]], int]]:
+    """What each word does."""
+    return {
         "run": _run,
         "verify": _verify,
         "digest": _digest,
+        "doctor": _doctor,
+        "stacks": _stacks,
+        "completion": _completion,
+        "watch": _watch,
+        "report": _report,
         "submit": _submit,
         "plan": _plan,
     }
-    if word not in commands:
-        raise _unknown(word, set(commands))
-    return commands[word](rest)
 
 
-def _unknown(word: str, commands: set[str]) -> UsageError:
+def _unknown(word: str, words: set[str]) -> UsageError:
     if word.endswith(".py"):
         return UsageError(f"{word} is expected to be a command, but is a file", f"samestep run {word}")
     from samestep.launcher.options import nearest_hint
 
-    known = commands | {"--help", "--version"}
+    known = words | {"--help", "--version"}
     return UsageError(f"unknown command {word}", nearest_hint(word, known) or "samestep --help lists the commands")
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from samestep.launcher.doctor.examine import DoctorConfig, doctor
+    from samestep.launcher.options import load
+
+    return doctor(load(DoctorConfig, argv, {}, program="samestep doctor"), os.environ, print)
+
+
+def _completion(argv: Sequence[str]) -> int:
+    from samestep.launcher.completion import script
+
+    if len(argv) > 1:
+        raise UsageError(f"completion is expected to be followed by one shell, but got {len(argv)} words")
+    print(script(argv[0] if argv else ""))
+    return ExitCode.DONE
 
 
 def _version() -> str:
@@ -96,25 +132,37 @@ def _run(argv: Sequence[str]) -> int:
     from samestep.launcher.argv import Kind, Recipe, split
     from samestep.launcher.config import LaunchConfig
     from samestep.launcher.launch import dry_run, launch
-    from samestep.launcher.options import load
+    from samestep.launcher.options import load, question
+    from samestep.launcher.recipe_file import trains
+    from samestep.launcher.recipe_options import answer
+    from samestep.launcher.result import as_json
 
     own, words = split(argv)
-    config = load(LaunchConfig, own, os.environ, prefixes=("PET_",), program="samestep run")
+    options, asked = question(own)  # also what is asked of the recipe, further down
+
+    def configure(more: Sequence[str] = ()) -> LaunchConfig:
+        return load(LaunchConfig, [*options, *more], os.environ, prefixes=("PET_",), program="samestep run")
+
+    config = configure()
     if not words:
         if own:
+            configure([asked] if asked else [])
             raise UsageError("a recipe is expected after the options, but there is none", USAGE.splitlines()[0])
         print(USAGE, file=sys.stderr)
         return ExitCode.USAGE
     kind = Kind.MODULE if config.module else Kind.COMMAND if config.no_python else Kind.SCRIPT
     recipe = Recipe(words[0], tuple(words[1:]), kind)
+    of_recipe = question(words[1:])[1]
+    if (asked or of_recipe) and trains(recipe):
+        return answer(recipe, configure, asked or of_recipe, os.environ)
+    if asked:
+        configure([asked])
     if config.dry_run:
         print(dry_run(config, recipe, os.environ))
         return ExitCode.DONE
     result = launch(config, recipe, os.environ)
     if config.json:
-        failure = result.failure.to_dict() if result.failure else None
-        about = {"exit_code": int(result.exit_code), "run_dir": str(result.run_dir), "generations": result.generations}
-        print(json.dumps(about | {"failure": failure}), flush=True)
+        print(as_json(result), flush=True)
     return result.exit_code
 
 
@@ -151,11 +199,41 @@ def _digest(argv: Sequence[str]) -> int:
     if len(argv) == 1 and argv[0] in ("--help", "-h"):
         print(HELP, end="")
         return ExitCode.DONE
-    paths = [word for word in argv if word != "--state"]
+    flags = {"--state", "--json"}
+    paths = [word for word in argv if word not in flags]
     if len(paths) != 1 or paths[0].startswith("-"):
         raise UsageError(
             f"digest is expected to be followed by one path, but got {len(paths)} words",
-            "samestep digest [--state] PATH",
+            "samestep digest [--state] [--json] PATH",
         )
-    print(path_digest(Path(paths[0]), whole_state=len(paths) < len(argv)))
+    found = path_digest(Path(paths[0]), whole_state="--state" in argv)
+    print(json.dumps({"path": paths[0], "digest": found}) if "--json" in argv else found)
+    return ExitCode.DONE
+
+
+def _stacks(argv: Sequence[str]) -> int:
+    from samestep.launcher.live import stacks_of_run
+
+    if len(argv) == 1 and argv[0] in ("--help", "-h"):
+        print(HELP, end="")
+        return ExitCode.DONE
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UsageError(
+            f"stacks is expected to be followed by one run directory, but got {len(argv)} words",
+            "samestep stacks RUN_DIR",
+        )
+    print(stacks_of_run(Path(argv[0])), end="")
+    return ExitCode.DONE
+
+
+def _watch(argv: Sequence[str]) -> int:
+    from samestep.launcher.view.command import command
+
+    return command(argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    from samestep.launcher.report.command import command
+
+    print(command(argv))
     return ExitCode.DONE

@@ -47,6 +47,14 @@ class LaunchConfig:
     no_warm: Annotated[
         bool, Option("Start each rank as a program of its own, not as a fork that has torch imported", negative="")
     ] = False
+    hang_timeout: Annotated[
+        str,
+        Option(
+            "How long a rank of a recipe may stand still: auto (10 times the longest before, but 5 s in steps, 30 s in "
+            "evaluations and saves, 10 min in what has not happened before), off, or a number to replace those floors",
+            "seconds",
+        ),
+    ] = "auto"
     log_dir: Annotated[str | None, Option("Folder for rank-N.log files instead of RUN_DIR/logs", "path")] = None
     redirects: Annotated[
         str,
@@ -99,6 +107,7 @@ class LaunchConfig:
     dry_run: Annotated[
         bool, Option("Print the commands and their environment, start and create nothing", negative="")
     ] = False
+    no_report: Annotated[bool, Option("Do not write RUN_DIR/report.html at the end", negative="")] = False
     quiet: Annotated[bool, Option("Show errors only", negative="")] = False
     json: Annotated[bool, Option("End with one line of JSON on stdout", negative="")] = False
 
@@ -122,6 +131,7 @@ class LaunchConfig:
             raise _refused(
                 "--shutdown-timeout", "at least 0 seconds", self.shutdown_timeout, "leave it out for 5 seconds"
             )
+        _check_hang_timeout(self.hang_timeout)
         streams("--redirects", self.redirects, 0)
         streams("--tee", self.tee, 0)
         shown_ranks(self.local_ranks_filter)
@@ -134,6 +144,17 @@ def _check_count(text: str) -> None:
         f"--nproc-per-node is expected to be at least 1, or auto, gpu or cpu, but is {text!r}",
         "samestep run --nproc-per-node 2 recipe.py",
     )
+
+
+def _check_hang_timeout(text: str) -> None:
+    if text in ("auto", "off"):
+        return
+    try:
+        if 0 < float(text) < float("inf"):
+            return
+    except ValueError:
+        pass
+    raise _refused("--hang-timeout", "auto, off or more than 0 seconds", repr(text), "leave it out for auto")
 
 
 def _check_one_node(config: LaunchConfig) -> None:

@@ -62,6 +62,8 @@ ENV_RUN_DIR = "SAMESTEP_RUN_DIR"
 ENV_GENERATION = "SAMESTEP_GENERATION"  # counts the starts of one run, from 0
 ENV_STORE_FD = "SAMESTEP_STORE_FD"  # rank zero only: listening loopback socket for the TCPStore
 ENV_STORE_PORT = "SAMESTEP_STORE_PORT"
+ENV_HEARTBEAT_FD = "SAMESTEP_HEARTBEAT_FD"  # shared memory in which a recipe's ranks say where they are
+HANDED_DOWN = (ENV_STORE_FD, ENV_HEARTBEAT_FD)  # descriptors, whose numbers a fork changes
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
 
@@ -170,6 +172,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def report(self) -> Path:
+        """Page made by `samestep report`."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """Committed checkpoints and nothing else that `step-*` matches."""
         return self.path / "checkpoints"
@@ -186,6 +193,10 @@ class RunDir:
     def error(self, rank: int) -> Path:
         """ErrorRecord of one rank's newest failure."""
         return self.errors / f"rank-{rank}.json"
+
+    def stacks(self, generation: int) -> Path:
+        """Stacks of all ranks, taken when one of them hung."""
+        return self.errors / f"stacks-{generation}.txt"
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint taken after `step` optimizer steps."""
@@ -213,7 +224,7 @@ class ErrorRecord:
     pid: int
     generation: int
     step: int  # optimizer steps completed
-    phase: str  # joining, build, data, forward, backward, sync, optimizer, evaluation, checkpoint, closing
+    phase: str  # joining, build, loading, data, forward, backward, sync, optimizer, evaluation, checkpoint, closing
     kind: str  # exception class name
     message: str
     frame: str  # user frame, "file:line in function"
@@ -282,6 +293,8 @@ class Step(TypedDict):
     samples_per_s: float
     seconds: dict[str, Spread]  # data, forward, backward, sync, optimizer
     extra: NotRequired[dict[str, float]]
+    rank_seconds: NotRequired[dict[str, list[float]]]  # at log intervals: mean of a phase since the last one, by rank
+    memory: NotRequired[dict[str, list[int]]]  # at log intervals: peak bytes on host and device, by rank
 
 
 class Epoch(TypedDict):

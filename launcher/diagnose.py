@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from samestep.launcher.contract import EXIT_MEANING, ErrorRecord, ExitCode
-from samestep.launcher.supervise.outcome import RankEnd
+from samestep.launcher.heartbeat import IN_STEP
+from samestep.launcher.supervise.outcome import Hang, RankEnd
 from samestep.launcher.traceback_text import Said, crash_frame, last_exception, tells_of_another_rank
 
 _SIGNAL_HINTS = {
@@ -74,6 +75,25 @@ def diagnose(ranks: Sequence[Evidence]) -> Failure | None:
         others_stopped=sum(item.end.returncode != 0 for item in ranks) - 1,
         hint=record.hint if record and record.hint else _hint(culprit, said),
         told=_is_told(ranks),
+    )
+
+
+def hung(hang: Hang, log: str, world_size: int) -> Failure:
+    """The failure that a hang is."""
+    what = "a whole step" if hang.phase in IN_STEP else "it"
+    usual = f" ({what} took at most {hang.usual:.2g} s before)" if hang.usual else ""
+    how = f": {hang.how}" if hang.how else ""
+    place = f" at {hang.frame}" if hang.frame else ""
+    return Failure(
+        rank=hang.rank,
+        cause=f"hang: {hang.seconds:.0f} s in {hang.phase or 'no phase of training'}{place}{usual}{how}",
+        exit_code=ExitCode.FAILED,
+        log=log,
+        frame=hang.frame,
+        step=hang.step,
+        phase=hang.phase,
+        others_stopped=world_size - 1,
+        hint=f"stacks of all ranks: {hang.stacks}" if hang.stacks else "",
     )
 
 
@@ -180,7 +200,7 @@ def _is_told(ranks: Sequence[Evidence]) -> bool:
 
 def describe(failure: Failure, exit_code: int) -> list[str]:
     """The block that ends a failed run, culprit first."""
-    place = f"at {failure.frame}" if failure.frame else ""
+    place = f"at {failure.frame}" if failure.frame and failure.frame not in failure.cause else ""
     step = f"step {failure.step}" if failure.step is not None else ""
     phase = f"phase {failure.phase}" if failure.phase else ""
     where = ", ".join(part for part in (place, step, phase) if part)

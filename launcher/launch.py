@@ -12,14 +12,16 @@ from samestep.launcher import evidence, host, manifest, meeting, recipe_file, ru
 from samestep.launcher.argv import Recipe
 from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
-from samestep.launcher.diagnose import Failure, describe, diagnose, is_consequence
+from samestep.launcher.diagnose import Failure, describe, diagnose, hung, is_consequence
 from samestep.launcher.lock import RunLock
 from samestep.launcher.plan import Command, Facts, fork_server_environment, plan, render
 from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console
+from samestep.launcher.supervise.hang_watch import HangWatch, NoWatch, Watch
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.signals import SignalSocket
 from samestep.launcher.supervise.supervisor import Supervisor
+from samestep.launcher.supervise.watchdog import Patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,24 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     directory, lock = run_dir.own(path)
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
-    console = Console()
-    with SignalSocket() as signals:
-        supervisor = Supervisor(config, directory, console, signals)
-        try:
-            return _generations(_Run(config, recipe, directory, environ, supervisor, console, lock), facts)
-        finally:
-            supervisor.close()
-            console.close()
-            lock.release()
+    console = Console(stdout=sys.stderr.fileno() if config.json else None)  # stdout then holds the answer alone
+    patience = Patience.of(config.hang_timeout) if facts.resumes else None
+    watch: Watch = HangWatch(patience, facts.world_size, directory) if patience else NoWatch()
+    facts = replace(facts, heartbeat_fd=watch.fd)
+    try:
+        with SignalSocket() as signals:
+            supervisor = Supervisor(config, directory, console, signals, watch)
+            try:
+                result = _generations(_Run(config, recipe, directory, environ, supervisor, console, lock), facts)
+            finally:
+                supervisor.close()
+                watch.close()
+                console.close()
+        if facts.resumes and result.exit_code == ExitCode.DONE and not config.no_report:
+            _report(directory, console)
+        return result
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +117,7 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
         if facts.forks:
             run.supervisor.prepare_forks(facts.python, fork_server_environment(facts))
         commands, ended = _one_generation(run, facts)
-        failure = diagnose(evidence.gather(ended, commands, run.directory)) if ended.stopped_by is None else None
+        failure = _failure(run, commands, ended)
         memory = memory.after(_committed(run.directory), _signature(failure))
         final = ended.interrupted or (failure is not None and policy.never_began(failure.cause, failure.phase))
         verdict = policy.decide(
@@ -133,6 +144,21 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
         return LaunchResult(verdict.exit_code, run.directory.path, number, failure)
 
 
+def _failure(run: _Run, commands: tuple[Command, ...], ended: Generation) -> Failure | None:
+    if ended.hang is not None:
+        return hung(ended.hang, str(commands[ended.hang.rank].log), len(commands))
+    return diagnose(evidence.gather(ended, commands, run.directory)) if ended.stopped_by is None else None
+
+
+def _report(directory: RunDir, console: Console) -> None:
+    """Leave the page of a run; without one, it is done all the same."""
+    from samestep.launcher.report.command import at_the_end
+
+    problem = at_the_end(directory)
+    if problem:
+        console.say(f"samestep: no report: {problem}")
+
+
 def _committed(directory: RunDir) -> int:
     newest = manifest.committed(directory.checkpoints)
     return manifest.step_of(newest[0]) if newest else -1
@@ -147,8 +173,8 @@ def _signature(failure: Failure | None) -> tuple[object, ...] | None:
 def _tell_restart(run: _Run, facts: Facts, failure: Failure, memory: policy.Memory, delay: float) -> None:
     evidence.note_failure(failure, failure.exit_code, run.directory)
     run.console.say(
-        f"samestep: rank {failure.rank} failed: {failure.cause}; restart {memory.fruitless} of {facts.max_restarts}"
-        + (f" in {delay:g} s" if delay else "")
+        f"samestep: rank {failure.rank} failed: {failure.cause}"
+        f"; restart {memory.fruitless} of {facts.max_restarts}" + (f" in {delay:g} s" if delay else "")
     )
 
 

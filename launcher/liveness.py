@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PTRACER = 0x59616D61  # of the Yama security module; without it the kernel says no, and nobody minds
 prctl: Callable[..., int] | None = None
 if sys.platform == "linux":
     with contextlib.suppress(OSError, AttributeError):
@@ -38,6 +39,7 @@ def die_with(parent: int, pipe: int) -> None:
     """
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(_PR_SET_PTRACER, parent, 0, 0, 0)  # what it starts may read our stacks, where only a debugger's child may
     if hasattr(fcntl, "F_SETSIG"):
         own = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK)
         os.dup2(own, pipe, inheritable=True)

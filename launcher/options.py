@@ -18,8 +18,12 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import cyclopts
 from cyclopts import Parameter
 
+from samestep.launcher import provenance
 from samestep.launcher.contract import UsageError
 
+HELP = ("--help", "-h")
+PRINT_CONFIG = "--print-config"
+_OWN = cyclopts.Group("Options of this recipe alone", sort_key=0)
 Config = TypeVar("Config")
 
 
@@ -43,33 +47,67 @@ def load(
 
     Raises:
         UsageError: an unknown option (names the nearest), a value of the wrong type, or one the dataclass refuses.
-        SystemExit: `--help` was asked for and has been printed.
+        SystemExit: `--help` or `--print-config` was asked for and has been printed to stdout.
     """
     tokens = _dashed(argv)
-    chain: list[Any] = [cyclopts.config.Dict(_from_environ(config_type, environ, prefixes), source="environment")]
+    given = _from_environ(config_type, environ, prefixes)
+    layers: list[tuple[str, dict[str, Any]]] = [("environment", given)]
     path = _config_path(tokens, environ, prefixes) if "config" in _names(config_type) else None
     if path is not None:
-        chain.append(cyclopts.config.Dict(_from_toml(config_type, path), source=str(path)))
+        layers.append((str(path), _from_toml(config_type, path)))
     if defaults:
-        chain.append(cyclopts.config.Dict(dict(defaults), source="launcher"))
+        layers.append(("launcher", dict(defaults)))
+    chain = [cyclopts.config.Dict(values, source=source) for source, values in layers]
+    tokens, word = question(tokens)
     _refuse_fractions(config_type, tokens, chain)
-
-    app = cyclopts.App(
-        name=program,
-        help_format="plaintext",
-        config=chain,
-        version_flags=[],
-        result_action="return_value",
-    )
-    app.default(_command(config_type))
-    if any(token in ("--help", "-h") for token in tokens):
+    app = _app(config_type, program, chain)
+    if word in HELP:
         app.help_print([])
         raise SystemExit(0)
     try:
         _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         raise _as_usage_error(error, program, prefixes[0]) from error
-    return config_type(**bound.arguments)
+    config = config_type(**bound.arguments)
+    if word == PRINT_CONFIG:
+        origin = provenance.sources(spellings(config_type), tokens, layers)
+        values = {name: getattr(config, name.replace("-", "_")) for name in origin}
+        print(provenance.render(values, origin, f"options of {program}", readable="config" in values))
+        raise SystemExit(0)
+    return config
+
+
+def question(tokens: Sequence[str]) -> tuple[list[str], str]:
+    """The tokens without --help, -h and --print-config, and which of these was among them, if any."""
+    end = tokens.index("--") if "--" in tokens else len(tokens)
+    found = [word for word in map(_dash, tokens[:end]) if word in (*HELP, PRINT_CONFIG)]
+    asked = next((word for word in HELP if word in found), found[0] if found else "")
+    return [token for i, token in enumerate(tokens) if i >= end or _dash(token) not in found], asked
+
+
+def _app(config_type: type[Any], program: str, chain: Sequence[Any]) -> cyclopts.App:
+    app = cyclopts.App(
+        name=program,
+        help_format="plaintext",
+        config=chain,
+        help_flags=[],
+        help_epilogue="--help shows this page; --print-config shows every value and where it came from.",
+        version_flags=[],
+        result_action="return_value",
+    )
+    app.default(command(config_type))
+    return app
+
+
+def spellings(config_type: type[Any]) -> dict[str, list[str]]:
+    """Every flag that sets an option, by the option's name with dashes; `--no-x` of a switch is one of them."""
+    hints, found = _hints(config_type), {}
+    for name in _names(config_type):
+        dashed = name.replace("_", "-")
+        parameter = next((m for m in getattr(hints[name], "__metadata__", ()) if isinstance(m, Parameter)), None)
+        given = (parameter.name if parameter else None) or (f"--{dashed}",)
+        found[dashed] = [*given, *([f"--no-{dashed}"] if bool in (get_args(hints[name]) or (hints[name],)) else [])]
+    return found
 
 
 def table(config_type: type[Any], prefix: str = "SAMESTEP_") -> list[tuple[str, str, str, str]]:
@@ -89,10 +127,10 @@ def table(config_type: type[Any], prefix: str = "SAMESTEP_") -> list[tuple[str, 
     return rows
 
 
-def _command(config_type: type[Any]) -> Callable[..., Any]:
-    """A function with one keyword a field, which is what cyclopts reads."""
-    hints = _hints(config_type)
-    parameters = []
+def command(config_type: type[Any], *operands: inspect.Parameter) -> Callable[..., Any]:
+    """A function with one keyword a field, after `operands`, which is what cyclopts reads."""
+    hints, own = _hints(config_type), _own_names(config_type)
+    parameters = list(operands)
     for field in dataclasses.fields(config_type):
         if not field.init:
             continue
@@ -102,15 +140,24 @@ def _command(config_type: type[Any]) -> Callable[..., Any]:
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=hints[field.name]))
+        hint = Annotated[(hints[field.name], Parameter(group=_OWN))] if field.name in own else hints[field.name]
+        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=hint))
 
-    def command(**values: Any) -> Any:
+    def call(**values: Any) -> Any:
         return config_type(**values)
 
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = None
-    return command
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    call.__doc__ = None
+    return call
+
+
+def _own_names(config_type: type[Any]) -> set[str]:
+    """Options that a subclass added to those of the class that it is derived from."""
+    names = [
+        set(inspect.get_annotations(cls)) for cls in reversed(config_type.__mro__) if dataclasses.is_dataclass(cls)
+    ]
+    return set().union(*names) - names[0]
 
 
 def _hints(config_type: type[Any]) -> dict[str, Any]:
@@ -149,9 +196,13 @@ def _dashed(argv: Sequence[str]) -> list[str]:
     for position, token in enumerate(argv):
         if token == "--":
             return result + list(argv[position:])
-        flag, equals, value = token.partition("=")
-        result.append(flag.replace("_", "-") + equals + value if flag.startswith("--") else token)
+        result.append(_dash(token))
     return result
+
+
+def _dash(token: str) -> str:
+    flag, equals, value = token.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else token
 
 
 def _from_environ(config_type: type[Any], environ: Mapping[str, str], prefixes: Sequence[str]) -> dict[str, Any]:

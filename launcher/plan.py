@@ -18,10 +18,12 @@ from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import (
     ENV_FENCE,
     ENV_GENERATION,
+    ENV_HEARTBEAT_FD,
     ENV_LAUNCHED,
     ENV_RUN_DIR,
     ENV_STORE_FD,
     ENV_STORE_PORT,
+    HANDED_DOWN,
     RunDir,
 )
 
@@ -56,6 +58,7 @@ class Facts:
     environ: Mapping[str, str] = field(default_factory=dict)
     resumes: bool = False  # a recipe of ours, which goes on where it was
     forks: bool = False  # ranks come from a fork server
+    heartbeat_fd: int = -1  # of a recipe's ranks
     max_restarts: int = 0
 
 
@@ -102,6 +105,8 @@ def _command(
         env[ENV_STORE_PORT] = str(meeting.store_port)
     if has_store_socket:
         env[ENV_STORE_FD] = str(meeting.store_fd)
+    if facts.heartbeat_fd >= 0:
+        env[ENV_HEARTBEAT_FD] = str(facts.heartbeat_fd)
     if config.cpu:
         env["ACCELERATE_USE_CPU"] = "true"
     if config.virtual_local_rank:
@@ -115,10 +120,10 @@ def _command(
         local_rank=rank,
         argv=_argv(mine, facts.python),
         env=env,
-        unset=tuple(name for name in (ENV_STORE_FD, ENV_STORE_PORT) if name not in env),
+        unset=tuple(name for name in (*HANDED_DOWN, ENV_STORE_PORT) if name not in env),
         log=logs / f"rank-{rank}.log",
         elastic_error=elastic_error,
-        pass_fds=(meeting.store_fd,) if has_store_socket else (),
+        pass_fds=tuple(int(env[name]) for name in HANDED_DOWN if name in env),
         signal_group=recipe.kind is Kind.COMMAND,
         recipe=mine if facts.forks else None,
     )

@@ -1,4 +1,4 @@
-"""Make the run directory ready: private, and without the error records of earlier runs."""
+"""Make the run directory ready: private, and without the error records and stacks of earlier runs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def own(path: Path) -> tuple[RunDir, RunLock]:
         run_dir.logs.mkdir(exist_ok=True)
         run_dir.errors.mkdir(exist_ok=True)
         lock = RunLock(run_dir)
-        for stale in run_dir.errors.glob("rank-*.json"):
-            stale.unlink()
+        for pattern in ("rank-*.json", "stacks-*.txt"):
+            for stale in run_dir.errors.glob(pattern):
+                stale.unlink()
     except OSError as error:
         raise _unusable(path, (error.strerror or str(error)).lower()) from None
     return run_dir, lock

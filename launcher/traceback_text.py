@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 _RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch's own excepthook
 _FRAME = re.compile(r'^\s+File "(?P<file>.+?)", line (?P<line>\d+),? in (?P<name>.+)$')
 _EXCEPTION = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(: (?P<message>.*))?$")
+_OURS = tuple(str(Path(__file__).resolve().parent.parent / package) + os.sep for package in ("launcher", "train"))
 _NOT_A_CAUSE = frozenset({"SystemExit", "KeyboardInterrupt", "SignalException"})
 
 # What a rank says when another one has gone away, or when the group never came together.
@@ -74,6 +77,16 @@ def _described(match: re.Match[str]) -> tuple[str, str]:
 def _users(innermost_first: Sequence[tuple[str, str]]) -> str:
     own = [text for file, text in innermost_first if not _is_library(file)]
     return own[0] if own else (innermost_first[0][1] if innermost_first else "")
+
+
+def is_ours(file: str) -> bool:
+    """Whether a file is samestep's own."""
+    return file.startswith(_OURS)
+
+
+def is_users(file: str) -> bool:
+    """Whether a file is neither a library's nor samestep's own."""
+    return not _is_library(file) and not is_ours(file)
 
 
 def _is_library(file: str) -> bool:

@@ -32,6 +32,7 @@ class VerifyConfig:
     steps: Annotated[int, Option("optimizer steps of each run", "steps")] = 24
     shards: Annotated[int | None, Option("logical shards; default: the largest of the world sizes", "shards")] = None
     keep: Annotated[Path | None, Option("keep the run directories here", "folder")] = None
+    quiet: Annotated[bool, Option("do not tell which run goes on")] = False
     json: Annotated[bool, Option("print the rows as JSON instead of a table")] = False
 
     def __post_init__(self) -> None:
@@ -93,7 +94,7 @@ def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say
         shards = config.shards or max(size for row in rows for size, _ in row.legs)
         results = []
         for row in rows:
-            if not config.json:
+            if not (config.json or config.quiet):
                 print(f"ranks {row.name}: {config.steps} steps ...", file=sys.stderr, flush=True)
             status = _run_row(row, recipe, shards, environ)
             if status:
@@ -112,8 +113,8 @@ def _run_row(row: Row, recipe: Recipe, shards: int, environ: Mapping[str, str]) 
     """Start each leg through the public command; a failure is shown and ends everything."""
     form = {"module": ["-m"], "command": ["--no-python"]}.get(recipe.kind.value, [])
     for world_size, last_step in row.legs:
-        command = [sys.executable, "-m", "samestep.launcher", "run", "--quiet", "--nproc-per-node", str(world_size)]
-        command += [*form, recipe.target, *recipe.arguments]
+        command = [sys.executable, "-m", "samestep.launcher", "run", "--quiet", "--no-report"]
+        command += ["--nproc-per-node", str(world_size), *form, recipe.target, *recipe.arguments]
         command += ["--shards", str(shards), "--max-steps", str(last_step), "--run-dir", str(row.run_dir.path)]
         command += ["--resume", "auto"]
         done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, check=False)

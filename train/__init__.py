@@ -4,5 +4,15 @@ from samestep.train.config import TrainConfig
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.entry import Result, train
 from samestep.train.recipe import Components, Weighted, supervised
+from samestep.train.state_metrics import StateMetric
 
-__all__ = ["Components", "Result", "SameOrderSampler", "TrainConfig", "Weighted", "supervised", "train"]
+__all__ = [
+    "Components",
+    "Result",
+    "SameOrderSampler",
+    "StateMetric",
+    "TrainConfig",
+    "Weighted",
+    "supervised",
+    "train",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,16 +13,20 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.heartbeat import NoPulse, Pulse
 from samestep.train.checks import check_shard_size
-from samestep.train.config import TrainConfig
+from samestep.train.config import TrainConfig, plain
 from samestep.train.data.loader import build_loader
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.evaluate import Evaluator
 from samestep.train.loop import Run
+from samestep.train.observe.guards.check import Subject
+from samestep.train.observe.guards.watch import Guards, guards_for
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
+from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.buffers import BufferCombiner
 from samestep.train.parallel.exchange import BackendExchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -32,6 +36,7 @@ from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.recipe import Components
 from samestep.train.state.saver import Saver, Schedule, WritingSaver
 from samestep.train.state.train_state import TrainState
+from samestep.train.state_metrics import StateMetric, StateMetrics
 from samestep.train.step import OptimizerStep
 
 
@@ -45,6 +50,7 @@ class Setting:
     shards: int
     generation: int
     facts: dict[str, Any]  # kept in every checkpoint, compared at resume and over the ranks
+    pulse: Pulse = field(default_factory=NoPulse)  # tells the launcher the phase inside a step
     fence: int | None = None  # generation of the run directory's lock that may publish checkpoints
 
     @property
@@ -67,6 +73,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
+    guards = _guards(components, setting, reporter)
     schedule = Schedule(config.checkpoint_every, config.checkpoint_seconds, group, device)
     writer = WritingSaver(schedule, setting.run_dir, setting.generation, config.keep_checkpoints, setting.fence)
     return Run(
@@ -75,12 +82,13 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
         state=TrainState(components, scaler, ema, setting.facts),
         loader=_loader(components.train_data, sampler, components, setting),
         sampler=sampler,
-        step=_step(components, setting, autocast, scaler, ema, reporter),
+        step=_step(replace(components, loss=guards.loss(components.loss)), setting, autocast, scaler, ema, reporter),
         ledger=Ledger(group, device, setting.shards, fingerprint),
-        evaluator=_evaluator(components, setting, autocast),
+        evaluator=_evaluator(components, setting, autocast, guards),
         evaluated_model=components.model if ema is None else ema.module,
         saver=writer if group.rank == 0 else Saver(schedule),
         reporter=reporter,
+        guards=guards,
         progress=progress,
     )
 
@@ -94,6 +102,7 @@ def _step(
     reporter: Reporter,
 ) -> OptimizerStep:
     config, group, device, shards = setting.config, setting.member.group, setting.device, setting.shards
+    clock = (CudaClock if device.type == "cuda" else HostClock)(time.perf_counter, setting.pulse.enter)
     exchange_type = TreeExchange if config.reduction == "exact" else BackendExchange
     exchange = exchange_type(group.rank, group.world_size, shards)
     reducer = GradientReducer(
@@ -105,6 +114,7 @@ def _step(
         components.find_unused_parameters,
         compression_hook(config.comm_hook, device) if group.world_size > 1 else None,
     )
+    reducer.enter = clock.enter
     return OptimizerStep(
         components=components,
         seed=config.seed,
@@ -115,15 +125,16 @@ def _step(
         reducer=reducer,
         buffers=BufferCombiner(components.model, group, exchange, shards),
         tally=StepTally(group, shards, device),
-        clock=CudaClock(time.perf_counter) if device.type == "cuda" else HostClock(time.perf_counter),
+        clock=clock,
         ema=ema,
         warn=reporter.warning,
     )
 
 
 def _evaluator(
-    components: Components, setting: Setting, autocast: contextlib.AbstractContextManager[None]
+    components: Components, setting: Setting, autocast: contextlib.AbstractContextManager[None], guards: Guards
 ) -> Evaluator | None:
+    kept = {name: StateMetric.of(function) for name, function in components.metrics.items()}
     functions = {"loss": components.loss, **components.metrics}
     best = setting.config.best
     if best is not None and (components.eval_data is None or best.partition(":")[2] not in functions):
@@ -133,7 +144,19 @@ def _evaluator(
         return None
     sampler = _sampler(components.eval_data, setting, shuffle=False)
     loader = _loader(components.eval_data, sampler, components, setting)
-    return Evaluator(functions, loader, sampler, setting.member.group, setting.device, setting.config.seed, autocast)
+    group, device = setting.member.group, setting.device
+    states = StateMetrics({name: metric for name, metric in kept.items() if metric is not None}, group, device)
+    watched = {name: guards.metric(name, function) for name, function in functions.items() if kept.get(name) is None}
+    return Evaluator(
+        watched, states, loader, sampler, group, device, setting.config.seed, autocast, setting.pulse.enter
+    )
+
+
+def _guards(components: Components, setting: Setting, reporter: Reporter) -> Guards:
+    subject = Subject(components.model, components.optimizer, components.scheduler, components.scheduler_interval)
+    return guards_for(
+        setting.config.check, subject, setting.member.group, setting.shards, setting.device, reporter.warning
+    )
 
 
 def _ema(components: Components) -> AveragedModel | None:
@@ -173,12 +196,15 @@ def _reporter(setting: Setting, sampler: SameOrderSampler) -> Reporter:
     config = setting.config
     per_epoch = -(-sampler.samples // config.global_batch_size)
     total = per_epoch * config.epochs
-    return RankZeroReporter(
+    reporter = RankZeroReporter(
         log=EventLog(setting.run_dir.events, time.time),
         epochs=config.epochs,
         steps_per_epoch=per_epoch,
         total_steps=total if config.max_steps is None else min(total, config.max_steps),
         log_every=config.log_every,
+    )
+    return tracked(
+        reporter, wanted(config.trackers), setting.run_dir.path, plain(config), (per_epoch, config.log_every)
     )
 
 

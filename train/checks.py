@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from samestep.launcher.contract import UsageError
+from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.loader import require_map_style
 from samestep.train.parallel.shards import smallest_shard
 from samestep.train.recipe import Components
@@ -60,6 +63,21 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
         raise UsageError(
             "the optimizer is expected to hold a trainable parameter of the model, but holds none",
             "make the optimizer from model.parameters()",
+        )
+
+
+def check_samples_repeat(dataset: Any, seed: int, seen: str) -> None:
+    """Read a few samples again; `seen` is the dataset's fingerprint from the first time.
+
+    Raises:
+        UsageError: a sample has other content now.
+    """
+    if dataset_fingerprint(dataset, seed) != seen:
+        raise UsageError(
+            f"a sample of train_data is expected to be the same each time it is read, but "
+            f"{type(dataset).__name__} gave another one",
+            "__getitem__(index) has to depend on index alone, and to draw from torch's, numpy's or Python's global "
+            "random numbers, which are seeded for each sample; --check never goes on without this look",
         )
 
 

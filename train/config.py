@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from samestep.launcher.contract import UsageError
 from samestep.launcher.options import Option
@@ -58,6 +58,13 @@ class TrainConfig:
     run_dir: Annotated[Path | None, Option("where everything of the run is kept; default: runs/<recipe>", "folder")] = (
         None
     )
+    trackers: Annotated[
+        str, Option("curves for other tools: tensorboard, wandb, mlflow or whatever accelerate knows, by commas")
+    ] = ""
+    check: Annotated[
+        Literal["first", "always", "never"],
+        Option("look for state that leaks between steps or ranks: in the first 3 steps of each start, or in all"),
+    ] = "first"
     allow_nondeterministic: Annotated[
         bool, Option("go on where torch has no deterministic kernel; outside the bit promises")
     ] = False
@@ -94,3 +101,9 @@ class TrainConfig:
             raise UsageError(f"--best is expected to be max:METRIC or min:METRIC, but is {self.best}")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed is expected to be at least 0 and below 2**63, but is {self.seed}")
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The options as JSON values."""
+    values = asdict(config)
+    return {n: v if isinstance(v, bool | int | float | str | list | dict | None) else str(v) for n, v in values.items()}

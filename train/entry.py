@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,14 +22,17 @@ from samestep.launcher.contract import (
     WorkerEnv,
     default_run_dir,
 )
+from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
+from samestep.launcher.stack_signal import tell_stacks_when_asked
 from samestep.train import environment, leave, start
 from samestep.train.assemble import Setting, assemble
-from samestep.train.checks import check_components
+from samestep.train.checks import check_components, check_samples_repeat
 from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run, run_to_the_end
+from samestep.train.observe import trackers
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
@@ -60,9 +65,11 @@ class _Progress:
     step: int = 0
     phase: str = "joining"
     clock: PhaseClock | None = None  # knows the phase inside a step
+    pulse: Pulse = field(default_factory=NoPulse)
 
     def __call__(self, step: int, phase: str) -> None:
         self.step, self.phase = step, phase
+        self.pulse.at(step, phase)
 
     @property
     def exact_phase(self) -> str:
@@ -92,7 +99,11 @@ def train(
     generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
         env = WorkerEnv.from_environ(os.environ)
-        config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
+        progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
+        progress(0, "joining")
+        tell_stacks_when_asked()
+        with contextlib.redirect_stdout(sys.stdout if env.rank == 0 else io.StringIO()):  # one answer to --help
+            config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():
             return _train(build, config, env, run_dir, generation, progress)
@@ -111,6 +122,8 @@ def train(
             print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
         raise
+    finally:
+        progress.pulse.at(progress.step, "")
 
 
 def _train(
@@ -122,6 +135,7 @@ def _train(
     progress: _Progress,
 ) -> Result:
     # --- join
+    trackers.wanted(config.trackers)  # what is not installed is said before anything is done
     start.make(run_dir)
     stored = start.stored_config(run_dir, config.resume)
     shards = start.choose_shards(config, stored, env.world_size)
@@ -130,6 +144,7 @@ def _train(
     member = join(env, pick_device(config.device, env))
     environment.pin(threads, config.allow_nondeterministic)  # joining may have set the thread count
     leave.end_hard(member)
+    progress.pulse.count_by(member.group.collectives)
     with start.owned(run_dir, member) as fence:
         return _train_joined(build, _Joined(config, member, run_dir, shards, generation, fence, stored), progress)
 
@@ -165,7 +180,9 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         "dataset": dataset_fingerprint(components.train_data, config.seed),
         **environment.record(member.device),
     }
-    setting = Setting(config, member, run_dir, shards, joined.generation, facts, joined.fence)
+    if config.check != "never":
+        check_samples_repeat(components.train_data, config.seed, facts["dataset"])
+    setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence)
     run = assemble(components, setting, progress)
     progress.clock = run.step.clock
     leave.end_hard(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from samestep.train.observe.tally import scalar
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import owned_span
 from samestep.train.recipe import Loss, weigh
+from samestep.train.state_metrics import StateMetrics
 
 
 @contextmanager
@@ -38,29 +39,35 @@ class Evaluator:
     """Averages the loss and the metrics over a dataset. Calling it is a collective."""
 
     functions: dict[str, Loss]
+    state_metrics: StateMetrics
     loader: DataLoader[Any]
     sampler: SameOrderSampler
     group: Group
     device: torch.device
     seed: int
     autocast: AbstractContextManager[None]
+    tell: Callable[[str], None]  # a sign of life for each batch
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """One value a function, in float64: sum of totals over sum of weights, in the dataset's order."""
         rows: list[Tensor] = []
+        self.state_metrics.begin()
         with evaluation_mode(model):
             batches = iter(self.loader)
-            for plan in self.sampler.plans():
+            for number, plan in enumerate(self.sampler.plans()):
                 for shard in plan.present(self.sampler.owned):
+                    self.tell("evaluation")
                     batch = send_to_device(next(batches), self.device, non_blocking=True)
                     seed_evaluation(self.seed, plan.step, shard)
                     rows.append(self._row(model, batch, plan.size(shard)))
+                    with self.autocast:
+                        self.state_metrics.add(model, batch, number * self.sampler.shards + shard)
         sums = self._in_order(rows).cumsum(0)[-1].tolist()
         values = {}
         for index, name in enumerate(self.functions):
             total, weight = sums[2 * index : 2 * index + 2]
             values[name] = total / weight if weight else float("nan")
-        return values
+        return values | self.state_metrics.values()
 
     def _row(self, model: nn.Module, batch: Any, samples: int) -> Tensor:
         values = []

@@ -23,11 +23,10 @@ import torch._dynamo
 import torch._inductor.config  # deterministic mode imports it
 
 import samestep.train.entry  # noqa: F401 (all that a recipe needs)
-from samestep.launcher.contract import ENV_STORE_FD
 from samestep.launcher.liveness import die_with
 from samestep.train.as_main import run_and_leave
 
-_MOST_FDS = 4
+_MOST_FDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ def _fork_again() -> int:
 
 def _become(rank: _Rank) -> None:
     """Descriptors, environment and settings of a program that the launcher has started."""
-    job, (out, err, pipe, *store) = rank.job, rank.fds
+    job, (out, err, pipe, *handed_down) = rank.job, rank.fds
     os.setsid()
     die_with(job["launcher"], pipe)
     for fd, standard in ((out, 1), (err, 2)):
@@ -160,8 +159,7 @@ def _become(rank: _Rank) -> None:
         os.close(null)
     os.environ.clear()
     os.environ.update(job["env"])
-    if store:
-        os.environ[ENV_STORE_FD] = str(store[0])
+    os.environ.update(zip(job["fds"], map(str, handed_down), strict=True))
     torch.set_num_threads(_default_threads())
     np.random.seed()  # every process begins with another state, unless it is forked
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from samestep.train.config import TrainConfig
 from samestep.train.data.sampler import SameOrderSampler, epoch_plans
 from samestep.train.evaluate import Evaluator
+from samestep.train.observe.guards.watch import Guards
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.reporter import Reporter
 from samestep.train.recipe import Components
@@ -41,6 +42,7 @@ class Run:
     evaluated_model: nn.Module
     saver: Saver
     reporter: Reporter
+    guards: Guards
     progress: Callable[[int, str], None]  # told step and phase, for error records
 
     @property
@@ -63,6 +65,7 @@ def run_to_the_end(run: Run) -> None:
 
 def _rest_of_epoch(run: Run) -> None:
     config, state = run.config, run.state
+    run.progress(state.step, "loading")
     batches = iter(run.loader)
     run.components.model.train()
     plans = epoch_plans(
@@ -71,7 +74,9 @@ def _rest_of_epoch(run: Run) -> None:
     for plan in plans:
         # --- one step
         run.progress(plan.step, "step")
+        run.guards.before_step(plan)
         rows = run.step(plan, batches)
+        run.guards.after_step(plan)
         run.ledger.add(plan, rows, run.step.clock.take())
         state.advance(plan)
 
@@ -95,6 +100,8 @@ def _report(run: Run) -> None:
     records = run.ledger.flush(run.step.tally.extras or [])
     run.state.useful_seconds += sum(record.wall_seconds for record in records)
     run.reporter.steps(records)
+    if slow := run.ledger.slow_rank:
+        run.reporter.warning(str(slow), rank=slow.rank, phase=slow.phase)
 
 
 def _evaluation_due(run: Run, epoch_done: bool) -> bool:

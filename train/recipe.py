@@ -68,7 +68,8 @@ class Components:
         scheduler_interval: when `scheduler.step()` is called: after each optimizer step or each epoch.
             ReduceLROnPlateau is always stepped after an evaluation, with `plateau_metric`.
         plateau_metric: "loss" or a name of `metrics`.
-        metrics: name -> function of (model, batch) with the loss's return forms, averaged over `eval_data`.
+        metrics: name -> function of (model, batch) with the loss's return forms, averaged over `eval_data`; or a
+            torchmetrics metric, updated with `(model(x), y)` (see `StateMetric` for other batches).
         ema: decay of an exponential moving average of the weights, which is then what is evaluated and exported.
         find_unused_parameters: whether some step may leave a parameter without gradient; None: found in the first step.
     """
@@ -82,7 +83,7 @@ class Components:
     scheduler: LRScheduler | None = None
     scheduler_interval: Literal["step", "epoch"] = "step"
     plateau_metric: str = "loss"
-    metrics: Mapping[str, Loss] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     find_unused_parameters: bool | None = None
     ema: float | None = None
 

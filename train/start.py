@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from samestep.launcher import manifest, options
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RankInfo, RunDir, UsageError
 from samestep.launcher.lock import RunLock
 from samestep.train import environment
-from samestep.train.config import TrainConfig
+from samestep.train.config import TrainConfig, plain
 from samestep.train.loop import Run
 from samestep.train.parallel.group import Membership
 from samestep.train.state import checkpoint
@@ -27,7 +27,7 @@ from samestep.train.state import checkpoint
 # Options that may change between two starts of a run without anybody noticing.
 _FREE = frozenset(
     "epochs max_steps log_every eval_every checkpoint_every checkpoint_seconds keep_checkpoints "
-    "resume run_dir num_workers config shards threads weights best".split()
+    "resume run_dir num_workers config shards threads weights best check trackers".split()
 )
 # Events that describe starts and faults, not training: they stay when a resume cuts what is done again.
 _LIFECYCLE = frozenset({"run_started", "restarted", "resumed", "worker_failed", "warning"})
@@ -282,9 +282,3 @@ def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generat
         }
         run_dir.config.write_text(json.dumps(content, indent=1) + "\n")
     run.reporter.started(max(generation, run.state.restarts), shards, ranks)
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The options as JSON values."""
-    values = asdict(config)
-    return {n: v if isinstance(v, bool | int | float | str | list | dict | None) else str(v) for n, v in values.items()}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from samestep.launcher.argv import split_around
+from samestep.launcher.argv import interleaved
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.options import load
 from samestep.launcher.scale.drawing import write
@@ -26,7 +26,7 @@ def plan(argv: Sequence[str], say: Callable[[str], None]) -> int:
     Raises:
         UsageError: a figure is missing that no run directory tells.
     """
-    own, words = split_around(argv, PlanConfig)
+    own, words = interleaved(argv, PlanConfig)
     config = load(PlanConfig, own, {}, program="samestep plan")
     if len(words) > 1:
         raise UsageError(f"plan is expected to be followed by one run directory, but got {' '.join(words)}")

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import select
 import sys
+from collections.abc import Sequence
 
 from samestep.launcher.supervise.events import Stream
 
 _CLEAR = b"\r\x1b[2K"
+_UP = b"\x1b[1A"
 
 
 class Console:
-    """Two byte streams and at most one progress line below them."""
+    """Two byte streams, and below them a display of a few lines that is redrawn."""
 
     def __init__(self, *, stdout: int | None = None, stderr: int | None = None) -> None:
         sys.stdout.flush()
@@ -27,7 +29,8 @@ class Console:
         self._is_terminal = {name: os.isatty(fd) for name, fd in self._fds.items() if fd is not None}
         self._inside_line: dict[Stream, bool] = {"stdout": False, "stderr": False}
         self._cut: dict[Stream, bool] = {"stdout": False, "stderr": False}  # we ended a line that the rank had begun
-        self._bar_shown = False
+        self._display: Sequence[str] = ()
+        self._shown_lines = 0
 
     @property
     def has_bar(self) -> bool:
@@ -43,6 +46,7 @@ class Console:
             self._clear_bar()
             self._put(stream, data)
             self._inside_line[stream] = not data.endswith((b"\n", b"\r"))
+            self._draw()
 
     def write_line(self, stream: Stream, line: bytes) -> None:
         """One line that begins at the left edge."""
@@ -55,21 +59,27 @@ class Console:
         """A message of the launcher."""
         self.write_line("stderr", text.encode(errors="backslashreplace"))
 
-    def show_bar(self, line: str) -> None:
-        """Replace the progress line, unless a rank is in the middle of a line of its own."""
-        if any(self._inside_line.values()):
-            return
-        self._put("stderr", _CLEAR + line.encode(errors="replace"))
-        self._bar_shown = True
+    def show_bar(self, lines: Sequence[str]) -> None:
+        """Replace the display by `lines`, none of which may wrap; it stays below all words until it is replaced."""
+        if lines != self._display or not self._shown_lines:
+            self._clear_bar()
+            self._display = lines
+            self._draw()
 
     def close(self) -> None:
         """Leave the cursor below everything."""
-        self._clear_bar()
+        self.show_bar(())
+
+    def _draw(self) -> None:
+        """Below whole lines only: a rank in the middle of a line goes on where it stopped."""
+        if self._display and not any(self._inside_line.values()):
+            self._put("stderr", _CLEAR + "\n".join(self._display).encode(errors="replace"))
+            self._shown_lines = len(self._display)
 
     def _clear_bar(self) -> None:
-        if self._bar_shown:
-            self._bar_shown = False
-            self._put("stderr", _CLEAR)
+        if self._shown_lines:
+            self._put("stderr", _CLEAR + (_UP + _CLEAR) * (self._shown_lines - 1))
+            self._shown_lines = 0
 
     def _end_line(self, stream: Stream) -> None:
         same_screen = all(self._is_terminal.values())

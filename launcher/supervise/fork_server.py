@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from samestep.launcher.argv import Kind
-from samestep.launcher.contract import ENV_STORE_FD
+from samestep.launcher.contract import HANDED_DOWN
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise.process import Worker, start_in_session
 
@@ -74,17 +74,20 @@ class ForkServer:
         assert recipe is not None
         (out, their_out), (err, their_err) = os.pipe(), os.pipe()
         env = command.environment(environ)
-        store = [int(env[ENV_STORE_FD])] if ENV_STORE_FD in env else []
+        handed_down = [name for name in HANDED_DOWN if name in env]
         request = {
             "target": recipe.target,
             "arguments": recipe.arguments,
             "is_module": recipe.kind is Kind.MODULE,
             "env": env,
+            "fds": handed_down,
             "stdin": command.rank == 0,
             "launcher": os.getpid(),
         }
         try:
-            answer = self._ask(request, [their_out, their_err, self._liveness, *store])
+            answer = self._ask(
+                request, [their_out, their_err, self._liveness, *(int(env[name]) for name in handed_down)]
+            )
         finally:
             os.close(their_out)
             os.close(their_err)

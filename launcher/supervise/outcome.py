@@ -19,6 +19,20 @@ class RankEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class Hang:
+    """A rank that the others wait for, in vain."""
+
+    rank: int
+    step: int  # optimizer steps completed
+    phase: str
+    seconds: float  # since its last sign of life
+    usual: float = 0.0  # seconds of the longest such phase, or step, before; 0.0 where nothing is known
+    frame: str = ""  # of the user where there is one
+    how: str = ""  # what it does meanwhile, where that can be told
+    stacks: str = ""  # file
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """What is known once all ranks have ended, in the order of their deaths."""
 
@@ -26,3 +40,4 @@ class Generation:
     ends: tuple[RankEnd, ...]
     stopped_by: int | None = None  # the operator's signal, if it came before any failure
     interrupted: bool = False  # the operator has asked at all: nothing is started any more
+    hang: Hang | None = None  # why we ended the ranks

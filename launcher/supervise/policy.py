@@ -45,6 +45,11 @@ def after_exit(code: int, *, is_victim: bool = False) -> Patience:
     return Patience(wait=0.5 if is_victim else 0.0, grace=0.5)
 
 
+def after_hang() -> Patience:
+    """What all ranks get: the one that hangs listens to nothing, and the others wait for it."""
+    return Patience(wait=0.0, grace=0.0)
+
+
 def after_signal(presses: int, shutdown_timeout: float | None) -> Patience:
     """What all ranks get when the operator has asked `presses` times."""
     if presses > 1:

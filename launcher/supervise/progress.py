@@ -1,95 +1,49 @@
-"""One progress line for people who watch, read from the run's own events.jsonl. Draws nothing itself."""
+"""What people see below the ranks' words while they watch `samestep run`, read from the run's own events.jsonl."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import time
 
 from samestep.launcher.contract import RunDir
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from samestep.launcher.view.follow import Follower
+from samestep.launcher.view.standing import Standing
 
 REFRESH_SECONDS = 0.5
+_PAST = 1 << 16  # bytes of events read again after a restart has cut the file
 
 
-class ProgressLine:
-    """Follows the steps of a run; scripts that write no events never get a line."""
+class Progress:
+    """Follows the steps of a run; scripts that write no events never get a display. Draws nothing itself."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
-        self._offset = _size(run_dir)  # a resumed run appends: what is there already is history
-        self._partial = b""
-        self._step: Mapping[str, Any] = {}
-        self._total: int | None = None
-        self._bar: Progress | None = None
+        self._follower = Follower(run_dir.events, past=_PAST)
+        self._since = time.time()
+        self._standing = Standing()
 
-    def update(self) -> str | None:
-        """The line to show, None if there is nothing to say yet or no more."""
-        for event in self._new_events():
-            if event.get("event") == "step":
-                self._step = event
-            elif event.get("event") == "run_finished":
-                self._step = {}
-        return self._render() if self._step else None
-
-    def _new_events(self) -> list[dict[str, Any]]:
-        try:
-            with self._run_dir.events.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except OSError:
+    def update(self) -> list[str]:
+        """The lines to show, none if there is nothing to say yet or no more."""
+        anew, events = self._follower.read()
+        if anew:
+            self._standing = Standing()
+        for event in events:
+            self._standing.take(event)
+        standing = self._standing
+        # what an earlier launch has left is history, and what ended needs no display
+        if standing.stepped < self._since or standing.status != "training":
             return []
-        self._offset += len(data)
-        *lines, self._partial = (self._partial + data).split(b"\n")
-        return [event for event in map(_parse, lines) if event]
+        if standing.total is None:
+            standing.configure(read_config(self._run_dir))
+        from samestep.launcher.view.screen import paint
 
-    def _total_steps(self) -> int | None:
-        if self._total is None:
-            try:
-                total = json.loads(self._run_dir.config.read_bytes()).get("total_steps")
-                self._total = total if isinstance(total, int) else None
-            except (OSError, ValueError, AttributeError):
-                return None
-        return self._total
-
-    def _render(self) -> str:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        screen = Console(stderr=True)
-        if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=screen, auto_refresh=False)
-            self._bar.add_task("", facts="")
-        step = self._step
-        loss, speed = step.get("loss"), step.get("samples_per_s")
-        facts = [
-            f"step {step.get('step')}" + (f"/{self._total}" if self._total_steps() else ""),
-            f"epoch {step.get('epoch')}",
-            f"loss {loss:.4g}" if isinstance(loss, int | float) else "",
-            f"{speed:.0f} samples/s" if isinstance(speed, int | float) else "",
-        ]
-        task = self._bar.task_ids[0]
-        self._bar.update(
-            task, completed=int(step.get("step") or 0), total=self._total, facts="  ".join(filter(None, facts))
-        )
-        with screen.capture() as capture:
-            screen.print(self._bar.get_renderable(), end="", no_wrap=True, overflow="crop")
-        return capture.get().rstrip("\n")
+        return paint(standing)
 
 
-def _size(run_dir: RunDir) -> int:
+def read_config(run_dir: RunDir) -> dict[str, object]:
+    """config.json, empty while there is none."""
     try:
-        return run_dir.events.stat().st_size
-    except OSError:
-        return 0
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
+        config = json.loads(run_dir.config.read_bytes())
+    except (OSError, ValueError):
         return {}
-    return event if isinstance(event, dict) else {}
+    return config if isinstance(config, dict) else {}

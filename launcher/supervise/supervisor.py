@@ -13,11 +13,12 @@ from samestep.launcher.supervise import policy, process
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.events import Due, Event, EventSource, Exited, Output, ServerSpoke, Signalled, Stream
 from samestep.launcher.supervise.fork_server import ForkServer, NoForkError
+from samestep.launcher.supervise.hang_watch import TICK_SECONDS, Watch
 from samestep.launcher.supervise.logs import RankLog, routes
-from samestep.launcher.supervise.outcome import Generation, RankEnd
+from samestep.launcher.supervise.outcome import Generation, Hang, RankEnd
 from samestep.launcher.supervise.policy import Patience
 from samestep.launcher.supervise.process import Program, Worker
-from samestep.launcher.supervise.progress import REFRESH_SECONDS, ProgressLine
+from samestep.launcher.supervise.progress import REFRESH_SECONDS, Progress
 from samestep.launcher.supervise.signals import SignalSocket
 
 _DRAIN_READS = 1024  # a pipe holds far less, unless somebody who outlives the rank goes on writing
@@ -27,10 +28,14 @@ _ABANDON_SECONDS = 10.0  # after SIGKILL, only a process stuck in the kernel is 
 class Supervisor:
     """Owns the processes of the current generation; usable for several generations one after another."""
 
-    def __init__(self, config: LaunchConfig, run_dir: RunDir, console: Console, signals: SignalSocket) -> None:
+    def __init__(
+        self, config: LaunchConfig, run_dir: RunDir, console: Console, signals: SignalSocket, watch: Watch
+    ) -> None:
         self._config = config
+        self._watch = watch
+        self._hang: Hang | None = None
         self._console = console
-        self._progress = ProgressLine(run_dir) if console.has_bar and not config.quiet else None
+        self._progress = Progress(run_dir) if console.has_bar and not config.quiet else None
         self._source = EventSource(signals)
         self._workers: dict[int, Worker] = {}
         self._logs: dict[int, RankLog] = {}
@@ -62,7 +67,8 @@ class Supervisor:
         Raises:
             OSError: a rank or its log file can't be started.
         """
-        self._ends, self._failed, self._is_victim = [], False, is_victim
+        self._ends, self._failed, self._is_victim, self._hang = [], False, is_victim, None
+        self._watch.clear()
         try:
             self._waiting = lambda: self._start_all(generation, commands, environ, started)
             if self._server is None or self._server.is_ready or not all(command.recipe for command in commands):
@@ -74,7 +80,7 @@ class Supervisor:
                     self._handle(event)
         finally:
             self._leave_nothing()
-        return Generation(generation, tuple(self._ends), self._stopped_by, self._presses > 0)
+        return Generation(generation, tuple(self._ends), self._stopped_by, self._presses > 0, self._hang)
 
     def pause(self, seconds: float) -> bool:
         """Let time pass; False if the operator asked to stop meanwhile."""
@@ -122,6 +128,8 @@ class Supervisor:
         started()
         if self._progress:
             self._source.start_timer("progress", REFRESH_SECONDS)
+        if self._watch.begin(generation, {rank: worker.pid for rank, worker in self._workers.items()}):
+            self._source.start_timer("watch", TICK_SECONDS)
 
     def _new_worker(self, command: Command, environ: Mapping[str, str]) -> Worker:
         if command.recipe is not None and self._server is not None and self._server.is_ready:
@@ -163,6 +171,8 @@ class Supervisor:
                 self._kill()
             case Due("progress"):
                 self._show_progress()
+            case Due("watch"):
+                self._look_for_hangs()
             case Due("abandon"):
                 pids = ", ".join(str(worker.pid) for worker in self._running())
                 raise TimeoutError(f"processes {pids} survive SIGKILL: they are stuck in the kernel")
@@ -179,6 +189,16 @@ class Supervisor:
         if code != 0 and not self._failed and self._stopped_by is None:
             self._failed = True
             self._end_all(policy.after_exit(code, is_victim=self._is_victim(end)))
+
+    def _look_for_hangs(self) -> None:
+        if self._failed or self._stopped_by is not None:
+            return
+        self._hang = self._watch.tick()
+        if self._hang is None:
+            self._source.start_timer("watch", TICK_SECONDS)
+            return
+        self._failed = True
+        self._end_all(policy.after_hang())
 
     def _operator(self, signum: int) -> None:
         self._presses += 1
@@ -234,16 +254,15 @@ class Supervisor:
 
     def _show_progress(self) -> None:
         assert self._progress is not None
-        line = self._progress.update()
-        if line:
-            self._console.show_bar(line)
+        self._console.show_bar(self._progress.update())
         self._source.start_timer("progress", REFRESH_SECONDS)
 
     def _leave_nothing(self) -> None:
         """After this no process, descriptor or timer of the generation is left, also if we fail ourselves."""
         undisturbed = all(worker.returncode == 0 for worker in self._workers.values())
         self._waiting = None
-        for timer in ("terminate", "kill", "abandon", "progress"):
+        self._console.show_bar(())
+        for timer in ("terminate", "kill", "abandon", "progress", "watch"):
             self._source.stop_timer(timer)
         for rank, worker in self._workers.items():
             worker.kill()

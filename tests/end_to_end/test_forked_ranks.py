@@ -19,7 +19,7 @@ print(sys.argv, __name__, main.__name__, getattr(main, "__file__", None), __spec
 print(sys.path[0], sys.path.count(sys.path[0]), sys.flags.safe_path, main.__dict__ is globals())
 print(sorted((n, v) for n, v in os.environ.items() if not n.endswith(("PORT", "RUN_ID", "_FILE", "FENCE", "FD"))))
 print(os.getsid(0) == os.getpid() == os.getpgid(0), sys.stdin.read())
-print(sorted(os.listdir("/proc/self/fd"))[:3], file=sys.stderr)
+print(sorted(map(int, os.listdir("/proc/self/fd")))[:3], file=sys.stderr)
 """
 SCRIPTS = {
     "facts": SHOW,

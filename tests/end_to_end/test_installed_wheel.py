@@ -69,6 +69,7 @@ def test_users_names_and_ours_do_not_meet(installed, tmp_path):
     run(installed / "samestep", "run", "--nproc-per-node", 2, "-m", "train", "--run-dir", "b", cwd=tmp_path)
     run(installed / "python", "train.py", "--shards", 2, "--run-dir", "c", cwd=tmp_path)
     assert len({run(installed / "samestep", "digest", name, cwd=tmp_path) for name in "abc"}) == 1
+    assert (tmp_path / "a" / "report.html").exists()  # the page's parts are in the wheel
     where = "import samestep.train, samestep.launcher; print(samestep.train.__file__, samestep.launcher.__file__)"
     for path in run(installed / "python", "-c", where, cwd=tmp_path).split():
         assert Path(path).is_relative_to(installed.parent)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.alone]
 FLAGS = ("--epochs", "1000", "--checkpoint-every", "20", "--num-workers", "1", "--log-every", "10")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,12 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 WORKERS = Path(__file__).resolve().parent.parent / "workers"
 DEADLINE = 30.0
+
+Event = dict[str, Any]
 
 
 def gone(pid: int) -> bool:
@@ -124,3 +129,67 @@ def _end_actor(pid: int) -> None:
             process.kill()
     except psutil.NoSuchProcess:
         pass
+
+
+PHASES = ("data", "forward", "backward", "sync", "optimizer")
+
+
+def step_event(step: int, *, at: float | None = None, loss: float | None = 0.5, ranks: int = 2, **more: Any) -> Event:
+    """One optimizer step as a run writes it: 64 samples in 20 ms, rank 1 the slowest in backward."""
+    seconds = {phase: {"mean": 0.002 * n, "max": 0.002 * n, "slowest_rank": 0} for n, phase in enumerate(PHASES)}
+    seconds["backward"] |= {"max": 0.006, "slowest_rank": ranks - 1}
+    return {
+        "event": "step",
+        "time": 1000.0 + step / 10 if at is None else at,
+        "step": step,
+        "epoch": 1 + (step - 1) // 50,
+        "loss": loss,
+        "loss_hex": float("nan" if loss is None else loss).hex(),
+        "samples": 64,
+        "samples_per_s": 3200.0,
+        "seconds": seconds,
+        **more,
+    }
+
+
+def run_events(steps: int = 100, *, crash_after: int | None = None, ranks: int = 2, finish: bool = True) -> list[Event]:
+    """The events of a whole run, with a failure and a restart if asked for."""
+    rank_infos = [{"rank": n, "local_rank": n, "host": "here", "pid": 100 + n} for n in range(ranks)]
+    started: Event = {"generation": 0, "world_size": ranks, "shards": 4, "ranks": rank_infos}
+    events: list[Event] = [{"event": "run_started", "time": 1000.0, **started}]
+    for step in range(1, steps + 1):
+        loads: Event = {}
+        if step % 10 == 0:
+            memory = {"host": [(300 + step + n) << 20 for n in range(ranks)], "device": [0] * ranks}
+            loads = {"rank_seconds": {p: [0.001 * (n + 1)] * ranks for n, p in enumerate(PHASES)}, "memory": memory}
+        events.append(step_event(step, loss=2.0 / step, ranks=ranks, **loads))
+        now = 1000.0 + step / 10
+        if step % 25 == 0:
+            events.append({"event": "eval", "time": now, "step": step, "metrics": {"loss": 1 / step, "accuracy": 0.9}})
+            events.append({"event": "checkpoint", "time": now, "step": step, "path": "p", "seconds": 0.1})
+        if step == crash_after:
+            failed = {"rank": 1, "step": step, "phase": "backward", "cause": "killed by SIGKILL (signal 9)"}
+            events.append({"event": "worker_failed", "time": now, "exit_code": 1, **failed})
+            events.append({"event": "restarted", "time": now, **started, "generation": 1})
+            events.append({"event": "resumed", "time": now, "step": step, "epoch": 1, "checkpoint": "step-1"})
+    if finish:
+        end = {"digest": "ab" * 32, "steps": steps, "restarts": int(crash_after is not None), "goodput": 0.75}
+        events.append({"event": "run_finished", "time": 1000.0 + steps / 10, **end})
+    return events
+
+
+def write_run(path: Path, events: list[Event], config: Event | None = None) -> Path:
+    """A run directory as a run leaves it."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    options = {"epochs": 2, "seed": 0} | (config or {})
+    (path / "config.json").write_text(
+        json.dumps({"config": options, "total_steps": 100, "environment": {"torch": "2"}})
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def made() -> SimpleNamespace:
+    """Ways to make events and run directories without a run."""
+    return SimpleNamespace(step=step_event, events=run_events, run=write_run)

@@ -51,6 +51,7 @@ def _stage(cwd: Path) -> set[str]:
     return {item.name for item in cwd.iterdir()}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("case", CASES)
 def test_is_named_in_one_line_with_a_hint(case, samestep):
     before = _stage(samestep.cwd)

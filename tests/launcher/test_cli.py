@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -62,3 +64,25 @@ def test_digest_prints_64_hex_characters(samestep):
     assert (ended.code, ended.stderr) == (0, "")
     assert len(ended.stdout.strip()) == 64
     assert set(ended.stdout.strip()) <= set("0123456789abcdef")
+
+
+def test_digest_as_json(samestep):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (samestep.cwd / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    plain = samestep("digest", "w.safetensors").stdout.strip()
+    assert json.loads(samestep("digest", "--json", "w.safetensors").stdout) == {
+        "path": "w.safetensors",
+        "digest": plain,
+    }
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("1", False)])
+def test_colours_on_a_terminal_only_without_no_color(no_color, coloured):
+    code = "import pty, sys; sys.exit(pty.spawn([sys.executable, '-m', 'samestep.launcher', 'run', '--help']) >> 8)"
+    environ = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "TERM")}
+    environ |= {"TERM": "xterm-256color"} | ({"NO_COLOR": no_color} if no_color else {})
+    shown = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, stdin=subprocess.DEVNULL, check=True, timeout=60
+    )
+    assert b"--nproc-per-node" in shown.stdout
+    assert (re.search(rb"\x1b\[[0-9;]*3[0-9]m", shown.stdout) is not None) == coloured

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from samestep.launcher.contract import ErrorRecord
-from samestep.launcher.diagnose import Evidence, describe, diagnose
-from samestep.launcher.supervise.outcome import RankEnd
+from samestep.launcher.diagnose import Evidence, describe, diagnose, hung
+from samestep.launcher.supervise.outcome import Hang, RankEnd
 from samestep.launcher.traceback_text import last_exception, tells_of_another_rank
 
 
@@ -195,3 +195,28 @@ def test_being_stopped_is_no_exception(kind):
 )
 def test_victims_are_known_by_what_they_say(text, is_victim):
     assert tells_of_another_rank(text) is is_victim
+
+
+def test_a_hang_is_a_failure_of_the_rank_that_hangs():
+    hang = Hang(2, 40, "forward", 31.4, 0.2, "r.py:12 in loss", "", "errors/stacks-0.txt")
+    failure = hung(hang, "logs/rank-2.log", 4)
+    assert describe(failure, 1) == [
+        "samestep: rank 2 failed: hang: 31 s in forward at r.py:12 in loss (a whole step took at most 0.2 s before)",
+        "  step 40, phase forward",
+        "  3 other ranks stopped as a consequence",
+        "  log: logs/rank-2.log",
+        "  exit code 1: user code or a worker failed for good",
+        "  hint: stacks of all ranks: errors/stacks-0.txt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("hang", "cause"),
+    [
+        (Hang(0, 0, "build", 600.0), "hang: 600 s in build"),
+        (Hang(0, 9, "evaluation", 31, 2.0), "hang: 31 s in evaluation (it took at most 2 s before)"),
+        (Hang(0, 9, "", 5, how="stopped by a signal"), "hang: 5 s in no phase of training: stopped by a signal"),
+    ],
+)
+def test_what_is_not_known_of_a_hang_is_left_out(hang, cause):
+    assert hung(hang, "log", 1).cause == cause

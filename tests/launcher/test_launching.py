@@ -201,12 +201,14 @@ def test_success_says_nothing_of_its_own(samestep):
 
 def test_json_ends_the_output_with_one_line(samestep):
     good = samestep.act("0=say:before", options=("--json",))
-    *_, last = good.stdout.splitlines()
-    assert json.loads(last) == {"exit_code": 0, "run_dir": "runs/actor", "generations": 1, "failure": None}
+    expected = {"exit_code": 0, "run_dir": "runs/actor", "generations": 1, "failure": None, "metrics": {}}
+    assert json.loads(good.stdout) == expected | dict.fromkeys(("digest", "steps", "restarts", "goodput"))
+    assert good.stderr == "before\n", "what ranks say does not mix with the answer"
     bad = json.loads(samestep.act("1=raise", "0=wait", options=("--json",)).stdout)
     assert (bad["exit_code"], bad["failure"]["rank"], bad["failure"]["cause"]) == (1, 1, "ValueError: boom")
 
 
+@pytest.mark.alone
 def test_first_failure_ends_all_ranks_at_once_even_those_that_ignore_it(samestep):
     ended = samestep.act(
         "0=ignore-term,spawn,detach,wait", "1=ignore-term,wait", "2=await-waiting:0,await-waiting:1,raise", ranks=3

@@ -12,6 +12,8 @@ import pytest
 
 from .conftest import WORKERS, gone, wait_until
 
+pytestmark = pytest.mark.alone
+
 
 def all_gone(samestep, pattern="*.pid"):
     pids = [int(path.read_text()) for path in samestep.cwd.glob(pattern)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+import time
 
 from samestep.launcher.contract import RunDir
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.progress import ProgressLine
+from samestep.launcher.supervise.progress import Progress
 
 RECIPE = """
 import json, os, sys, time
@@ -18,7 +20,7 @@ from pathlib import Path
 run_dir = Path(os.environ["SAMESTEP_RUN_DIR"])
 (run_dir / "config.json").write_text(json.dumps({"total_steps": 40}))
 with (run_dir / "events.jsonl").open("a") as events:
-    events.write(json.dumps({"event": "step", "step": 7, "epoch": 1, "loss": 0.5, "samples_per_s": 99.0}) + "\\n")
+    events.write(json.dumps({"event": "step", "time": time.time(), "step": 7, "epoch": 1, "loss": 0.5}) + "\\n")
 print("a line", flush=True)
 release = Path("release")
 while not release.exists():
@@ -59,9 +61,26 @@ def test_people_see_steps_and_no_line_is_torn(samestep):
     seen = run_on_terminal(samestep)
     assert b"step 7/40" in seen
     assert b"loss 0.5" in seen
-    after_bar = seen[seen.rindex(b"7/40") :]
-    assert b"\r\x1b[2Klast line\r\n" in after_bar
-    assert seen.endswith(b"last line\r\n")
+    after_display = seen[seen.index(b"7/40") :]
+    assert b"\r\x1b[2Klast line\r\n" in after_display
+    end = after_display[after_display.rindex(b"7/40") :]
+    assert re.search(rb"\r\x1b\[2K$|last line\r\n$", end)  # the display is gone, and the cursor where it began
+
+
+def test_the_display_stays_below_the_words_of_ranks():
+    reader, writer = os.pipe()
+    console = Console(stdout=writer, stderr=writer)
+    console.show_bar(["one", "two"])
+    console.write("stdout", b"word\n")
+    console.write("stdout", b"half")
+    console.write("stdout", b" line\n")
+    console.close()
+    os.close(writer)
+    clear, up = b"\r\x1b[2K", b"\x1b[1A"
+    display = clear + b"one\ntwo"
+    gone = clear + up + clear
+    with os.fdopen(reader, "rb") as file:
+        assert file.read() == display + gone + b"word\n" + display + gone + b"half" + b" line\n" + display + gone
 
 
 def test_dumb_terminal_gets_plain_lines(samestep):
@@ -77,19 +96,20 @@ def test_no_color_is_respected(samestep):
 
 def test_history_of_an_earlier_run_is_not_progress(tmp_path):
     run_dir = RunDir(tmp_path)
-    step = {"event": "step", "step": 3, "epoch": 1, "loss": None, "samples_per_s": 1.0}
+    step = {"event": "step", "time": time.time() - 60, "step": 3, "epoch": 1, "loss": None}
     run_dir.events.write_text(json.dumps(step) + "\n")
-    line = ProgressLine(run_dir)
-    assert line.update() is None
+    progress = Progress(run_dir)
+    assert progress.update() == []
+    new = json.dumps(step | {"step": 4, "time": time.time() + 1}) + "\n"
     with run_dir.events.open("a") as events:
-        events.write(json.dumps(step | {"step": 4})[:10])
+        events.write(new[:10])
         events.flush()
-        assert line.update() is None
-        events.write(json.dumps(step | {"step": 4})[10:] + "\nnot json\n")
+        assert progress.update() == []
+        events.write(new[10:] + "not json\n")
         events.flush()
-        assert "step 4" in (line.update() or "")
-        events.write('{"event": "run_finished"}\n')
-    assert line.update() is None
+        assert "step 4" in progress.update()[0]
+        events.write('{"event": "run_finished", "steps": 4, "digest": ""}\n')
+    assert progress.update() == []
 
 
 def test_words_of_others_begin_at_the_left_edge():

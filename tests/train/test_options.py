@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -201,3 +202,21 @@ def test_peek_reads_somebody_elses_flags_without_judging_them() -> None:
     assert peek(tokens, "run-dir") == "b"
     assert peek(["--run-dir"], "run-dir") is None
     assert peek([], "run-dir") is None
+
+
+def test_print_config_is_answered_once_by_rank_zero_and_creates_nothing(start: Any) -> None:
+    ended = start("small", "--print-config", "--epochs", 7, ranks=2)
+    assert ended.codes == [0, 0], ended.stderrs
+    assert "flag --epochs" in ended.stdout
+    assert tomllib.loads(ended.stdout)["epochs"] == 7
+    assert (ended.cwd / "rank-1.out").read_text() == ""
+    assert not any(path.is_dir() for path in ended.cwd.iterdir())
+
+
+def test_help_of_a_recipe_tells_its_own_options_from_those_of_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        given("--help")
+    common, own = capsys.readouterr().out.split("Options of this recipe alone")
+    assert "--epochs" in common
+    assert all(f"--{name}" in own for name in ("width", "kind", "dropout", "mask", "tags"))
+    assert "--seed" not in own

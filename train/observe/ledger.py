@@ -6,7 +6,7 @@ gather.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 
 from samestep.launcher.contract import Spread
+from samestep.train.observe.memory import KINDS, peak_memory
 from samestep.train.observe.phases import PHASES, Reading
+from samestep.train.observe.stragglers import Straggler, StragglerWatch
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
 
 Table = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class RankLoads:
+    """Each rank by itself: mean seconds of PHASES since the last flush, peak bytes of memory since its start."""
+
+    seconds: dict[str, list[float]]
+    memory: dict[str, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,7 @@ class StepRecord:
     seconds: dict[str, Spread]
     wall_seconds: float  # longest of the ranks
     extra: dict[str, float]
+    loads: RankLoads | None = None  # of the last step before a flush
 
 
 @dataclass(slots=True)
@@ -64,7 +75,13 @@ class Ledger:
     shards: int
     fingerprint: StateFingerprint
     epoch: EpochSums = field(default_factory=EpochSums)
+    slow_rank: Straggler | None = None  # found by the last flush
+    _stragglers: StragglerWatch = field(init=False)
     _pending: list[tuple[StepPlan, Tensor, Reading]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        spans = [owned_span(rank, self.group.world_size, self.shards) for rank in range(self.group.world_size)]
+        self._stragglers = StragglerWatch([hi - lo for lo, hi in spans])
 
     def add(self, plan: StepPlan, rows: Tensor, reading: Reading) -> None:
         """Take a finished step: its rows (see StepTally.rows) still on the device."""
@@ -79,7 +96,8 @@ class Ledger:
         if not self._pending:
             return []
         plans = [plan for plan, _, _ in self._pending]
-        rows, seconds = self._gather(plans[-1])
+        rows, seconds, memory = self._gather(plans[-1])
+        self.slow_rank = self._stragglers.add(seconds)
         sums = self._sums(plans, rows).tolist()
         mean, most, slowest = seconds.mean(0).tolist(), seconds.max(0).tolist(), seconds.argmax(0).tolist()
         walls = seconds.sum(2).max(0).tolist()
@@ -101,22 +119,27 @@ class Ledger:
             )
             self.epoch.add(total, weight, plan.samples, walls[index])
         self._pending.clear()
+        records[-1] = replace(records[-1], loads=_loads(seconds, memory))
         return records
 
-    def _gather(self, last: StepPlan) -> tuple[Table, Table]:
-        """Rows (world_size, steps, width, columns) and times (world_size, steps, phases) of all ranks, on the host."""
+    def _gather(self, last: StepPlan) -> tuple[Table, Table, Table]:
+        """Rows (world_size, steps, width, columns), times (world_size, steps, phases), bytes (world_size, KINDS).
+
+        Of all ranks, on the host.
+        """
         rows = torch.stack([rows for _, rows, _ in self._pending])
         seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)
         mark = self.fingerprint.row(last.step + 1, last.end).view(torch.float64)  # carried as bits, never computed with
         known_to_all = rows.dim() == 4  # (steps, world_size, width, columns): gathered in each step
-        parts = [mark, seconds.flatten()] + ([] if known_to_all else [rows.flatten()])
+        memory = torch.tensor(peak_memory(self.device), dtype=torch.float64, device=self.device)
+        parts = [mark, memory, seconds.flatten()] + ([] if known_to_all else [rows.flatten()])
         gathered = self.group.gather(torch.cat(parts))
         self.fingerprint.compare(gathered[:, : len(mark)].contiguous().view(torch.int64), last.step + 1)
-        table = gathered[:, len(mark) :].cpu().numpy()
+        bytes_held, table = np.split(gathered[:, len(mark) :].cpu().numpy(), [len(KINDS)], axis=1)
         times = table[:, : seconds.numel()].reshape(-1, *seconds.shape)
         if known_to_all:
-            return rows.transpose(0, 1).cpu().numpy(), times
-        return table[:, seconds.numel() :].reshape(-1, *rows.shape), times
+            return rows.transpose(0, 1).cpu().numpy(), times, bytes_held
+        return table[:, seconds.numel() :].reshape(-1, *rows.shape), times, bytes_held
 
     def _sums(self, plans: list[StepPlan], rows: Table) -> Table:
         """Rows summed over the shards along the tree, for all steps with equally many shards at once."""
@@ -132,3 +155,12 @@ class Ledger:
                     leaves[shard, shard + 1] = rows[rank, steps, shard - lo]
             sums[steps] = tree_sum((0, self.shards), leaves, np.add)
         return sums
+
+
+def _loads(seconds: Table, memory: Table) -> RankLoads:
+    """Times (world_size, steps, phases) and bytes (world_size, KINDS) as they are reported."""
+    of_ranks = seconds.mean(1).T.tolist()
+    return RankLoads(
+        seconds=dict(zip(PHASES, of_ranks, strict=True)),
+        memory={kind: [int(held) for held in column] for kind, column in zip(KINDS, memory.T.tolist(), strict=True)},
+    )

@@ -1,7 +1,8 @@
 """Where the time of a step goes: seconds a phase on this rank, always on.
 
-A clock is told which phase begins and adds the time up. On a GPU the host only launches work, so there CUDA events are
-recorded and read when they are long done; the host never waits for them inside a step.
+A clock is told which phase begins, tells it on (see launcher/heartbeat.py) and adds the time up. On a GPU the host only
+launches work, so there CUDA events are recorded and read when they are long done; the host never waits for them inside
+a step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ PHASES = ("data", "forward", "backward", "sync", "optimizer")
 
 
 Reading = Callable[[], list[float]]
+
+
+def _nobody(phase: str) -> None:
+    """Nobody wants to know at once."""
 
 
 class PhaseClock(Protocol):
@@ -36,6 +41,7 @@ class HostClock:
     """Times phases by `now`, in seconds."""
 
     now: Callable[[], float]
+    tell: Callable[[str], None] = _nobody
     current: str = "optimizer"
     _since: float = 0.0
     _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -48,6 +54,7 @@ class HostClock:
         moment = self.now()
         self._seconds[self.current] += moment - self._since
         self.current, self._since = phase, moment
+        self.tell(phase)
 
     def take(self) -> Reading:
         """Seconds by phase; starts again at zero."""
@@ -62,12 +69,13 @@ class CudaClock:
     """Times phases by events on the current CUDA stream; data loading, which is host work, by `now`."""
 
     now: Callable[[], float]
+    tell: Callable[[str], None] = _nobody
     current: str = "optimizer"
     _host: HostClock = field(init=False)
     _marks: list[tuple[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._host = HostClock(self.now)
+        self._host = HostClock(self.now, self.tell)
         self._mark(self.current)
 
     def enter(self, phase: str) -> None:

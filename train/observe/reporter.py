@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from samestep.launcher.contract import RankInfo
+from samestep.train.observe.bar import Bar, PlainLines, bar
 from samestep.train.observe.ledger import EpochSums, StepRecord
 from samestep.train.observe.phases import PHASES
 
@@ -39,8 +40,8 @@ class Reporter(Protocol):
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """A checkpoint is committed."""
 
-    def warning(self, text: str) -> None:
-        """Something the person should know; training goes on."""
+    def warning(self, text: str, **about: str | int) -> None:
+        """Something the person should know; training goes on. `about` is for programs."""
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
         """Trained to the end; the last call."""
@@ -73,7 +74,7 @@ class NullReporter:
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """Nothing."""
 
-    def warning(self, text: str) -> None:
+    def warning(self, text: str, **about: str | int) -> None:
         """Nothing."""
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
@@ -95,11 +96,13 @@ class EventLog:
         self.clock = clock
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, events: Iterable[dict[str, Any]]) -> None:
-        """Append events that carry `event`; the time is added here."""
+    def write(self, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Append events that carry `event`; the time is added here, and what was written is returned."""
         now = self.clock()
-        self._file.write("".join(json.dumps({"event": e["event"], "time": now, **e}) + "\n" for e in events))
+        stamped = [{"event": event["event"], "time": now, **event} for event in events]
+        self._file.write("".join(json.dumps(event) + "\n" for event in stamped))
         self._file.flush()
+        return stamped
 
     def offset(self) -> int:
         """Bytes written so far."""
@@ -116,25 +119,25 @@ class RankZeroReporter:
     total_steps: int
     log_every: int
     stream: TextIO = field(default_factory=lambda: sys.stdout)
-    _bar: Any = None
+    _bar: Bar = field(default_factory=PlainLines)
     _of_epoch: list[StepRecord] = field(default_factory=list)
 
     def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
         """Write who takes part."""
+        self._bar = bar(self.stream, self.total_steps, self.epochs)
         event = "restarted" if generation else "run_started"
-        self.log.write(
+        self._write(
             [{"event": event, "generation": generation, "world_size": len(ranks), "shards": shards, "ranks": ranks}]
         )
-        self._bar = _progress_bar(self.stream, self.total_steps)
 
     def resumed(self, step: int, epoch: int, source: str) -> None:
         """Say where training goes on."""
-        self.log.write([{"event": "resumed", "step": step, "epoch": epoch + 1, "checkpoint": source}])
+        self._write([{"event": "resumed", "step": step, "epoch": epoch + 1, "checkpoint": source}])
         self._print(f"Resumed at epoch {epoch + 1}, step {step}, from {source}")
 
     def steps(self, records: list[StepRecord]) -> None:
         """Write an event a step, print a line each `log_every` steps of an epoch."""
-        self.log.write(_step_event(record) for record in records)
+        self._write(_step_event(record) for record in records)
         self._of_epoch += records
         for record in records:
             position = record.step - record.epoch * self.steps_per_epoch
@@ -144,12 +147,10 @@ class RankZeroReporter:
                     f"Epoch [{record.epoch + 1}/{self.epochs}], Step [{position}/{self.steps_per_epoch}], "
                     f"Loss: {record.loss:.4f}{extra}"
                 )
-        if records:
-            self._bar.advance_to(records[-1].step, records[-1].loss)
 
     def epoch(self, epoch: int, sums: EpochSums) -> None:
         """Print the average and write the event."""
-        self.log.write(
+        self._write(
             [
                 {
                     "event": "epoch",
@@ -170,7 +171,7 @@ class RankZeroReporter:
         """Print all metrics in one line."""
         values = {name: _finite(value) for name, value in metrics.items()}
         hexes = {name: value.hex() for name, value in metrics.items()}
-        self.log.write(
+        self._write(
             [
                 {
                     "event": "eval",
@@ -188,21 +189,20 @@ class RankZeroReporter:
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """Write the event."""
-        self.log.write([{"event": "checkpoint", "step": step, "path": path.name, "seconds": seconds}])
+        self._write([{"event": "checkpoint", "step": step, "path": path.name, "seconds": seconds}])
 
-    def warning(self, text: str) -> None:
+    def warning(self, text: str, **about: str | int) -> None:
         """Print to stderr and write the event."""
-        self.log.write([{"event": "warning", "text": text}])
-        self._bar_print(f"warning: {text}", sys.stderr)
+        self._write([{"event": "warning", "text": text, **about}])
+        self._bar.print(f"warning: {text}", sys.stderr)
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
         """Write the last event, close the bar, print the digest."""
-        self.log.write(
+        self._write(
             [{"event": "run_finished", "digest": digest, "steps": steps, "restarts": restarts, "goodput": goodput}]
         )
         self._print(f"Finished Training: {steps} steps, digest {digest}")
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def already_finished(self, digest: str, steps: int) -> None:
         """Print the digest that the run ended with."""
@@ -212,14 +212,11 @@ class RankZeroReporter:
         """Bytes of events.jsonl so far."""
         return self.log.offset()
 
-    def _print(self, line: str) -> None:
-        self._bar_print(line, self.stream)
+    def _write(self, events: Iterable[dict[str, Any]]) -> None:
+        self._bar.take(self.log.write(events))
 
-    def _bar_print(self, line: str, stream: TextIO) -> None:
-        if self._bar is not None:
-            self._bar.print(line, stream)
-        else:
-            print(line, file=stream, flush=True)
+    def _print(self, line: str) -> None:
+        self._bar.print(line, self.stream)
 
 
 def _step_event(record: StepRecord) -> dict[str, Any]:
@@ -235,54 +232,13 @@ def _step_event(record: StepRecord) -> dict[str, Any]:
     }
     if record.extra:
         event["extra"] = {name: _finite(value) for name, value in record.extra.items()}
+    if record.loads:
+        event |= {"rank_seconds": record.loads.seconds, "memory": record.loads.memory}
     return event
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-class _NoBar:
-    """Plain lines: what a log file gets."""
-
-    def advance_to(self, step: int, loss: float) -> None:
-        """Nothing to draw."""
-
-    def print(self, line: str, stream: TextIO) -> None:
-        """Print the line."""
-        print(line, file=stream, flush=True)
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class _RichBar:
-    """One line that is redrawn, with lines printed above it."""
-
-    def __init__(self, stream: TextIO, total_steps: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn()]
-        self._progress = Progress(*columns, console=Console(file=stream), transient=True)
-        self._task = self._progress.add_task("steps", total=total_steps, loss=float("nan"))
-        self._progress.start()
-
-    def advance_to(self, step: int, loss: float) -> None:
-        """Redraw."""
-        self._progress.update(self._task, completed=step, loss=loss)
-
-    def print(self, line: str, stream: TextIO) -> None:  # noqa: ARG002 (the bar owns the terminal)
-        """Print above the bar."""
-        self._progress.console.print(line, markup=False, highlight=False)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self._progress.stop()
-
-
-def _progress_bar(stream: TextIO, total_steps: int) -> _NoBar | _RichBar:
-    return _RichBar(stream, total_steps) if stream.isatty() else _NoBar()
 
 
 def phase_line(records: list[StepRecord]) -> str:

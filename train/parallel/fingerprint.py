@@ -75,10 +75,10 @@ class StateFingerprint:
         )
 
     def _sums(self) -> Tensor:
-        return torch.stack([_sum_of_bits(parameter.detach()) for parameter in self.model.parameters()])
+        return torch.stack([sum_of_bits(parameter.detach()) for parameter in self.model.parameters()])
 
 
-def _sum_of_bits(tensor: Tensor) -> Tensor:
+def sum_of_bits(tensor: Tensor) -> Tensor:
     """Sum of a tensor's bytes as 64-bit words, modulo 2**64; a sum of narrower words takes torch 25 times as long."""
     flat = tensor.contiguous().view(-1)
     whole = flat.numel() * flat.element_size() // 8 * 8 // flat.element_size()

@@ -8,7 +8,7 @@ bits are the same.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ from samestep.train.parallel.hooks import CompressionHook
 from samestep.train.parallel.shards import Fold, Span, StepPlan, owned_span
 
 Gradients = list[Tensor]
+
+
+def _nobody(phase: str) -> None:
+    """Nobody wants to know."""
 
 
 def _add(left: Gradients, right: Gradients) -> Gradients:
@@ -59,11 +63,14 @@ class GradientReducer:
         self._position = {id(p): index for index, p in enumerate(self.parameters)}
         self._replica: nn.Module | None = None
         self._flights: list[tuple[Flight, list[Tensor], torch.futures.Future[Tensor]]] = []
+        self.enter: Callable[[str], None] = _nobody  # told where backward waits for other ranks
 
     # One step: begin, then for each owned shard module and backward, then finish.
 
     def begin(self, plan: StepPlan) -> None:
         """Prepare for the shards of one step."""
+        for parameter in self.parameters:  # also those that no optimizer clears: DDP would add to what is there
+            parameter.grad = None
         self.mine = plan.present(self.owned)
         self.present = min(plan.samples, self.shards)
         spans = present_roots(self.group.world_size, self.shards, self.present)[self.group.rank]
@@ -176,10 +183,15 @@ class GradientReducer:
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self._flights.append((self.exchange.start(flats, buffer, self.present), parameters, future))
         if len(self._flights) > 1:
-            self._flights[-2][0].advance()
+            self._wait(self._flights[-2][0].advance)
         if bucket.is_last():
-            self._drain()
+            self._wait(self._drain)
         return future
+
+    def _wait(self, for_others: Callable[[], None]) -> None:
+        self.enter("sync")
+        for_others()
+        self.enter("backward")
 
     def _compressed(
         self, bucket: GradBucket, parameters: list[Tensor], compress: CompressionHook

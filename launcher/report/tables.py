@@ -1,0 +1,151 @@
+"""Pure: histories of runs -> the words of the page: facts, the verdict on sameness, settings, what happened."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from samestep.launcher.report.history import STEP_COLUMNS, History, first_difference
+
+_ABSENT = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table of settings."""
+
+    name: str
+    values: tuple[str, ...]  # a run each
+    differs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether runs are the same; `good` colours it."""
+
+    text: str
+    good: bool
+
+
+def facts(history: History) -> dict[str, str]:
+    """What one wants to know of a run first, as labels and values."""
+    finished, total = history.finished or {}, history.config.get("total_steps")
+    found = {
+        "Status": history.status,
+        "Steps": f"{history.last.step:,}" + (f" of {total:,}" if isinstance(total, int) else ""),
+        "Loss, last steps": number(_recent_loss(history)),
+    }
+    for (group, name), series in history.series.items():
+        buckets = series.buckets()
+        if group == "eval" and buckets:
+            last = buckets[-1].columns[0]
+            found[f"Evaluation: {name}"] = number(last.high if last.high_at > last.low_at else last.low)
+    found["Time"] = duration(history.last.seconds)
+    found["Samples/s"] = number(_rate(history))
+    started = history.generations[-1] if history.generations else {}
+    found["Ranks / shards"] = f"{started.get('world_size', _ABSENT)} / {started.get('shards', _ABSENT)}"
+    found["Restarts"] = str(history.restarts)
+    if "goodput" in finished:
+        found["Time in steps that count"] = f"{100 * float(finished['goodput']):.0f}%"
+    held = [
+        bucket.columns[0].high
+        for (group, _), series in history.series.items()
+        if group == "host memory"
+        for bucket in series.buckets()
+    ]
+    if held:
+        found["Peak memory of a rank"] = f"{max(held) / 2**30:.2f} GiB"
+    return found
+
+
+def digest(history: History) -> str:
+    """sha256 of the final weights, empty while there are none."""
+    return str((history.finished or {}).get("digest", ""))
+
+
+def verdicts(histories: Sequence[History]) -> list[Verdict]:
+    """What several runs have in common: final weights, and with the first run the losses on the way."""
+    ends: dict[str, list[str]] = {}
+    for history in histories:
+        ends.setdefault(digest(history), []).append(history.name)
+    ends.pop("", None)  # of a run without an end
+    found = []
+    if sum(map(len, ends.values())) > 1:
+        groups = " ≠ ".join(" = ".join(names) for names in ends.values())
+        text = f"The same bits at the end: {groups}" if len(ends) == 1 else f"The weights at the end differ: {groups}"
+        found.append(Verdict(text, good=len(ends) == 1))
+    first, *others = histories
+    for other in others:
+        if other.losses and first.losses and not (digest(first) and digest(first) == digest(other)):
+            step = first_difference(first, other)
+            same = "have the same bits in every step that both have"
+            text = same if step is None else f"have other bits from step {step} on"
+            found.append(Verdict(f"The losses of {first.name} and {other.name} {text}", good=step is None))
+    return found
+
+
+def settings(histories: Sequence[History]) -> list[Setting]:
+    """Every option and fact of config.json; those that differ between the runs come first."""
+    flat = [flatten(history.config) for history in histories]
+    names = {name: None for values in flat for name in values}
+    rows = [Setting(name, tuple(values.get(name, _ABSENT) for values in flat), differs=False) for name in names]
+    rows = [Setting(row.name, row.values, differs=len(set(row.values)) > 1) for row in rows]
+    return sorted(rows, key=lambda row: not row.differs)
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, str]:
+    """Options as flags, the rest as section and name."""
+    found = {}
+    for name, value in config.items():
+        inside = value if isinstance(value, dict) else {"": value}
+        for key, leaf in inside.items():
+            label = f"--{key.replace('_', '-')}" if name == "config" else f"{name} {key}".strip().replace("_", " ")
+            found[label] = leaf if isinstance(leaf, str) else json.dumps(leaf)
+    return found
+
+
+def happened(history: History) -> list[tuple[str, str, str]]:
+    """Time, kind and text of everything that is no step, evaluation or checkpoint."""
+    rows = [(duration(m.at.seconds), m.kind.replace("_", " "), m.text) for m in history.moments]
+    if history.dropped:
+        rows.insert(len(rows) // 2, ("", "…", f"{history.dropped} more, see events.jsonl"))
+    if history.checkpoints:
+        place, step = history.checkpoints[-1]
+        text = f"{len(history.checkpoints)} in all, the last one of step {step}"
+        rows.append((duration(place.seconds), "checkpoints", text))
+    if history.unreadable:
+        rows.append(("", "warning", f"{history.unreadable} lines of events.jsonl could not be read"))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def number(value: float | None) -> str:
+    """As people write it: at most five significant digits, thousands apart."""
+    if value is None or not math.isfinite(value):
+        return _ABSENT
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
+
+
+def _recent_loss(history: History) -> float | None:
+    known = [bucket.columns[0] for bucket in history.steps.buckets()[-20:] if bucket.columns[0].finite]
+    count = sum(column.finite for column in known)
+    return sum(column.total for column in known) / count if count else None
+
+
+def _rate(history: History) -> float | None:
+    samples, seconds = STEP_COLUMNS.index("samples"), STEP_COLUMNS.index("seconds")
+    buckets = history.steps.buckets()
+    time = sum(bucket.columns[seconds].total for bucket in buckets)
+    return sum(bucket.columns[samples].total for bucket in buckets) / time if time else None

@@ -1,0 +1,172 @@
+"""The watchdog's eyes and hands: reads what ranks publish and what the kernel says of them, takes stacks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from samestep.launcher import stack_probe
+from samestep.launcher.contract import RunDir
+from samestep.launcher.heartbeat import Board
+from samestep.launcher.stacks import render_all
+from samestep.launcher.supervise.outcome import Hang
+from samestep.launcher.supervise.watchdog import TICK_SECONDS, Patience, Sample, Watchdog
+
+_AGAIN_SECONDS = 5.0  # until a suspicion that came to nothing is looked into once more
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+class Watch(Protocol):
+    """Looks after the ranks of one generation after the other."""
+
+    fd: int
+
+    def clear(self) -> None:
+        """Ranks are about to be started: what earlier ones said is over."""
+
+    def begin(self, generation: int, pids: Mapping[int, int]) -> bool:
+        """The ranks were started, rank -> pid; False if nothing is to be watched."""
+
+    def tick(self) -> Hang | None:
+        """To be called every TICK_SECONDS."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class NoWatch:
+    """For `--hang-timeout off`, and for scripts that publish nothing."""
+
+    fd = -1
+
+    def clear(self) -> None:
+        """Nothing."""
+
+    def begin(self, generation: int, pids: Mapping[int, int]) -> bool:  # noqa: ARG002 (Watch's form)
+        """Nothing."""
+        return False
+
+    def tick(self) -> Hang | None:
+        """Nothing."""
+        return None
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class HangWatch:
+    """Watches a recipe's ranks; its memory is handed down to them by descriptor."""
+
+    def __init__(self, patience: Patience, world_size: int, run_dir: RunDir) -> None:
+        """Raises OSError where the system has no memory left to share."""
+        self._watchdog = Watchdog(patience)
+        self._run_dir = run_dir
+        self._board = Board(world_size)
+        self.fd = self._board.fd
+        self._generation = 0
+        self._pids: Mapping[int, int] = {}
+        self._samples: dict[int, Sample] = {}
+        self._last = 0.0
+        self._not_before = 0.0  # time at which stacks may be taken once more
+
+    def clear(self) -> None:
+        """Ranks are about to be started: what earlier ones said is over."""
+        self._board.clear()
+
+    def begin(self, generation: int, pids: Mapping[int, int]) -> bool:
+        """Look after these ranks from now on."""
+        self._watchdog.begin()
+        self._generation, self._pids, self._samples = generation, dict(pids), {}
+        self._last, self._not_before = time.monotonic(), 0.0
+        return True
+
+    def tick(self) -> Hang | None:
+        """The rank that hangs, once its stack and those of the others are on disk; None almost always."""
+        now = time.monotonic()
+        self._samples = {rank: self._sample(rank, pid) for rank, pid in self._pids.items()}
+        suspicion = self._watchdog.observe(self._samples, now - self._last, _crowding())
+        self._last = now
+        if suspicion is None or now < self._not_before or any(map(_is_traced, self._pids.values())):
+            return None
+        self._not_before = now + _AGAIN_SECONDS
+        by_pid = stack_probe.take(list(self._pids.values()))
+        stacks = {rank: by_pid[pid] for rank, pid in self._pids.items()}
+        children = {
+            pid: next((s.user_frame for s in by_pid.values() if s.parent == pid and s.user_frame), "")
+            for pid in self._pids.values()
+        }
+        hang = self._watchdog.judge(suspicion, stacks, time.monotonic())
+        if hang is None or self._board.read(hang.rank).beats != self._samples[hang.rank].beat.beats:
+            return None
+        if not stacks[hang.rank].user_frame and children[self._pids[hang.rank]]:
+            hang = replace(hang, frame=children[self._pids[hang.rank]])  # a process that loads its data
+        return replace(hang, stacks=self._write(render_all(by_pid, self._pids, self._about())))
+
+    def close(self) -> None:
+        """Let go of the shared memory."""
+        self._board.close()
+
+    def _sample(self, rank: int, pid: int) -> Sample:
+        beat = self._board.read(rank)
+        before = self._samples.get(rank)
+        if before is not None and before.beat.beats != beat.beats:
+            return Sample(beat)  # it moves: nothing else is asked
+        return Sample(beat, stack_probe.is_stopped(pid), _starved(pid), _busy(pid))
+
+    def _about(self) -> dict[int, str]:
+        now = time.monotonic()
+        return {
+            rank: f"{sample.beat.phase or 'not training'}, {sample.beat.step} steps done, "
+            f"{now - sample.beat.since:.1f} s without a sign of life"
+            if sample.beat.beats
+            else "not training"
+            for rank, sample in self._samples.items()
+        }
+
+    def _write(self, text: str) -> str:
+        path = self._run_dir.stacks(self._generation)
+        try:
+            path.write_text(text)
+        except OSError:
+            return ""  # a full disk hides no hang
+        return str(path)
+
+
+def _starved(pid: int) -> float:
+    """Seconds that the main thread waited for a processor."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def _busy(pid: int) -> float:
+    """Seconds of processor time of a process and of those that it started."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        children = [
+            int(text) for file in Path(f"/proc/{pid}/task").glob("*/children") for text in file.read_text().split()
+        ]
+        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND + sum(map(_busy, children))
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def _is_traced(pid: int) -> bool:
+    """Whether a debugger is attached: then standing still is what somebody wants."""
+    try:
+        return int(Path(f"/proc/{pid}/status").read_text().partition("TracerPid:")[2].split()[0]) > 0
+    except (OSError, IndexError, ValueError):
+        return False
+
+
+def _crowding() -> float:
+    """Tasks that are ready to run, for each processor."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+__all__ = ["TICK_SECONDS", "HangWatch", "NoWatch", "Watch"]

@@ -1,0 +1,118 @@
+"""Each leak is named on the recipe that has it, and on no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPES = Path(__file__).resolve().parent.parent.parent / "scripts" / "recipes"
+
+FATAL = {
+    "backward": (["first.weight", "the loss is expected to leave gradients alone"], "backward()"),
+    "toggle": (["leave modules in the mode", "norm"], "model.eval()"),
+    "twice": (["scheduler", "once an optimizer step", "2 times"], "scheduler.step()"),
+    "elsewhere": (["mask", "is on meta", "computes on cpu"], "__init__"),
+    "evaluation trains": (["the metric error changed norm."], "model.train()"),
+    "evaluation changes": (["the metric error changed first.weight"], "changes of weights"),
+    "stream": (["train_data", "the same each time", "Stream"], "__getitem__(index)"),
+}
+WARNED = {
+    "evaluated": ["eval mode, with gradients"],
+    "frozen mode": ["norm of the model stays in eval mode"],
+    "graph": ["history of Net", "after each step", ".detach()"],
+    "constant": ["every gradient was exactly zero"],
+    "clamp": ["the loss changes weights", "first.weight"],
+    "between": ["first.weight of the model changed between two steps"],
+    "noisy": ["random numbers of torch", "generator of its own"],
+    "zero rate": ["learning rate was 0 in 3 steps in a row"],
+    "unused": ["other.weight, other.bias", "no gradient in any step so far"],
+    "unheld": ["first.weight", "the optimizer does not hold"],
+    "late": ["other.weight, other.bias", "since step 6"],
+    "attribute": ["last.scale", "plain tensor", "register_buffer"],
+    "half": ["a batch of 4 samples was planned, but collating made one of 2"],
+}
+OF_RANKS = {
+    "rank": ["rank 1 ran detour", "rank 0 did not"],
+    "collective": ["calls collectives of torch.distributed itself", "1 in a shard"],
+}
+
+
+def warnings(ended: Any) -> list[str]:
+    return [event["text"] for event in ended.events("warning")]
+
+
+@pytest.mark.parametrize("leak", FATAL)
+def test_what_can_not_be_meant_ends_the_run_with_its_name(start: Any, leak: str) -> None:
+    words, hint = FATAL[leak]
+    ended = start("leaking", "--run-dir", "run", "--leak", leak)
+    assert ended.codes == [2], ended.stderr
+    said, _, fix = ended.stderr.partition("\nhint: ")
+    assert "Traceback" not in ended.stderr
+    assert all(word in said for word in words), said
+    assert hint in fix
+
+
+@pytest.mark.parametrize("leak", ["unheld", "lazy"])
+def test_gradients_that_no_optimizer_clears_do_not_add_up(trained: Any, leak: str) -> None:
+    """Under DDP they would, and reach the weights through the norm that is clipped, on two ranks alone."""
+    flags = ("--leak", leak, "--shards", 2, "--epochs", 1, "--clip-grad-norm", 0.1)
+    one, two = (trained("leaking", *flags, ranks=ranks, cwd=f"ranks-{ranks}") for ranks in (1, 2))
+    assert one.bits == two.bits
+
+
+@pytest.mark.parametrize("leak", WARNED)
+def test_what_may_be_meant_is_told_once_and_training_goes_on(trained: Any, leak: str) -> None:
+    ended = trained("leaking", "--leak", leak, "--epochs", 5 if leak == "late" else 1)
+    (text,) = [text for text in warnings(ended) if all(word in text for word in WARNED[leak])]
+    assert ended.stderr.count(f"warning: {text}\n") == 1
+
+
+@pytest.mark.parametrize("leak", OF_RANKS)
+def test_ranks_that_go_their_own_way_are_named(trained: Any, leak: str) -> None:
+    ended = trained("leaking", "--leak", leak, ranks=2)
+    (text,) = warnings(ended)
+    assert all(word in text for word in OF_RANKS[leak]), text
+
+
+def test_a_leak_on_one_rank_ends_all_ranks_with_the_same_sentence(start: Any) -> None:
+    ended = start("leaking", "--run-dir", "run", "--leak", "toggle on rank 1", ranks=2)
+    assert ended.codes == [2, 2], ended.stderrs
+    assert ended.stderr.count("leave modules in the mode") == 1
+    assert (ended.cwd / "rank-1.err").read_text() == ""
+
+
+@pytest.mark.parametrize(("ranks", "check"), [(1, "first"), (2, "first"), (2, "always")])
+def test_a_recipe_without_leaks_raises_no_alarm(trained: Any, ranks: int, check: str) -> None:
+    flags = ("--shards", 2, "--epochs", 2, "--check", check, "--eval-every", 2)
+    assert warnings(trained("leaking", *flags, ranks=ranks)) == []
+
+
+@pytest.mark.parametrize("name", ["small", "oracle"])
+def test_recipes_of_other_tests_raise_no_alarm(trained: Any, name: str) -> None:
+    assert warnings(trained(name, "--max-steps", 5, "--check", "always")) == []
+
+
+def test_a_recipe_with_unused_layers_raises_that_alarm_alone(trained: Any) -> None:
+    (text,) = warnings(trained("everything", "--max-steps", 5, "--check", "always"))
+    assert "never.weight" in text
+    assert "no gradient in any step so far" in text
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_of_ours_raise_no_alarm(trained: Any, recipe: Path) -> None:
+    assert warnings(trained(recipe, "--max-steps", 4, "--shards", 2, "--check", "always")) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_looking_changes_no_bit(trained: Any, ranks: int) -> None:
+    runs = [
+        trained("everything", "--max-steps", 6, "--shards", 2, "--check", check, ranks=ranks, cwd=check)
+        for check in ("never", "first", "always")
+    ]
+    assert runs[0].bits == runs[1].bits == runs[2].bits
+
+
+def test_check_never_looks_at_nothing(trained: Any) -> None:
+    assert warnings(trained("leaking", "--leak", "toggle", "--check", "never")) == []

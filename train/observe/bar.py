@@ -1,0 +1,87 @@
+"""The live view of a rank that people started by hand, and where there is no terminal, plain lines.
+
+It is the view of `samestep run` and `samestep watch`, drawn from the same events. Below `samestep run` ranks write into
+a pipe, so there the launcher draws.
+"""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TextIO
+
+_REDRAW_SECONDS = 0.1
+
+
+class Bar(Protocol):
+    """Where a rank's words go."""
+
+    def take(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Events that were written."""
+
+    def print(self, line: str, stream: TextIO) -> None:
+        """A line of words."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class PlainLines:
+    """What a file, a pipe and a notebook get."""
+
+    def take(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Nothing to draw."""
+
+    def print(self, line: str, stream: TextIO) -> None:
+        """Print the line."""
+        print(line, file=stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class LiveView:
+    """A few lines that are redrawn, with words printed above them."""
+
+    def __init__(self, stream: TextIO, total_steps: int, epochs: int) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        from samestep.launcher.view.standing import Standing
+
+        self._standing = Standing(total=total_steps, epochs=epochs)
+        self._live = Live(console=Console(file=stream), transient=True, auto_refresh=False)
+        self._live.start()
+        atexit.register(self._live.stop)  # a run that fails leaves the terminal with a cursor too
+        self._drawn = 0.0
+
+    def take(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Redraw, if that was not done a moment ago."""
+        for event in events:
+            self._standing.take(event)
+        now = time.monotonic()
+        if now - self._drawn >= _REDRAW_SECONDS:
+            self._drawn = now
+            self._draw()
+
+    def print(self, line: str, stream: TextIO) -> None:  # noqa: ARG002 (the view owns the terminal)
+        """Print above the view."""
+        self._live.console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Remove the view."""
+        self._live.stop()
+
+    def _draw(self) -> None:
+        from rich.console import Group
+
+        from samestep.launcher.view.lines import display
+
+        lines = display(self._standing, self._live.console.width)
+        self._live.update(Group(*lines), refresh=True)
+
+
+def bar(stream: TextIO, total_steps: int, epochs: int) -> Bar:
+    """The view on a terminal, else plain lines."""
+    return LiveView(stream, total_steps, epochs) if stream.isatty() else PlainLines()

@@ -1,0 +1,71 @@
+"""What a check is: it looks before and after each loss and each step, and says what it found.
+
+A finding that can't be meant is fatal; all others are warnings, told once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from samestep.train.parallel.shards import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One sentence on what is wrong and one with the fix; `text` is the same in each step in which it is found."""
+
+    text: str
+    hint: str
+    fatal: bool = False
+
+
+Findings = Iterable[Finding]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is looked at: the model that was built, not the one wrapped for other ranks."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Any = None
+    scheduler_interval: str = "step"
+
+
+class Check:
+    """Looks nowhere and finds nothing; a check overrides the moments that it needs."""
+
+    def before_step(self, plan: StepPlan) -> Findings:  # noqa: ARG002
+        """Nothing of the step has been done."""
+        return ()
+
+    def before_loss(self, batch: Any, samples: int) -> Findings:  # noqa: ARG002
+        """A shard's batch is on the device, its random streams are seeded."""
+        return ()
+
+    def after_loss(self) -> Findings:
+        """The loss has returned; there was no backward yet."""
+        return ()
+
+    def after_step(self, plan: StepPlan) -> Findings:  # noqa: ARG002
+        """The weights are updated, the gradients are still there."""
+        return ()
+
+    def conclude(self) -> Findings:
+        """As many steps as a conclusion needs have been looked at since the last one."""
+        return ()
+
+    def close(self) -> None:
+        """Nothing will be looked at any more: take hooks away."""
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """`a, b, c and 4 more`."""
+    known = list(names)
+    rest = len(known) - most
+    return ", ".join(known[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,106 @@
+"""Weights and buffers that somebody else than the optimizer changes, found by sums of their bits (no copy is kept)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samestep.launcher.contract import UsageError
+from samestep.train.observe.guards.check import Check, Finding, Subject, listed
+from samestep.train.parallel.fingerprint import sum_of_bits
+
+
+class Marks:
+    """The sum of bits of each named tensor, at one moment."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        real = {name: tensor.detach() for name, tensor in tensors.items() if not tensor.is_meta}
+        device = next((tensor.device for tensor in real.values()), None)
+        self.names = list(real)
+        self.sums = [sum_of_bits(tensor).to(device) for tensor in real.values()]
+
+    def changed(self, later: Marks) -> list[str]:
+        """Names of tensors with other bits."""
+        if self.names != later.names or not self.names:
+            return sorted(set(self.names) ^ set(later.names))
+        different = torch.stack(self.sums) != torch.stack(later.sums)
+        return [name for name, other in zip(self.names, different.tolist(), strict=True) if other]
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weights alone."""
+    return dict(model.named_parameters())
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers."""
+    return parameters_of(model) | dict(model.named_buffers())
+
+
+class OutsideChanges(Check):
+    """From one update to the next loss nothing changes; a loss may change buffers (BatchNorm does), but no weights."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._model = subject.model
+        self._updated: Marks | None = None
+        self._before_loss = Marks({})
+        self._hook = subject.optimizer.register_step_post_hook(self._on_updated)
+
+    def before_loss(self, batch: Any, samples: int) -> Iterator[Finding]:  # noqa: ARG002
+        """Compare with the end of the last update, in the first shard of a step."""
+        self._before_loss = Marks(parameters_of(self._model))
+        updated, self._updated = self._updated, None
+        changed = updated.changed(Marks(state_of(self._model))) if updated is not None else []
+        if changed:
+            yield Finding(
+                f"{listed(changed)} of the model changed between two steps, outside of the optimizer",
+                "a change between steps comes at other moments in a resumed run: do it in forward, or in the optimizer",
+            )
+
+    def after_loss(self) -> Iterator[Finding]:
+        """Compare with before."""
+        changed = self._before_loss.changed(Marks(parameters_of(self._model)))
+        if changed:
+            yield Finding(
+                f"the loss changes weights of the model itself: {listed(changed)}",
+                "a rank calls it once a shard, so fewer ranks change them more often: do it in the optimizer, or in "
+                "a parametrization of the layer",
+            )
+
+    def close(self) -> None:
+        """Take the hook away."""
+        self._hook.remove()
+
+    def _on_updated(self, *_: Any) -> None:
+        self._updated = Marks(state_of(self._model))
+
+
+def unchanged(name: str, function: Callable[[Any, Any], Any], calls: int | None) -> Callable[[Any, Any], Any]:
+    """A metric that must leave the model as it was, watched in its first `calls` calls, None for all.
+
+    Raises:
+        UsageError: from the call, if it did not.
+    """
+    left = calls
+
+    @functools.wraps(function, updated=())
+    def watched(model: Any, batch: Any) -> Any:
+        nonlocal left
+        if left == 0:
+            return function(model, batch)
+        left = None if left is None else left - 1
+        before = Marks(state_of(model))
+        result = function(model, batch)
+        changed = before.changed(Marks(state_of(model)))
+        if changed:
+            raise UsageError(
+                f"evaluation is expected to leave the model as it is, but the metric {name} changed {listed(changed)}",
+                "drop model.train() and changes of weights from it; BatchNorm in training mode changes its statistics",
+            )
+        return result
+
+    return watched
