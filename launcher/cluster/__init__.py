@@ -1,1 +1,1 @@
-"""Beyond one machine: hand a run to an engine that places, watches and requeues nodes."""
+"""A run on several machines: one launcher on each, of which the head's decides and the others obey."""
