@@ -1,12 +1,16 @@
 """Runs the benchmarks one after the other and writes their table to benchmarks/results.md.
 
-    python benchmarks/table.py [--quick]
+    python benchmarks/table.py [--quick] [--only PART …]
 
-`--quick` leaves out the slow rows and writes nothing.
+`--quick` takes fewer rounds and rows, and writes nothing. Every row runs samestep and its peers in turns, so a machine
+that slows down slows all of them; run it on a machine that does nothing else all the same. A row that fails is named
+and the others go on.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -14,70 +18,117 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 HERE = Path(__file__).resolve().parent
-ROWS = (
-    ("small", 1, 1),
-    ("small", 2, 2),
-    ("small", 4, 4),
-    ("heavy", 2, 2),
-    ("heavy", 4, 4),
-    ("large", 2, 2),
-    ("large", 4, 4),
-    ("large", 1, 8),
-)
-QUICK = (("small", 1, 1), ("small", 2, 2), ("large", 2, 2))
+LOOPS = ("hand-written", "samestep", "accelerate", "fabric")
+WORKLOADS = ("MLP 0.2 ms", "MLP 1 ms", "MLP 5 ms", "digits CNN", "char LM")
+COSTS = (("small", 2, 2), ("small", 4, 4), ("heavy", 2, 2), ("large", 2, 2), ("large", 4, 4), ("large", 1, 8))
+SECONDS = 900  # a row may take
+Lines = list[str]
 
 
-def cost(size: str, ranks: int, shards: int) -> dict[str, Any]:
-    """One row of cost_of_sameness.py."""
+def script(name: str, *arguments: object) -> dict[str, Any]:
+    """The JSON line that a benchmark prints in the end."""
+    return _json([sys.executable, str(HERE / f"{name}.py"), *map(str, arguments)])
+
+
+def ranks(count: int, name: str, *arguments: object) -> dict[str, Any]:
+    """The same from `count` ranks below torchrun."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "torchrun"), "--master-port", str(port), f"--nproc-per-node={ranks}"]
-    command += [str(HERE / "cost_of_sameness.py"), size, str(shards)]
-    return _json(command)
-
-
-def stall() -> dict[str, Any]:
-    """The row of save_stall.py."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _json([sys.executable, str(HERE / "save_stall.py"), folder])
+    command = [str(Path(sys.executable).parent / "torchrun"), "--master-port", str(port), f"--nproc-per-node={count}"]
+    return _json([*command, str(HERE / f"{name}.py"), *map(str, arguments)])
 
 
 def _json(command: list[str]) -> dict[str, Any]:
-    environ = os.environ | {"PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
+    environ = os.environ | {"PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=SECONDS)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[-4:])} ended with {done.returncode}: {done.stderr[-400:]}")
     row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return row
 
 
-def _cell(value: dict[str, Any]) -> str:
-    low, high = value["spread"]
-    return f"{value['ms']:g} ms, {value['ratio']:.2f}x ({low:.2f} to {high:.2f})"
-
-
-def cost_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines."""
+def seed_job(quick: bool) -> Lines:
+    row = script("seed_job", 5 if quick else 15)
     lines = [
-        "| Model | Ranks | Shards | Hand-written DDP | samestep exact | samestep fast |",
-        "|---|---|---|---|---|---|",
+        "An epoch of the seed's job; ratios to whole-batch indexing by hand.",
+        "",
+        "| Loop | ms | Ratio |",
+        "|---|---|---|",
     ]
-    for row in rows:
-        cells = [row["size"], row["W"], row["V"], f"{row['hand-written']['ms']:g} ms", _cell(row["exact"])]
-        lines.append("| " + " | ".join(map(str, [*cells, _cell(row["fast"])])) + " |")
+    lines += [f"| {name} | {value['ms']:g} | {_ratio(value)} |" for name, value in row.items()]
+    slow, ours = row["the seed's loop, 4 workers"]["ms"], row["samestep"]["ms"]
+    return [*lines, "", f"The seed's loop with its 4 workers takes {slow / ours:.1f}x as long as samestep."]
+
+
+def loop_overhead(quick: bool) -> Lines:
+    lines = ["Milliseconds a step and ratio to hand-written DDP, one thread a rank.", ""]
+    lines += [f"| Workload | Ranks | {' | '.join(LOOPS)} |", "|" + "---|" * (2 + len(LOOPS))]
+    scaling: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in WORKLOADS[:1] if quick else WORKLOADS:
+        for count in (1, 2):
+            row = ranks(count, "loop_overhead", name, 5 if quick else 11)["loops"]
+            scaling.setdefault(name, {})[count] = row
+            cells = [f"{row[loop]['ms']:g} ms, {_ratio(row[loop])}" for loop in LOOPS]
+            lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    lines += ["", "Scaling: steps a second at 2 ranks over 1 rank, the same global batch.", ""]
+    lines += [f"| Workload | {' | '.join(LOOPS)} |", "|" + "---|" * (1 + len(LOOPS))]
+    for name, row in scaling.items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[1][k]['ms'] / row[2][k]['ms']:.2f}" for k in LOOPS) + " |")
     return lines
 
 
-def stall_table(row: dict[str, Any]) -> list[str]:
-    """Markdown lines."""
+def exact_and_fast(quick: bool) -> Lines:
+    lines = [
+        "Exact and fast reduction beside hand-written DDP; with 1 rank and 8 shards a step is 8 small batches.",
+        "",
+    ]
+    lines += [
+        "| Model | Ranks | Shards | Hand-written DDP | samestep exact | samestep fast |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size, count, shards in COSTS[:1] if quick else COSTS:
+        row = ranks(count, "cost_of_sameness", size, shards)
+        cells = [f"{row[key]['ms']:g} ms, {_ratio(row[key])}" for key in ("exact", "fast")]
+        lines.append(f"| {size} | {count} | {shards} | {row['hand-written']['ms']:g} ms | {' | '.join(cells)} |")
+    return lines
+
+
+def starts(quick: bool) -> Lines:
+    lines = ["Seconds: median (least to most). `lost`: restarts that took no step within a minute.", ""]
+    lines += ["| Launcher | Ranks | Command to first step | Killed rank to next step | lost |", "|---|---|---|---|---|"]
+    for count in (2,) if quick else (2, 4):
+        row = script("starts", count, 1 if quick else 5)
+        for name in ("samestep", "torchrun", "accelerate"):
+            value = row[name]
+            again = _seconds(value["again"]) if value["again"] else "never"
+            lines.append(f"| {name} | {count} | {_seconds(value['first'])} | {again} | {value['lost']} |")
+    return lines
+
+
+def worker_choice(quick: bool) -> Lines:
+    numbers = ("auto", "0", "1", "2", "4")
+    lines = ["Samples of 5 ms: seconds of a run and ratio to the best fixed number of loader workers.", ""]
+    lines += [f"| Samples | {' | '.join(numbers)} |", "|" + "---|" * (1 + len(numbers))]
+    for kind in ("waiting",) if quick else ("computing", "waiting"):
+        row = script("worker_choice", kind, 1 if quick else 3, 100 if quick else 500)
+        lines.append(f"| {kind} | " + " | ".join(f"{row[n]['s']:g} s, {_ratio(row[n], 2)}" for n in numbers) + " |")
+    return lines
+
+
+def checkpoint_stall(quick: bool) -> Lines:
+    with tempfile.TemporaryDirectory() as folder:
+        row = script("save_stall", folder)
     flips = row["flips"]
     noticed = {"samestep": flips["samestep"], "torch.save": flips["torch.load"]}
-    lines = ["| Saved by | Training stands still | Flipped bits noticed at loading |", "|---|---|---|"]
+    lines = ["A checkpoint of 100 million float32 parameters: median (range) of 5.", ""]
+    lines += ["| Saved by | Training stands still | Flipped bits noticed at loading |", "|---|---|---|"]
     for name in ("samestep", "torch.save", "dcp.async_save"):
         low, high = row[name]["range"]
         told = f"{noticed[name]} of {flips['of']}" if name in noticed else "not measured"
@@ -85,23 +136,56 @@ def stall_table(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main(*, quick: bool) -> None:
+PARTS: dict[str, Callable[[bool], Lines]] = {
+    "Seed job": seed_job,
+    "Loop overhead": loop_overhead,
+    "Exact and fast": exact_and_fast,
+    "Launch and recovery": starts,
+    "Loader workers": worker_choice,
+    "Checkpoint": checkpoint_stall,
+}
+
+
+def _ratio(value: dict[str, Any], digits: int = 2) -> str:
+    low, high = value["spread"]
+    return f"{value['ratio']:.{digits}f}x ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _seconds(spread: list[float]) -> str:
+    return f"{spread[0]:g} ({spread[1]:g} to {spread[2]:g})"
+
+
+def main(only: list[str], *, quick: bool) -> int:
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "accelerate", "lightning-fabric")
+    )
     lines = [
-        f"torch {torch.__version__}, Python {platform.python_version()}, {psutil.cpu_count(logical=False)} cores "
-        f"({platform.machine()}), gloo on loopback; `./scripts/bench`",
-        "",
-        "Milliseconds a step, and ratio to the hand-written loop of the same round: median (lowest to highest of 9).",
-        "",
-        *cost_table([cost(*row) for row in (QUICK if quick else ROWS)]),
-        "",
-        "A checkpoint of 100 million float32 parameters: median (range) of 5.",
-        "",
-        *stall_table(stall()),
+        f"{versions}, Python {platform.python_version()}, {psutil.cpu_count(logical=False)} cores "
+        f"({platform.machine()}), gloo on loopback; `./scripts/bench`. Ratios are taken round by round: median "
+        "(lowest to highest).",
     ]
-    print("\n".join(lines))
-    if not quick:
+    print(lines[0], flush=True)
+    failed = 0
+    for title, part in PARTS.items():
+        if only and title not in only:
+            continue
+        try:
+            made = part(quick)
+        except (RuntimeError, ValueError, LookupError, subprocess.TimeoutExpired) as error:
+            failed, made = failed + 1, [f"not measured: {' '.join(str(error).split())[:300]}"]
+        made = ["", f"## {title}", "", *made]
+        print("\n".join(made), flush=True)
+        lines += made
+    if not quick and not only:
         (HERE / "results.md").write_text("# Measured\n\n" + "\n".join(lines) + "\n")
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
-    main(quick="--quick" in sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and rows; writes nothing")
+    parser.add_argument(
+        "--only", action="append", default=[], choices=list(PARTS), help="this part alone; again for more"
+    )
+    given = parser.parse_args()
+    sys.exit(main(given.only, quick=given.quick))

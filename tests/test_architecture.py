@@ -33,6 +33,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "parallel": {"recipe"},
     "data": {"parallel"},
     "observe": {"parallel", "recipe"},
+    "compilation": {"parallel"},
     "checks": {"data", "parallel", "recipe"},
     "state": {"observe", "parallel", "recipe"},
     "state_metrics": {"parallel"},

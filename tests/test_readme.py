@@ -72,8 +72,10 @@ def tree() -> str:
     modules = [
         path
         for folder in ("benchmarks", "launcher", "train", "scripts")
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        if not path.name.startswith("__")
+        for path in [*sorted((ROOT / folder).glob("*.py")), *sorted((ROOT / folder).glob("*/*.py"))]
+        # a folder inside says in its __init__.py what its modules are about; a recipe has no such folder
+        if (path.name == "__init__.py") == (path.parent.parent != ROOT and folder in ("launcher", "train"))
+        and not (path.parent.parent == ROOT and path.name.startswith("__"))
     ]
     about = {}
     for path in modules:
@@ -87,7 +89,13 @@ def tree() -> str:
     lines = []
     for folder in folders:
         names = sorted(name for name in (*about, *ABOUT) if name.startswith(f"{folder}/"))
-        lines += [f"{folder}/", *(f"  {name.removeprefix(folder + '/'):<27} {(about | ABOUT)[name]}" for name in names)]
+        lines += [
+            f"{folder}/",
+            *(
+                f"  {name.removeprefix(folder + '/').removesuffix('__init__.py'):<27} {(about | ABOUT)[name]}"
+                for name in names
+            ),
+        ]
     return "\n".join(["```", *lines, "```"])
 
 

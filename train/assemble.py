@@ -16,8 +16,10 @@ from samestep.launcher.contract import RunDir, UsageError
 from samestep.launcher.heartbeat import NoPulse, Pulse
 from samestep.train.checks import check_shard_size
 from samestep.train.config import TrainConfig, plain
-from samestep.train.data.loader import build_loader
+from samestep.train.data.loader import Loader, build_loader
 from samestep.train.data.sampler import SameOrderSampler
+from samestep.train.data.watch import Tell
+from samestep.train.data.worker_stream import Epochs
 from samestep.train.evaluate import Evaluator
 from samestep.train.loop import Run
 from samestep.train.observe.guards.check import Subject
@@ -27,7 +29,7 @@ from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
-from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.exchange import BackendExchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Membership
@@ -80,11 +82,11 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
         config=config,
         components=components,
         state=TrainState(components, scaler, ema, setting.facts),
-        loader=_loader(components.train_data, sampler, components, setting),
+        loader=_loader(components.train_data, sampler, components, setting, reporter, Epochs(config.epochs - 1)),
         sampler=sampler,
         step=_step(replace(components, loss=guards.loss(components.loss)), setting, autocast, scaler, ema, reporter),
         ledger=Ledger(group, device, setting.shards, fingerprint),
-        evaluator=_evaluator(components, setting, autocast, guards),
+        evaluator=_evaluator(components, setting, autocast, reporter, guards),
         evaluated_model=components.model if ema is None else ema.module,
         saver=writer if group.rank == 0 else Saver(schedule),
         reporter=reporter,
@@ -115,15 +117,15 @@ def _step(
         compression_hook(config.comm_hook, device) if group.world_size > 1 else None,
     )
     reducer.enter = clock.enter
+    has_buffers = next(components.model.buffers(), None) is not None
     return OptimizerStep(
         components=components,
         seed=config.seed,
-        device=device,
         clip_grad_norm=config.clip_grad_norm,
         autocast=autocast,
         scaler=scaler,
         reducer=reducer,
-        buffers=BufferCombiner(components.model, group, exchange, shards),
+        buffers=BufferCombiner(components.model, group, exchange, shards) if has_buffers else NoBuffers(),
         tally=StepTally(group, shards, device),
         clock=clock,
         ema=ema,
@@ -132,7 +134,11 @@ def _step(
 
 
 def _evaluator(
-    components: Components, setting: Setting, autocast: contextlib.AbstractContextManager[None], guards: Guards
+    components: Components,
+    setting: Setting,
+    autocast: contextlib.AbstractContextManager[None],
+    reporter: Reporter,
+    guards: Guards,
 ) -> Evaluator | None:
     kept = {name: StateMetric.of(function) for name, function in components.metrics.items()}
     functions = {"loss": components.loss, **components.metrics}
@@ -143,7 +149,7 @@ def _evaluator(
     if components.eval_data is None:
         return None
     sampler = _sampler(components.eval_data, setting, shuffle=False)
-    loader = _loader(components.eval_data, sampler, components, setting)
+    loader = _loader(components.eval_data, sampler, components, setting, reporter, Epochs(None))
     group, device = setting.member.group, setting.device
     states = StateMetrics({name: metric for name, metric in kept.items() if metric is not None}, group, device)
     watched = {name: guards.metric(name, function) for name, function in functions.items() if kept.get(name) is None}
@@ -180,13 +186,23 @@ def _sampler(dataset: Any, setting: Setting, *, shuffle: bool) -> SameOrderSampl
     )
 
 
-def _loader(dataset: Any, sampler: SameOrderSampler, components: Components, setting: Setting) -> Any:
+def _loader(
+    dataset: Any,
+    sampler: SameOrderSampler,
+    components: Components,
+    setting: Setting,
+    reporter: Reporter,
+    epochs: Epochs,
+) -> Loader:
     return build_loader(
         dataset,
         sampler,
         collate_fn=components.collate_fn,
         num_workers=setting.config.num_workers,
         device=setting.device,
+        epochs=epochs,
+        ranks_here=setting.member.env.local_world_size,
+        tell=Tell(lambda choice, text: reporter.loader(choice.workers, choice.prefetch, text), reporter.warning),
     )
 
 

@@ -39,7 +39,7 @@ class TrainConfig:
     ] = None
     clip_grad_norm: Annotated[float | None, Option("largest norm of the reduced gradient", "norm")] = None
     num_workers: Annotated[
-        int | Literal["auto"], Option("DataLoader workers of a rank; never changes the bits", "processes")
+        int | Literal["auto"], Option("loader workers of a rank; auto measures; never changes the bits", "processes")
     ] = "auto"
     log_every: Annotated[int, Option("steps between log lines; losses are read from the device only then", "steps")] = (
         100
@@ -58,6 +58,9 @@ class TrainConfig:
     run_dir: Annotated[Path | None, Option("where everything of the run is kept; default: runs/<recipe>", "folder")] = (
         None
     )
+    compile: Annotated[
+        bool, Option("torch.compile the model: one graph a shard size; other bits than without, on any world size")
+    ] = False
     trackers: Annotated[
         str, Option("curves for other tools: tensorboard, wandb, mlflow or whatever accelerate knows, by commas")
     ] = ""

@@ -27,6 +27,7 @@ from samestep.launcher.stack_signal import tell_stacks_when_asked
 from samestep.train import environment, leave, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components, check_samples_repeat
+from samestep.train.compilation import compile_in_place
 from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
@@ -173,6 +174,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     if config.weights is not None and found.snapshot is None:
         start.load_weights(components.model, config.weights)
     components.model.to(member.device)
+    uncompiled = compile_in_place(components.model, member.device, member.group) if config.compile else ""
     facts = {
         "seed": config.seed,
         "shards": shards,
@@ -201,11 +203,12 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     else:
         start.announce(run, run_dir, member, shards, joined.generation)
         alone = "" if member.env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
-        for text in filter(None, [alone, *warnings]):
+        for text in filter(None, [alone, uncompiled, *warnings]):
             run.reporter.warning(text)
         if found.snapshot is not None:
             run.reporter.resumed(run.state.step, run.state.epoch, found.source)
-        run_to_the_end(run)
+        with environment.long_lived_objects_set_aside():
+            run_to_the_end(run)
         progress(run.state.step, "closing")
         digest = _close(run, run_dir, member.env.rank)
         run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))

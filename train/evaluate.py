@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from samestep.train.data.loader import Loader
 from samestep.train.data.rng import seed_evaluation
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.observe.tally import scalar
@@ -40,7 +39,7 @@ class Evaluator:
 
     functions: dict[str, Loss]
     state_metrics: StateMetrics
-    loader: DataLoader[Any]
+    loader: Loader
     sampler: SameOrderSampler
     group: Group
     device: torch.device
@@ -57,7 +56,7 @@ class Evaluator:
             for number, plan in enumerate(self.sampler.plans()):
                 for shard in plan.present(self.sampler.owned):
                     self.tell("evaluation")
-                    batch = send_to_device(next(batches), self.device, non_blocking=True)
+                    batch = next(batches)
                     seed_evaluation(self.seed, plan.step, shard)
                     rows.append(self._row(model, batch, plan.size(shard)))
                     with self.autocast:

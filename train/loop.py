@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
 from samestep.train.config import TrainConfig
+from samestep.train.data.loader import Loader
 from samestep.train.data.sampler import SameOrderSampler, epoch_plans
 from samestep.train.evaluate import Evaluator
 from samestep.train.observe.guards.watch import Guards
@@ -34,7 +33,7 @@ class Run:
     config: TrainConfig
     components: Components
     state: TrainState
-    loader: DataLoader[Any]
+    loader: Loader
     sampler: SameOrderSampler
     step: OptimizerStep
     ledger: Ledger
@@ -58,13 +57,16 @@ def run_to_the_end(run: Run) -> None:
     while run.state.step < run.max_steps:
         run.sampler.load_state_dict({"epoch": run.state.epoch, "cursor": run.state.cursor})
         _rest_of_epoch(run)
+    run.loader.close()
+    if run.evaluator is not None:
+        run.evaluator.loader.close()
     run.progress(run.state.step, "checkpoint")
     run.saver.save(run.state, run.reporter)
     run.saver.wait(run.reporter)
 
 
 def _rest_of_epoch(run: Run) -> None:
-    config, state = run.config, run.state
+    config, state, max_steps = run.config, run.state, run.max_steps
     run.progress(state.step, "loading")
     batches = iter(run.loader)
     run.components.model.train()
@@ -81,7 +83,7 @@ def _rest_of_epoch(run: Run) -> None:
         state.advance(plan)
 
         # --- what is due after it
-        epoch_done, last = state.cursor == run.sampler.samples, state.step >= run.max_steps
+        epoch_done, last = state.cursor == run.sampler.samples, state.step >= max_steps
         evaluate, due = _evaluation_due(run, epoch_done), run.saver.due(state.step) or last
         if state.step % config.log_every == 0 or epoch_done or evaluate or due:
             _report(run)

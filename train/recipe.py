@@ -94,32 +94,34 @@ def weigh(output: LossOutput, samples: int, name: str = "loss") -> Weighted:
     Raises:
         UsageError: it is no tensor, has the wrong shape, or (for a loss, with gradients on) no gradient.
     """
-    if isinstance(output, Weighted):
-        result = output
-    elif not isinstance(output, Tensor):
+    if isinstance(output, Tensor):
+        return _by_samples(output, samples, name)
+    if not isinstance(output, Weighted):
         raise UsageError(
             f"{name} is expected to return a tensor or Weighted, but returned {type(output).__name__}",
             "return the criterion's tensor itself, without .item()",
         )
-    elif output.dim() == 0:
-        result = SampleWeighted(_floating(output.detach()) * samples, samples, mean=output)
-    elif output.shape == (samples,):
-        result = SampleWeighted(_floating(output).sum(), samples)
-    else:
-        raise UsageError(
-            f"{name} is expected to return shape ({samples},), a scalar mean or Weighted, "
-            f"but returned shape {tuple(output.shape)}",
-            "average the other dimensions, or return Weighted(total, weight)",
-        )
-    for part, value in (("total", result.total), ("weight", result.weight)):
+    for part, value in (("total", output.total), ("weight", output.weight)):
         if isinstance(value, Tensor) and value.numel() != 1:
             raise UsageError(f"{name}: Weighted.{part} is expected to be a scalar, but has shape {tuple(value.shape)}")
-    if not isinstance(result.total, Tensor):
+    if not isinstance(output.total, Tensor):
         raise UsageError(
-            f"{name}: Weighted.total is expected to be a tensor, but is {type(result.total).__name__}",
+            f"{name}: Weighted.total is expected to be a tensor, but is {type(output.total).__name__}",
             "pass the summed loss itself, without .item()",
         )
-    return result
+    return output
+
+
+def _by_samples(output: Tensor, samples: int, name: str) -> SampleWeighted:
+    if output.dim() == 0:
+        return SampleWeighted(_floating(output.detach()) * samples, samples, mean=output)
+    if output.shape == (samples,):
+        return SampleWeighted(_floating(output).sum(), samples)
+    raise UsageError(
+        f"{name} is expected to return shape ({samples},), a scalar mean or Weighted, "
+        f"but returned shape {tuple(output.shape)}",
+        "average the other dimensions, or return Weighted(total, weight)",
+    )
 
 
 def _floating(output: Tensor) -> Tensor:
@@ -164,6 +166,7 @@ class supervised:  # noqa: N801 (used like a function)
 
     def __init__(self, criterion: Callable[..., Tensor]) -> None:
         self.criterion = _as_module(criterion)
+        self._device: torch.device | None = None
         given = getattr(self.criterion, "keywords", {})  # of a functools.partial
         if getattr(self.criterion, "reduction", given.get("reduction", "mean")) == "sum":
             raise UsageError(
@@ -177,12 +180,18 @@ class supervised:  # noqa: N801 (used like a function)
         """Run the model on x and compare with y."""
         x, y = batch
         output = model(x)
-        if isinstance(self.criterion, nn.Module) and isinstance(output, Tensor):
-            self.criterion.to(output.device)  # class weights follow the model; nothing happens where they already are
+        if isinstance(output, Tensor) and output.device != self._device:
+            self._follow(output.device)
         if self._summed is not None:
             return Weighted(self._summed(output, y), _denominator(self._summed, y))
         loss: Tensor = self.criterion(output, y)
         return loss.flatten(1).mean(1) if loss.dim() > 1 else loss
+
+    def _follow(self, device: torch.device) -> None:
+        """Class weights go where the model is."""
+        self._device = device
+        if isinstance(self.criterion, nn.Module):
+            self.criterion.to(device)
 
 
 def _as_module(criterion: Any) -> Any:

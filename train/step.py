@@ -1,4 +1,4 @@
-"""One optimizer step: zero_grad; forward, loss and backward for each shard; gradient sync, clip, step, schedule."""
+"""One optimizer step: no gradients; forward, loss and backward for each shard; gradient sync, clip, step, schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -16,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.data.rng import seed_shard
 from samestep.train.observe.phases import PhaseClock
-from samestep.train.observe.tally import StepTally
-from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.observe.tally import StepTally, Values
+from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components, objective, require_gradient, weigh
@@ -29,27 +28,25 @@ class OptimizerStep:
 
     components: Components
     seed: int
-    device: torch.device
     clip_grad_norm: float | None
     autocast: AbstractContextManager[None]
     scaler: GradScaler
     reducer: GradientReducer
-    buffers: BufferCombiner
+    buffers: BufferCombiner | NoBuffers
     tally: StepTally
     clock: PhaseClock
     ema: AveragedModel | None
     warn: Callable[[str], None]
 
-    def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Tensor:
-        """Take this rank's shards of `plan` from `batches`."""
-        self.components.optimizer.zero_grad(set_to_none=True)
+    def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Tensor | Values:
+        """Take this rank's shards of `plan` from `batches`, which are on the device."""
         self.reducer.begin(plan)
         self.buffers.begin(plan)
         self.tally.begin(plan)
 
         for shard in plan.present(self.reducer.owned):
             self.clock.enter("data")
-            batch = send_to_device(next(batches), self.device, non_blocking=True)
+            batch = next(batches)
 
             self.clock.enter("forward")
             seed_shard(self.seed, plan.step, shard)

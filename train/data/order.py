@@ -9,6 +9,9 @@ OOPSLA 2014). Integers only, so the order is the same with every version of torc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -28,10 +31,27 @@ def mix(value: int) -> int:
 
 def key(*parts: int) -> int:
     """One 64-bit key from any integers; a different number, order or value of parts gives an unrelated key."""
-    state = mix(len(parts))
+    return extend(begin(len(parts)), *parts)
+
+
+@lru_cache(maxsize=1024)
+def begin(length: int, *parts: int) -> int:
+    """A key of `length` parts, as far as its first `parts` bring it; kept, since steps and samples share them."""
+    return extend(mix(length), *parts)
+
+
+def extend(state: int, *parts: int) -> int:
+    """Go on with a key: `extend(begin(4, a, b), c, d)` is `key(a, b, c, d)`."""
     for part in parts:
         state = mix(state ^ mix(part & _MASK64))
     return state
+
+
+def extend_each(state: int, parts: Sequence[int]) -> list[int]:
+    """`extend(state, part)` of many parts at once."""
+    mixed = _mix(np.array(parts, dtype=np.int64).astype(np.uint64))
+    keys: list[int] = _mix(np.uint64(state) ^ mixed).tolist()
+    return keys
 
 
 def permute(positions: npt.NDArray[np.int64], n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:

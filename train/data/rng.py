@@ -8,13 +8,13 @@ the streams back as they were.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from samestep.train.data.order import key
+from samestep.train.data.order import begin, extend, extend_each, key
 
 # Domains keep keys of different uses apart.
 _INIT, _SHARD, _SAMPLE, _COLLATE, _EVALUATION = range(1, 6)
@@ -27,7 +27,7 @@ def seed_everything(seed: int) -> None:
 
 def seed_shard(seed: int, step: int, shard: int) -> None:
     """Seed what one shard's forward and backward draw from."""
-    _seed_all(key(_SHARD, seed, step, shard))
+    _seed_all(extend(begin(4, _SHARD, seed), step, shard))
 
 
 def seed_evaluation(seed: int, batch: int, shard: int) -> None:
@@ -38,6 +38,14 @@ def seed_evaluation(seed: int, batch: int, shard: int) -> None:
 def seed_sample(seed: int, epoch: int, sample: int) -> None:
     """Seed the CPU streams that a dataset draws from while it makes one sample."""
     _seed_cpu(key(_SAMPLE, seed, epoch, sample))
+
+
+def each_seeded(seed: int, epoch: int, samples: Sequence[int]) -> Iterator[int]:
+    """The samples one after another, each when `seed_sample` is done for it."""
+    keys = extend_each(begin(4, _SAMPLE, seed, epoch), samples)
+    for sample, value in zip(samples, keys, strict=True):
+        _seed_cpu(value)
+        yield sample
 
 
 def seed_collate(seed: int, epoch: int, first_sample: int) -> None:
@@ -65,5 +73,7 @@ def _seed_all(value: int) -> None:
 
 def _seed_cpu(value: int) -> None:
     random.seed(value)
-    np.random.seed([value & 0xFFFFFFFF, value >> 32])
+    np.random.seed(
+        value & 0xFFFFFFFF
+    )  # as much of it as torch's own CPU stream takes; the 64-bit form costs 4 times more
     torch.default_generator.manual_seed(value - (1 << 64) if value >> 63 else value)

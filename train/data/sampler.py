@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sized
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -81,6 +82,14 @@ class SameOrderSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[ShardSamples]:
         """Lists of this rank's remaining shards in this epoch."""
+        epoch = self.epoch
+        for ids in self.arrays():
+            samples = ShardSamples(ids.tolist())
+            samples.epoch = epoch
+            yield samples
+
+    def arrays(self) -> Iterator[npt.NDArray[np.int64]]:
+        """The same lists as arrays, for datasets that are indexed by them."""
         ids, begin = np.empty(0, np.int64), self.cursor
         for plan in self.plans():
             if plan.end > begin + len(ids):
@@ -89,9 +98,7 @@ class SameOrderSampler(DistributedSampler[Any]):
                 ids = permute(positions, self.samples, self.seed, self.epoch) if self.shuffle else positions
             for shard in plan.present(self.owned):
                 lo, hi = slice_of(plan.begin, plan.end, shard, self.shards)
-                samples = ShardSamples(ids[lo - begin : hi - begin].tolist())
-                samples.epoch = self.epoch
-                yield samples
+                yield ids[lo - begin : hi - begin]
 
     def __len__(self) -> int:
         """Lists that iterating gives now."""

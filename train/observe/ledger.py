@@ -17,9 +17,12 @@ from samestep.launcher.contract import Spread
 from samestep.train.observe.memory import KINDS, peak_memory
 from samestep.train.observe.phases import PHASES, Reading
 from samestep.train.observe.stragglers import Straggler, StragglerWatch
+from samestep.train.observe.tally import Values, table
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
+
+_DIGITS = 7  # of reported seconds: a tenth of a microsecond, and half the time and room that all 17 take
 
 Table = npt.NDArray[np.float64]
 
@@ -32,7 +35,7 @@ class RankLoads:
     memory: dict[str, list[int]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepRecord:
     """One finished step as it is reported; `loss` is the objective, NaN where the step had no weight."""
 
@@ -77,13 +80,13 @@ class Ledger:
     epoch: EpochSums = field(default_factory=EpochSums)
     slow_rank: Straggler | None = None  # found by the last flush
     _stragglers: StragglerWatch = field(init=False)
-    _pending: list[tuple[StepPlan, Tensor, Reading]] = field(default_factory=list)
+    _pending: list[tuple[StepPlan, Tensor | Values, Reading]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         spans = [owned_span(rank, self.group.world_size, self.shards) for rank in range(self.group.world_size)]
         self._stragglers = StragglerWatch([hi - lo for lo, hi in spans])
 
-    def add(self, plan: StepPlan, rows: Tensor, reading: Reading) -> None:
+    def add(self, plan: StepPlan, rows: Tensor | Values, reading: Reading) -> None:
         """Take a finished step: its rows (see StepTally.rows) still on the device."""
         self._pending.append((plan, rows, reading))
 
@@ -96,11 +99,12 @@ class Ledger:
         if not self._pending:
             return []
         plans = [plan for plan, _, _ in self._pending]
-        rows, seconds, memory = self._gather(plans[-1])
+        rows, seconds, memory = self._gather(plans[-1], 2 + len(extras))
         self.slow_rank = self._stragglers.add(seconds)
         sums = self._sums(plans, rows).tolist()
-        mean, most, slowest = seconds.mean(0).tolist(), seconds.max(0).tolist(), seconds.argmax(0).tolist()
-        walls = seconds.sum(2).max(0).tolist()
+        mean, most = seconds.mean(0).round(_DIGITS).tolist(), seconds.max(0).round(_DIGITS).tolist()
+        slowest = seconds.argmax(0).tolist()
+        walls = seconds.sum(2).max(0).tolist()  # before rounding, so that nothing is lost over a run
         records = []
         for index, plan in enumerate(plans):
             total, weight, *more = sums[index]
@@ -112,7 +116,7 @@ class Ledger:
                     epoch=plan.epoch,
                     loss=averages[0],
                     samples=plan.samples,
-                    seconds={name: Spread(mean=m, max=x, slowest_rank=r) for name, m, x, r in spreads},
+                    seconds={name: {"mean": m, "max": x, "slowest_rank": r} for name, m, x, r in spreads},
                     wall_seconds=walls[index],
                     extra=dict(zip(extras, averages[1:], strict=True)),
                 )
@@ -122,12 +126,12 @@ class Ledger:
         records[-1] = replace(records[-1], loads=_loads(seconds, memory))
         return records
 
-    def _gather(self, last: StepPlan) -> tuple[Table, Table, Table]:
+    def _gather(self, last: StepPlan, columns: int) -> tuple[Table, Table, Table]:
         """Rows (world_size, steps, width, columns), times (world_size, steps, phases), bytes (world_size, KINDS).
 
         Of all ranks, on the host.
         """
-        rows = torch.stack([rows for _, rows, _ in self._pending])
+        rows = self._rows(columns)
         seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)
         mark = self.fingerprint.row(last.step + 1, last.end).view(torch.float64)  # carried as bits, never computed with
         known_to_all = rows.dim() == 4  # (steps, world_size, width, columns): gathered in each step
@@ -140,6 +144,15 @@ class Ledger:
         if known_to_all:
             return rows.transpose(0, 1).cpu().numpy(), times, bytes_held
         return table[:, seconds.numel() :].reshape(-1, *rows.shape), times, bytes_held
+
+    def _rows(self, columns: int) -> Tensor:
+        """(steps, width, columns) of this rank, or of all ranks with world_size after steps."""
+        gathered = [rows for _, rows, _ in self._pending if isinstance(rows, Tensor)]
+        if gathered:
+            return torch.stack(gathered)
+        spans = [owned_span(rank, self.group.world_size, self.shards) for rank in range(self.group.world_size)]
+        mine = [rows for _, rows, _ in self._pending if isinstance(rows, list)]
+        return table(mine, max(hi - lo for lo, hi in spans), columns, self.device)
 
     def _sums(self, plans: list[StepPlan], rows: Table) -> Table:
         """Rows summed over the shards along the tree, for all steps with equally many shards at once."""

@@ -1,13 +1,15 @@
 """Losses and weights of a step's shards, a row [total, weight, extra * weight ...] each, in float64 and on the device.
 
-Where samples are the weights, every rank knows their sum, and rows wait for the next log interval (see Ledger). A loss
-that brings its own weights needs their sum over all ranks before the update: its rows are gathered while backward runs.
+Where samples are the weights, every rank knows their sum, and the values wait as they are for the next log interval
+(see Ledger). A loss that brings its own weights needs their sum over all ranks before the update: its rows are gathered
+while backward runs.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
 from samestep.train.recipe import SampleWeighted, Weighted
 
 Value = Tensor | float
+Values = list[list[Value]]  # of one rank: a list for each shard, of equally many columns
 
 
 class StepTally:
@@ -53,17 +56,17 @@ class StepTally:
         self._brings_weights |= brings_weights
         names = list(outcome.log) if self.extras is None else self.extras
         extras = [outcome.log[name] * outcome.weight for name in names]
-        self._values.append([outcome.total.detach(), outcome.weight, *extras])
+        self._values.append([_kept(outcome.total), _kept(outcome.weight), *map(_kept, extras)])
         if len(self._values) == self._expected:
             self._complete(names)
 
-    def rows(self) -> Tensor:
-        """float64; of this rank, shape (width, columns), or of all ranks, (world_size, width, columns)."""
-        return self._rows()
+    def rows(self) -> Tensor | Values:
+        """For the ledger: this rank's values, or float64 rows of all ranks, (world_size, width, columns)."""
+        return self._gathered() if self.own_weights else self._values
 
     def weight_sum(self) -> Tensor:
-        """Sum of all shards' weights along the tree, a float64 scalar on the device."""
-        rows = self._rows()
+        """Sum of all shards' weights along the tree, a float64 scalar on the device; only where `own_weights`."""
+        rows = self._gathered()
         weights = {
             (shard, shard + 1): rows[rank, slot, 1]
             for rank, span in enumerate(self.spans)
@@ -76,12 +79,9 @@ class StepTally:
     def _complete(self, names: list[str]) -> None:
         if self.extras is None:
             self._agree(names)
-        assert self.extras is not None
-        mine = torch.zeros(self.width, 2 + len(self.extras), dtype=torch.float64, device=self.device)
-        for slot, values in enumerate(self._values):
-            for column, value in enumerate(values):
-                mine[slot, column] = value
-        self._rows: Callable[[], Tensor] = self.group.gather_later(mine) if self.own_weights else lambda: mine
+        if self.own_weights:
+            mine = table([self._values], self.width, 2 + len(self.extras or []), self.device)[0]
+            self._gathered: Callable[[], Tensor] = self.group.gather_later(mine)
 
     def _agree(self, names: list[str]) -> None:
         record = json.dumps({"extras": names, "own_weights": self._brings_weights, "shards": self._expected}).encode()
@@ -91,6 +91,36 @@ class StepTally:
             raise UsageError("loss is expected to bring weights on every rank or on none", "return Weighted always")
         self.extras = max((part["extras"] for part in records), key=len)
         self.own_weights = any(part["own_weights"] for part in records)
+
+
+def _kept(value: Value) -> Value:
+    """The value without its graph, a tensor without dimensions."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach() if value.requires_grad else value
+    return value.reshape(()) if value.dim() else value
+
+
+def table(steps: list[Values], width: int, columns: int, device: torch.device) -> Tensor:
+    """float64 of shape (steps, width, columns), zero where a step has fewer shards; reads nothing from the device."""
+    missing: list[Value] = [0.0] * columns
+    flat: list[Value] = []
+    for values in steps:
+        for slot in range(width):
+            flat += values[slot] if slot < len(values) else missing
+    by_type: dict[torch.dtype, list[int]] = {}
+    for place, value in enumerate(flat):
+        if isinstance(value, Tensor):
+            by_type.setdefault(value.dtype, []).append(place)
+    tensors = {dtype: [cast(Tensor, flat[place]) for place in places] for dtype, places in by_type.items()}
+    for places in by_type.values():
+        for place in places:
+            flat[place] = 0.0
+    result = torch.tensor(flat, dtype=torch.float64).to(device, non_blocking=True)
+    for dtype, places in by_type.items():
+        stacked = torch.stack(tensors[dtype])
+        result[torch.tensor(places).to(device, non_blocking=True)] = stacked.to(device, torch.float64)
+    return result.view(len(steps), width, columns)
 
 
 def scalar(value: Tensor | float, device: torch.device) -> Tensor:

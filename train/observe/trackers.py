@@ -211,6 +211,10 @@ class TrackedReporter:
         """Nothing for a tracker."""
         self.inner.checkpoint(step, path, seconds)
 
+    def loader(self, workers: int, prefetch: int, text: str) -> None:
+        """Nothing for a tracker."""
+        self.inner.loader(workers, prefetch, text)
+
     def warning(self, text: str, **about: str | int) -> None:
         """Nothing for a tracker."""
         self.inner.warning(text, **about)

@@ -20,7 +20,7 @@ from samestep.train.parallel.shards import Fold, Span, StepPlan, owned_span
 
 
 class BufferCombiner:
-    """Used as begin, (before_shard, after_shard) for each shard, finish; a model without buffers costs nothing."""
+    """Used as begin, (before_shard, after_shard) for each shard, finish."""
 
     def __init__(self, model: nn.Module, group: Group, exchange: Exchange, shards: int) -> None:
         # Where each buffer is kept, not the tensor: wrapping the model, and user code, can put another one there.
@@ -69,7 +69,7 @@ class BufferCombiner:
             }
         else:
             self._refuse_new()
-        if self._single or not self.buffers:
+        if self._single:
             return
         leaf = self._flat() if self._names else None
         fold = next(fold for span, fold in self._folds.items() if span[0] <= shard < span[1])
@@ -77,8 +77,6 @@ class BufferCombiner:
 
     def finish(self) -> None:
         """Leave the combined buffers on every rank."""
-        if not self.buffers:
-            return
         self._read()
         if self.changing is None:
             self._agree()
@@ -149,6 +147,22 @@ class BufferCombiner:
 
     def _ordered(self, names: set[str]) -> list[str]:
         return [name for name in self.buffers if name in names]
+
+
+class NoBuffers:
+    """What a model without buffers has."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """Nothing to remember."""
+
+    def before_shard(self) -> None:
+        """Nothing to bring back."""
+
+    def after_shard(self, shard: int) -> None:
+        """Nothing to take."""
+
+    def finish(self) -> None:
+        """Nothing to combine."""
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:

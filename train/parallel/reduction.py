@@ -2,7 +2,8 @@
 
 Earlier shards of a rank run on the raw module through `torch.autograd.grad`, which leaves `p.grad` alone and DDP
 asleep. The last one runs through DistributedDataParallel, whose communication hook adds the pending partial sums and
-exchanges bucket by bucket while backward goes on. Where some rank has nothing to do in a step, and in the first step
+exchanges bucket by bucket while backward goes on. Where one shard is all there is, its gradient is the sum and plain
+backward leaves it. Where some rank has nothing to do in a step, and in the first step
 (which finds out whether parameters stay unused), all shards take the first way and the exchange follows backward; the
 bits are the same.
 """
@@ -57,6 +58,7 @@ class GradientReducer:
         self.shards = shards
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._every = list(model.parameters())  # also those that are frozen now
         self._accelerator = accelerator
         self._compress = compress
         self._find_unused = find_unused_parameters
@@ -68,18 +70,21 @@ class GradientReducer:
     # One step: begin, then for each owned shard module and backward, then finish.
 
     def begin(self, plan: StepPlan) -> None:
-        """Prepare for the shards of one step."""
-        for parameter in self.parameters:  # also those that no optimizer clears: DDP would add to what is there
+        """Prepare for the shards of one step: no gradient is left of the one before, whoever holds the parameter."""
+        for parameter in self._every:
             parameter.grad = None
         self.mine = plan.present(self.owned)
         self.present = min(plan.samples, self.shards)
+        self._step = plan.step
+        self._alone = self.group.world_size == 1 and self.present == 1
+        self._overlap = self._replica is not None and plan.everyone_works(self.group.world_size)
+        if self._alone:
+            return
         spans = present_roots(self.group.world_size, self.shards, self.present)[self.group.rank]
         self._folds: dict[Span, Fold[Gradients]] = {span: Fold(span, _add) for span in spans}
         self._used = [False] * len(self.parameters)  # by some shard of this rank
         self._skipped = False  # some shard of this rank left a parameter unused
         self._results: list[tuple[list[Tensor], Tensor]] = []
-        self._overlap = self._replica is not None and plan.everyone_works(self.group.world_size)
-        self._step = plan.step
 
     def module(self, shard: int) -> nn.Module:
         """What the loss of `shard` has to call: DDP for the last one where all ranks work, else the raw module."""
@@ -87,7 +92,7 @@ class GradientReducer:
 
     def backward(self, shard: int, total: Tensor) -> None:
         """Take the gradient of one shard's unnormalised loss."""
-        if self._through_ddp(shard):
+        if self._alone or self._through_ddp(shard):
             total.backward()
             return
         gradients: Sequence[Tensor | None] = torch.autograd.grad(total, self.parameters, allow_unused=True)
@@ -100,6 +105,8 @@ class GradientReducer:
 
     def finish(self) -> Gradients:
         """Leave the sums in `p.grad` and return those that are not None."""
+        if self._alone:
+            return self._of_one_shard()
         if self._overlap:
             self._collect()
         elif self.group.world_size == 1:
@@ -235,6 +242,10 @@ class GradientReducer:
         for parameter, kept in zip(self.parameters, used, strict=True):
             if not kept:
                 parameter.grad = None
+
+    def _of_one_shard(self) -> Gradients:
+        found = [(index, p.grad) for index, p in enumerate(self.parameters)]
+        return [self._dense(index, gradient) for index, gradient in found if gradient is not None]
 
     def _fold_of(self, shard: int) -> Fold[Gradients]:
         return next(fold for span, fold in self._folds.items() if span[0] <= shard < span[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 Span = tuple[int, int]
@@ -119,14 +120,21 @@ class StepPlan:
         return self.end - self.begin
 
     def size(self, shard: int) -> int:
-        """Samples of one shard."""
-        begin, end = slice_of(self.begin, self.end, shard, self.shards)
-        return end - begin
+        """Samples of one shard; those of `slice_of`."""
+        size, remainder = divmod(self.end - self.begin, self.shards)
+        return size + (shard < remainder)
 
     def present(self, span: Span) -> list[int]:
-        """The shards of `span` that are not empty."""
-        return [shard for shard in range(*span) if self.size(shard)]
+        """The shards of `span` that are not empty: the first ones, where there are fewer samples than shards."""
+        return list(range(span[0], min(span[1], self.end - self.begin)))
 
     def everyone_works(self, world_size: int) -> bool:
         """Whether each rank has at least one sample."""
-        return all(self.present(owned_span(rank, world_size, self.shards)) for rank in range(world_size))
+        return self.end - self.begin >= _samples_for_everyone(world_size, self.shards)
+
+
+@lru_cache(maxsize=64)
+def _samples_for_everyone(world_size: int, shards: int) -> float:
+    """Samples that a batch needs for the first shard of every rank not to be empty."""
+    spans = [owned_span(rank, world_size, shards) for rank in range(world_size)]
+    return max(lo for lo, _ in spans) + 1 if all(lo < hi for lo, hi in spans) else float("inf")

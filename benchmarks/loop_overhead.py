@@ -1,0 +1,72 @@
+"""What a loop costs beside its arithmetic: four loops alternately in one process group, on one workload.
+
+    torchrun --nproc-per-node W benchmarks/loop_overhead.py WORKLOAD ROUNDS
+
+Rank zero prints one JSON line: median milliseconds a step, and median and spread of the ratios to the hand-written loop
+of the same round, so a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from contenders import WORKLOADS, Steps, accelerate_loop, fabric_loop, hand_written, samestep
+
+from samestep.launcher.contract import WorkerEnv
+from samestep.train import environment, leave
+from samestep.train.parallel.group import join, pick_device
+
+LOOPS = {"hand-written": hand_written, "samestep": samestep, "accelerate": accelerate_loop, "fabric": fabric_loop}
+
+
+def main(name: str, rounds: int) -> None:
+    env = WorkerEnv.from_environ(os.environ)
+    environment.pin(1, False)
+    member = join(env, pick_device("cpu", env))
+    environment.pin(1, False)
+    leave.end_hard(member)
+    workload = WORKLOADS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        trains: dict[str, Steps] = {loop: make(workload, member, Path(folder) / loop) for loop, make in LOOPS.items()}
+        seconds: dict[str, list[float]] = {loop: [] for loop in trains}
+        for train in trains.values():
+            train(5)  # first steps wrap the model and import what optimizers need
+        gc.collect()
+        gc.freeze()
+        for number in range(rounds):
+            loops = list(trains.items())
+            for loop, train in loops if number % 2 else reversed(loops):
+                member.group.barrier()
+                begin = time.perf_counter()
+                train(workload.steps)
+                member.group.barrier()
+                seconds[loop].append((time.perf_counter() - begin) / workload.steps)
+    if env.rank == 0:
+        print(json.dumps({"workload": name, "W": env.world_size, "loops": table(seconds)}), flush=True)
+    member.group.barrier()
+
+
+def table(seconds: dict[str, list[float]]) -> dict[str, dict[str, object]]:
+    """Per loop: milliseconds a step, ratio to the hand-written loop and its spread."""
+    rows: dict[str, dict[str, object]] = {}
+    for loop, values in seconds.items():
+        ratios = sorted(v / h for v, h in zip(values, seconds["hand-written"], strict=True))
+        rows[loop] = {
+            "ms": round(1000 * statistics.median(values), 3),
+            "ratio": round(statistics.median(ratios), 3),
+            "spread": [round(ratios[0], 3), round(ratios[-1], 3)],
+        }
+    return rows
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(sys.argv[1], int(sys.argv[2]))

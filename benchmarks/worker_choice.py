@@ -1,0 +1,101 @@
+"""Loader workers chosen by measurement against fixed numbers, for a dataset whose samples take 5 ms.
+
+    python benchmarks/worker_choice.py {computing,waiting} ROUNDS STEPS
+
+`computing` decodes (a core is busy), `waiting` reads from somewhere slow. Each contender is a whole run of the same
+recipe in this process, workers started and ended in it; the choice's own measuring counts. Prints one JSON line: median
+seconds, and ratio to the best fixed number of the same round.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from samestep.launcher.contract import RunDir, WorkerEnv
+from samestep.train import Components, TrainConfig, environment, supervised
+from samestep.train.assemble import Setting, assemble
+from samestep.train.loop import run_to_the_end
+from samestep.train.parallel.group import Membership, join, pick_device
+from samestep.train.state.saver import Saver, Schedule
+
+SECONDS, BATCH = 0.005, 8
+
+
+class Images(Dataset[Any]):
+    def __init__(self, samples: int, *, computes: bool) -> None:
+        self.samples = samples
+        self.computes = computes
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.computes:
+            end = time.thread_time() + SECONDS
+            while time.thread_time() < end:
+                pass
+        else:
+            time.sleep(SECONDS)
+        return torch.full((3, 64, 64), index / self.samples), index % 10
+
+
+def seconds_of(workers: Any, member: Membership, steps: int, *, computes: bool) -> float:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    model(torch.zeros(1, 3, 64, 64))
+    components = Components(
+        model=model,
+        loss=supervised(nn.CrossEntropyLoss()),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        train_data=Images(BATCH * steps, computes=computes),
+    )
+    config = TrainConfig(global_batch_size=BATCH, num_workers=workers, epochs=1)
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(config, member, RunDir(Path(folder)), 1, 0, {"seed": 0})
+        run = assemble(components, setting, lambda step, phase: None)
+        run.saver = Saver(Schedule(None, None, member.group, member.device))
+        run.reporter.stream = io.StringIO()  # type: ignore[attr-defined]
+        run.reporter.started(0, 1, [])
+        begin = time.perf_counter()
+        run_to_the_end(run)
+        return time.perf_counter() - begin
+
+
+def main(kind: str, rounds: int, steps: int) -> None:
+    env = WorkerEnv.from_environ(os.environ)
+    environment.pin(1, False)
+    member = join(env, pick_device("cpu", env))
+    environment.pin(1, False)
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for workers in (0, "auto", 1, 2, 4):
+            took = seconds_of(workers, member, steps, computes=kind == "computing")
+            seconds.setdefault(str(workers), []).append(took)
+    best = [min(values) for values in zip(*(v for name, v in seconds.items() if name != "auto"), strict=True)]
+    row: dict[str, Any] = {"kind": kind}
+    for name, values in seconds.items():
+        ratios = sorted(value / least for value, least in zip(values, best, strict=True))
+        row[name] = {
+            "s": round(statistics.median(values), 2),
+            "ratio": round(statistics.median(ratios), 3),
+            "spread": [round(ratios[0], 3), round(ratios[-1], 3)],
+        }
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

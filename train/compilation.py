@@ -1,0 +1,43 @@
+"""`--compile`: torch.compile in place, in a way that no bit depends on what a rank has seen before."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from samestep.train.parallel.group import Group
+
+_SHAPES = 64  # graphs a function may have: each shard size of training and evaluation gets its own
+
+
+def compile_in_place(model: nn.Module, device: torch.device, group: Group) -> str:
+    """Compile the model's forward and backward at their first use; names of weights stay. A collective.
+
+    A graph is made for each shape. A graph for any shape, which torch makes when it has seen two, would make the bits
+    depend on the order of shapes, so on the number of ranks and on where a run was resumed.
+
+    Returns:
+        Why the model was not compiled, on any rank or all of them; empty if it was.
+    """
+    # A worker pool of the compiler's own would be left behind by a rank that is killed.
+    torch._inductor.config.compile_threads = 1
+    problems = [part.decode() for part in group.gather_bytes(_problem(device).encode())]
+    for rank, problem in enumerate(problems):
+        if problem:
+            return f"--compile is left out, because torch.compile does not work here (rank {rank}: {problem})"
+    torch._dynamo.config.recompile_limit = _SHAPES
+    model.compile(dynamic=False)
+    return ""
+
+
+def _problem(device: torch.device) -> str:
+    """Try the compiler on one line: a missing C++ compiler or Triton shows only then."""
+    try:
+        torch.compile(_one_line, dynamic=False)(torch.ones(2, device=device))
+    except Exception as error:  # noqa: BLE001 (whatever the compiler stumbles over)
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
+
+
+def _one_line(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2).sin()

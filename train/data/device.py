@@ -1,0 +1,56 @@
+"""Batches on the device of the model, there before they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Batch = Any
+
+_HOST_KINDS = (str, bytes, int, float, bool, type(None))
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, on `device`; to a GPU they are copied on a stream of their own, one batch ahead of use."""
+    if device.type == "cuda":
+        return _one_ahead(batches, device, torch.cuda.Stream(device))
+    return (send_to_device(batch, device) for batch in batches)
+
+
+def _one_ahead(batches: Iterator[Batch], device: torch.device, side: Any) -> Iterator[Batch]:
+    """Copy the next batch while the device works on this one; the host waits for neither."""
+    coming = _start_copy(batches, device, side)
+    while coming is not None:
+        batch, copied = coming
+        use = torch.cuda.current_stream(device)
+        use.wait_event(copied)
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor):
+                leaf.record_stream(use)  # its memory is the side stream's: not to be used again before `use` is done
+        coming = _start_copy(batches, device, side)
+        yield batch
+        del batch
+
+
+def _start_copy(batches: Iterator[Batch], device: torch.device, side: Any) -> tuple[Batch, Any] | None:
+    """The next batch on its way and the event after it; None where there is none."""
+    for batch in batches:
+        leaves = pytree.tree_leaves(batch)
+        if not all(isinstance(leaf, (Tensor, *_HOST_KINDS)) for leaf in leaves):
+            # A class of its own may hold tensors that record_stream would have to know: copied where it is used.
+            moved = send_to_device(batch, device, non_blocking=True)
+            return moved, torch.cuda.current_stream(device).record_event()
+        pinned = pytree.tree_map_only(Tensor, _pinned, batch)  # the host would wait for pageable memory
+        side.wait_stream(torch.cuda.current_stream(device))  # samples that live on the device may be in the making
+        with torch.cuda.stream(side):
+            return send_to_device(pinned, device, non_blocking=True), side.record_event()
+    return None
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()

@@ -1,0 +1,93 @@
+"""Batches from loader workers, from a place of the run on through all its epochs: workers are started once."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from samestep.train.data.sampler import SameOrderSampler, ShardSamples
+from samestep.train.data.shard_dataset import ShardDataset
+from samestep.train.data.workers import Choice
+
+Batch = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Epochs:
+    """Which epoch's order follows on which: the next one up to the last, or always the same one (evaluation)."""
+
+    last: int | None
+
+    def after(self, epoch: int) -> int | None:
+        """The next epoch; None where there is none."""
+        if self.last is None:
+            return epoch
+        return epoch + 1 if epoch < self.last else None
+
+
+class ListsAhead(Sampler[ShardSamples]):
+    """This rank's lists from the sampler's place on, `skip` of them left out, through all epochs that follow."""
+
+    def __init__(self, sampler: SameOrderSampler, epochs: Epochs, skip: int = 0) -> None:
+        self.sampler = copy.copy(sampler)
+        self.epochs = epochs
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[ShardSamples]:
+        """Lists in the order in which training takes them."""
+        return islice(self._all(), self.skip, None)
+
+    def _all(self) -> Iterator[ShardSamples]:
+        sampler, epoch = copy.copy(self.sampler), self.sampler.epoch
+        while True:
+            yield from sampler
+            following = self.epochs.after(epoch)
+            if following is None:
+                return
+            epoch = following
+            sampler.set_epoch(epoch)
+
+
+class WorkerStream:
+    """A DataLoader's iterator that lives as long as its workers; `close` ends them."""
+
+    def __init__(self, shards: ShardDataset, lists: ListsAhead, choice: Choice, *, pin_memory: bool) -> None:
+        before = set(multiprocessing.active_children())
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "This DataLoader will create", UserWarning
+            )  # it counts cores, not waiting
+            loader = DataLoader(
+                shards,
+                sampler=lists,
+                batch_size=None,
+                num_workers=choice.workers,
+                prefetch_factor=choice.prefetch,
+                collate_fn=_as_is,
+                pin_memory=pin_memory,
+                generator=torch.Generator(),  # workers' base seed: drawn here, not from the caller's stream
+            )
+            self._batches: Iterator[Batch] | None = iter(loader)
+        self.workers = choice.workers
+        self.pids = [p.pid for p in multiprocessing.active_children() if p not in before and p.pid is not None]
+
+    def __next__(self) -> Batch:
+        """The next list's batch."""
+        assert self._batches is not None
+        return next(self._batches)
+
+    def close(self) -> None:
+        """End the workers and wait for them; the iterator does so when nobody holds it any more."""
+        self._batches = None
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,80 @@
+"""How many loader workers a rank gets: a pure function of what was measured and of the room there is.
+
+A list is what one shard fetches. Without workers it costs fetch + step. With n workers the slowest of three counts: the
+step (and taking the batch over), fetch / n, and the work of both over the cores of this rank. Waiting for a disk or a
+network takes no core, so more workers than cores can be right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MOST_WORKERS = 16
+_WORKER_BYTES = 128 << 20  # what a forked worker writes to of its parent's memory, without the dataset
+_TAKE_SECONDS, _TAKE_BYTES_A_SECOND = 0.0003, 2e9  # one batch from a worker: a message, and its shared memory mapped
+_GAIN, _TIE = 0.95, 1.02  # workers have to bring 5 %; among equals within 2 % the fewest
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Medians in seconds a list, measured in this rank."""
+
+    fetch: float  # in one process
+    longest: float  # of the fetches measured
+    cpu: float  # share of a fetch that computes rather than waits
+    step: float  # between two fetches
+    batch_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What this rank may use of its host; ranks on one host share it."""
+
+    cores: float
+    threads: int  # that a step keeps busy
+    shared_bytes: int  # free in /dev/shm, where workers leave their batches
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Loader workers, the batches that each prepares ahead, and why."""
+
+    workers: int
+    prefetch: int = 2
+    reason: str = ""
+
+
+def seconds_a_list(timing: Timing, room: Room, workers: int) -> float:
+    """What one list is expected to take."""
+    if workers == 0:
+        return timing.fetch + timing.step
+    take = _TAKE_SECONDS + timing.batch_bytes / _TAKE_BYTES_A_SECOND
+    work = timing.step * room.threads + timing.fetch * timing.cpu + take
+    return max(timing.step + take, timing.fetch / workers, work / room.cores)
+
+
+def choose(timing: Timing, room: Room) -> Choice:
+    """The fewest workers that are about as fast as any number that there is room for."""
+    prefetch = 4 if timing.longest > 4 * timing.fetch else 2  # uneven samples need more in store
+    ahead = prefetch * timing.batch_bytes
+    by_shared = room.shared_bytes // 2 // max(1, ahead)
+    by_memory = room.memory_bytes // 2 // (_WORKER_BYTES + ahead)
+    most = max(0, min(MOST_WORKERS, by_shared, by_memory))
+    expected = [seconds_a_list(timing, room, workers) for workers in range(most + 1)]
+    best = min(expected)
+    workers = next(n for n, seconds in enumerate(expected) if seconds <= best * _TIE)
+    if expected[workers] > expected[0] * _GAIN:
+        workers = 0
+    return Choice(workers, prefetch, _reason(timing, room, workers, min(by_shared, by_memory)))
+
+
+def _reason(timing: Timing, room: Room, workers: int, limit: int) -> str:
+    told = (
+        f"fetching a batch takes {1000 * timing.fetch:.3g} ms ({100 * timing.cpu:.0f}% of it computing) "
+        f"beside {1000 * timing.step:.3g} ms of step, on {room.cores:.3g} cores"
+    )
+    if workers == 0:
+        why = "shared memory or memory have no room for workers" if limit < 1 else "workers would not save 5%"
+        return f"{told}: {why}"
+    return told + (f"; memory has room for no more than {limit}" if limit == workers else "")
