@@ -26,7 +26,7 @@ from samestep.train import Components, TrainConfig, leave, supervised
 from samestep.train.assemble import Setting, assemble
 from samestep.train.loop import run_to_the_end
 from samestep.train.parallel.group import Membership
-from samestep.train.state.saver import Saver, Schedule
+from samestep.train.state.saver import Saver
 
 Steps = Callable[[int], None]
 RECIPES = Path(__file__).resolve().parent.parent / "scripts" / "recipes"
@@ -99,7 +99,7 @@ def samestep(workload: Workload, member: Membership, folder: Path, **more: Any) 
     setting = Setting(config, member, RunDir(folder), member.group.world_size, 0, {"seed": 0})
     components.eval_data = None
     run = assemble(components, setting, lambda step, phase: None)
-    run.saver = Saver(Schedule(None, None, member.group, member.device))
+    run.saver = Saver(run.saver.schedule)
     if member.group.rank == 0:
         run.reporter.stream = io.StringIO()  # type: ignore[attr-defined]
         run.reporter.started(0, member.group.world_size, [])

@@ -29,8 +29,9 @@ from samestep.launcher import manifest
 from samestep.launcher.contract import RunDir
 from samestep.train import Components, supervised
 from samestep.train.observe.reporter import NullReporter
+from samestep.train.parallel.agreement import Agreement
 from samestep.train.parallel.group import SoloGroup
-from samestep.train.state.saver import Schedule, WritingSaver
+from samestep.train.state.saver import Clock, Schedule, WritingSaver
 from samestep.train.state.train_state import TrainState
 
 ROUNDS = 6
@@ -44,7 +45,8 @@ def main(folder: Path) -> None:
     components = Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=data)
     state = TrainState(components, GradScaler("cpu", enabled=False), None, {"seed": 0})
     run_dir = RunDir(folder / "ours")
-    saver = WritingSaver(Schedule(None, None, SoloGroup(), torch.device("cpu")), run_dir, 0, 2)
+    agreement = Agreement(SoloGroup(), torch.device("cpu"), lambda: 0, lambda: False)
+    saver = WritingSaver(Schedule(None, Clock(None), agreement), run_dir, 0, 2)
     reporter = NullReporter()
 
     def ours(number: int) -> Callable[[], object]:

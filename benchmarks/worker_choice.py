@@ -29,7 +29,7 @@ from samestep.train import Components, TrainConfig, environment, supervised
 from samestep.train.assemble import Setting, assemble
 from samestep.train.loop import run_to_the_end
 from samestep.train.parallel.group import Membership, join, pick_device
-from samestep.train.state.saver import Saver, Schedule
+from samestep.train.state.saver import Saver
 
 SECONDS, BATCH = 0.005, 8
 
@@ -66,7 +66,7 @@ def seconds_of(workers: Any, member: Membership, steps: int, *, computes: bool) 
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(config, member, RunDir(Path(folder)), 1, 0, {"seed": 0})
         run = assemble(components, setting, lambda step, phase: None)
-        run.saver = Saver(Schedule(None, None, member.group, member.device))
+        run.saver = Saver(run.saver.schedule)
         run.reporter.stream = io.StringIO()  # type: ignore[attr-defined]
         run.reporter.started(0, 1, [])
         begin = time.perf_counter()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from samestep.launcher.contract import UsageError
+from samestep.launcher.contract import DEFAULT_GRACE_SECONDS, UsageError
 from samestep.launcher.options import Option
 
 DEFAULT_MAX_RESTARTS = 3  # of a recipe, which resumes; a script that may not is started once
@@ -74,8 +74,14 @@ class LaunchConfig:
         int | None,
         Option("MASTER_PORT given to the ranks, a free one if not set", name=("--master-port", "--main-process-port")),
     ] = None
-    shutdown_timeout: Annotated[
-        float | None, Option("Time ranks get between SIGTERM and SIGKILL when the operator stops them", "seconds")
+    shutdown_timeout: Annotated[float | None, Option("torchrun's name for --grace-seconds", "seconds")] = None
+    grace_seconds: Annotated[
+        float | None,
+        Option(
+            "Time from the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to the end by force; recipes finish the step and "
+            f"save in it; default: --shutdown-timeout, else {DEFAULT_GRACE_SECONDS:g} for recipes, 5 for other scripts",
+            "seconds",
+        ),
     ] = None
     role: Annotated[str, Option("ROLE_NAME given to the ranks")] = "default"
     rdzv_id: Annotated[str | None, Option("TORCHELASTIC_RUN_ID given to the ranks, random if not set")] = None
@@ -127,10 +133,9 @@ class LaunchConfig:
             raise _refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
         if self.master_port is not None and not 0 <= self.master_port <= 65535:
             raise _refused("--master-port", "between 0 and 65535", self.master_port, "leave it out for a free port")
-        if self.shutdown_timeout is not None and not 0 <= self.shutdown_timeout < float("inf"):
-            raise _refused(
-                "--shutdown-timeout", "at least 0 seconds", self.shutdown_timeout, "leave it out for 5 seconds"
-            )
+        for name, value in (("--shutdown-timeout", self.shutdown_timeout), ("--grace-seconds", self.grace_seconds)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise _refused(name, "at least 0 seconds", value, "leave it out for the default")
         _check_hang_timeout(self.hang_timeout)
         streams("--redirects", self.redirects, 0)
         streams("--tee", self.tee, 0)

@@ -57,6 +57,14 @@ class UsageError(Exception):
         return f"error: {self.message}" + (f"\nhint: {self.hint}" if self.hint else "")
 
 
+class RefusedStepError(UsageError):
+    """A step that no rank may take, today or at another start; `consequence`: another rank is the reason."""
+
+    def __init__(self, message: str, hint: str, *, consequence: bool) -> None:
+        super().__init__(message, hint, ExitCode.FAILED)
+        self.consequence = consequence
+
+
 # Names of environment variables that the launcher sets and a worker reads, besides torchrun's own.
 ENV_RUN_DIR = "SAMESTEP_RUN_DIR"
 ENV_GENERATION = "SAMESTEP_GENERATION"  # counts the starts of one run, from 0
@@ -66,6 +74,10 @@ ENV_HEARTBEAT_FD = "SAMESTEP_HEARTBEAT_FD"  # shared memory in which a recipe's 
 HANDED_DOWN = (ENV_STORE_FD, ENV_HEARTBEAT_FD)  # descriptors, whose numbers a fork changes
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
+
+ENV_GRACE = "SAMESTEP_GRACE_SECONDS"  # between the first request to stop and the end by force
+
+DEFAULT_GRACE_SECONDS = 25.0  # below the 30 seconds of torchrun, Kubernetes and most schedulers
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -198,6 +210,10 @@ class RunDir:
         """Stacks of all ranks, taken when one of them hung."""
         return self.errors / f"stacks-{generation}.txt"
 
+    def not_finite(self, step: int) -> Path:
+        """Ranks and sample ids of a step, counted from 1, whose loss or gradient was NaN or infinite."""
+        return self.errors / f"not-finite-step-{step:08d}.json"
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint taken after `step` optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"
@@ -233,6 +249,7 @@ class ErrorRecord:
     time_ns: int
     consequence: bool = False  # a connection to another rank broke: that rank is the culprit, not this one
     hint: str = ""
+    final: bool = False  # another start would come to the same end
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -331,6 +348,16 @@ class Finished(TypedDict):
     goodput: float  # useful step seconds / wall seconds over all generations
 
 
+class Preempted(TypedDict):
+    """Training was stopped after `step`; `checkpoint` is the newest committed step, None without any."""
+
+    event: Literal["preempted"]
+    time: float
+    step: int
+    signal: str
+    checkpoint: int | None
+
+
 class WorkerFailed(TypedDict):
     """Written by the launcher; `rank` is the culprit."""
 
@@ -343,4 +370,4 @@ class WorkerFailed(TypedDict):
     exit_code: int
 
 
-Event = Started | Step | Epoch | Eval | Finished | WorkerFailed | dict[str, Any]
+Event = Started | Step | Epoch | Eval | Finished | Preempted | WorkerFailed | dict[str, Any]

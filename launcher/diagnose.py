@@ -47,6 +47,7 @@ class Failure:
     phase: str = ""
     others_stopped: int = 0
     hint: str = ""
+    final: bool = False  # another start would come to the same end
     told: bool = False  # rank zero has printed the reason itself
 
     def to_dict(self) -> dict[str, object]:
@@ -74,6 +75,7 @@ def diagnose(ranks: Sequence[Evidence]) -> Failure | None:
         phase=record.phase if record else "",
         others_stopped=sum(item.end.returncode != 0 for item in ranks) - 1,
         hint=record.hint if record and record.hint else _hint(culprit, said),
+        final=record is not None and record.final,
         told=_is_told(ranks),
     )
 

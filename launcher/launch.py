@@ -11,7 +11,7 @@ from pathlib import Path
 from samestep.launcher import evidence, host, manifest, meeting, recipe_file, run_dir
 from samestep.launcher.argv import Recipe
 from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig
-from samestep.launcher.contract import ExitCode, RunDir, UsageError
+from samestep.launcher.contract import EXIT_MEANING, ExitCode, RunDir, UsageError
 from samestep.launcher.diagnose import Failure, describe, diagnose, hung, is_consequence
 from samestep.launcher.lock import RunLock
 from samestep.launcher.plan import Command, Facts, fork_server_environment, plan, render
@@ -61,7 +61,7 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     facts = replace(facts, heartbeat_fd=watch.fd)
     try:
         with SignalSocket() as signals:
-            supervisor = Supervisor(config, directory, console, signals, watch)
+            supervisor = Supervisor(config, directory, console, signals, watch, facts.grace, saves=facts.resumes)
             try:
                 result = _generations(_Run(config, recipe, directory, environ, supervisor, console, lock), facts)
             finally:
@@ -107,6 +107,7 @@ def _check(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
         resumes=ours,
         forks=ours and not config.no_warm,
         max_restarts=(DEFAULT_MAX_RESTARTS if ours else 0) if restarts is None else restarts,
+        grace=policy.grace(config.grace_seconds, config.shutdown_timeout, saves=ours),
     )
     return facts, path
 
@@ -119,11 +120,10 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
         commands, ended = _one_generation(run, facts)
         failure = _failure(run, commands, ended)
         memory = memory.after(_committed(run.directory), _signature(failure))
-        final = ended.interrupted or (failure is not None and policy.never_began(failure.cause, failure.phase))
+        final = failure is not None and (failure.final or policy.never_began(failure.cause, failure.phase))
         verdict = policy.decide(
             failure_code=None if failure is None else failure.exit_code,
-            stopped_by=ended.stopped_by,
-            own_codes=frozenset(end.returncode for end in ended.ends if end.returncode >= 0),
+            stopped=_stopped(run, facts, ended, ended.signum),
             restarts_left=0 if final else facts.max_restarts - memory.fruitless,
             fruitless=memory.fruitless,
             repeated=memory.repeated and facts.resumes,
@@ -133,11 +133,15 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
             assert failure is not None
             memory = memory.restarted()
             _tell_restart(run, facts, failure, memory, verdict.delay)
-            if verdict.delay and not run.supervisor.pause(verdict.delay):
-                return LaunchResult(ExitCode.TERMINATED, run.directory.path, number, failure)
+            stopped = _stopped(run, facts, ended, run.supervisor.pause(verdict.delay) if verdict.delay else None)
+            if stopped is not None:
+                _tell_stopped(run, stopped)
+                return LaunchResult(stopped, run.directory.path, number, failure)
             facts = replace(facts, generation=number)
             continue
-        if failure is not None and not failure.told:
+        if ended.signum is not None or verdict.exit_code in policy.PREEMPTED:
+            _tell_stopped(run, verdict.exit_code)
+        if failure is not None and not failure.told and failure.exit_code not in policy.PREEMPTED:
             _tell(run, failure, verdict.exit_code)
             if verdict.exit_code == ExitCode.NO_PROGRESS and memory.repeated:
                 run.console.say("samestep: the same failure twice, and no checkpoint in between: it would come again")
@@ -148,6 +152,21 @@ def _failure(run: _Run, commands: tuple[Command, ...], ended: Generation) -> Fai
     if ended.hang is not None:
         return hung(ended.hang, str(commands[ended.hang.rank].log), len(commands))
     return diagnose(evidence.gather(ended, commands, run.directory)) if ended.stopped_by is None else None
+
+
+def _stopped(run: _Run, facts: Facts, ended: Generation, signum: int | None) -> ExitCode | None:
+    if signum is None:
+        return None
+    codes, committed = [end.returncode for end in ended.ends], _committed(run.directory) >= 0
+    return policy.after_stop(signum, codes, forced=ended.forced, saves=facts.resumes, committed=committed)
+
+
+def _tell_stopped(run: _Run, exit_code: int) -> None:
+    if run.config.quiet or exit_code == ExitCode.DONE:
+        return
+    step = _committed(run.directory)
+    newest = f" (step {step})" if exit_code in policy.PREEMPTED and step >= 0 else ""
+    run.console.say(f"samestep: {EXIT_MEANING[ExitCode(exit_code)]}{newest}; exit code {int(exit_code)}")
 
 
 def _report(directory: RunDir, console: Console) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from samestep.launcher.argv import Kind, Recipe
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import (
+    DEFAULT_GRACE_SECONDS,
     ENV_FENCE,
     ENV_GENERATION,
+    ENV_GRACE,
     ENV_HEARTBEAT_FD,
     ENV_LAUNCHED,
     ENV_RUN_DIR,
@@ -60,6 +62,7 @@ class Facts:
     forks: bool = False  # ranks come from a fork server
     heartbeat_fd: int = -1  # of a recipe's ranks
     max_restarts: int = 0
+    grace: float = DEFAULT_GRACE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ def _command(
         ENV_RUN_DIR: str(run_dir.path.absolute()),
         ENV_GENERATION: str(facts.generation),
         ENV_FENCE: str(facts.fence),
+        ENV_GRACE: str(facts.grace),
     }
     if meeting.store_port:
         env[ENV_STORE_PORT] = str(meeting.store_port)

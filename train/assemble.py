@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -21,6 +22,8 @@ from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.data.watch import Tell
 from samestep.train.data.worker_stream import Epochs
 from samestep.train.evaluate import Evaluator
+from samestep.train.finite import FiniteGuard, Investigation, Unguarded
+from samestep.train.finite import guard as finite_guard
 from samestep.train.loop import Run
 from samestep.train.observe.guards.check import Subject
 from samestep.train.observe.guards.watch import Guards, guards_for
@@ -29,6 +32,7 @@ from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
+from samestep.train.parallel.agreement import PACE_SECONDS, Agreement
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.exchange import BackendExchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -36,7 +40,8 @@ from samestep.train.parallel.group import Membership
 from samestep.train.parallel.hooks import compression_hook
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.recipe import Components
-from samestep.train.state.saver import Saver, Schedule, WritingSaver
+from samestep.train.signals import StopSignals
+from samestep.train.state.saver import Clock, Saver, Schedule, WritingSaver
 from samestep.train.state.train_state import TrainState
 from samestep.train.state_metrics import StateMetric, StateMetrics
 from samestep.train.step import OptimizerStep
@@ -54,6 +59,7 @@ class Setting:
     facts: dict[str, Any]  # kept in every checkpoint, compared at resume and over the ranks
     pulse: Pulse = field(default_factory=NoPulse)  # tells the launcher the phase inside a step
     fence: int | None = None  # generation of the run directory's lock that may publish checkpoints
+    signals: StopSignals = field(default_factory=StopSignals)
 
     @property
     def device(self) -> torch.device:
@@ -76,23 +82,46 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
     guards = _guards(components, setting, reporter)
-    schedule = Schedule(config.checkpoint_every, config.checkpoint_seconds, group, device)
-    writer = WritingSaver(schedule, setting.run_dir, setting.generation, config.keep_checkpoints, setting.fence)
+    saver, agreement = _saver(setting)
+    state = TrainState(components, scaler, ema, setting.facts)
+    watched = replace(components, loss=guards.loss(components.loss))
     return Run(
         config=config,
         components=components,
-        state=TrainState(components, scaler, ema, setting.facts),
+        state=state,
         loader=_loader(components.train_data, sampler, components, setting, reporter, Epochs(config.epochs - 1)),
         sampler=sampler,
-        step=_step(replace(components, loss=guards.loss(components.loss)), setting, autocast, scaler, ema, reporter),
+        step=_step(watched, setting, autocast, scaler, ema, _finite(setting, sampler, state, reporter), reporter),
         ledger=Ledger(group, device, setting.shards, fingerprint),
         evaluator=_evaluator(components, setting, autocast, reporter, guards),
         evaluated_model=components.model if ema is None else ema.module,
-        saver=writer if group.rank == 0 else Saver(schedule),
+        saver=saver,
+        agreement=agreement,
         reporter=reporter,
         guards=guards,
         progress=progress,
     )
+
+
+def _finite(setting: Setting, sampler: SameOrderSampler, state: TrainState, reporter: Reporter) -> FiniteGuard:
+    """What becomes of steps that are not finite; in half precision the scaler leaves them out."""
+    if setting.config.precision == "fp16":
+        return Unguarded()
+    investigate = Investigation(setting.member.group, sampler, setting.run_dir)
+    return finite_guard(setting.config.nan_policy, investigate, state.passed_over, reporter.warning)
+
+
+def _saver(setting: Setting) -> tuple[Saver, Agreement]:
+    """Who saves, and how all ranks agree on when."""
+    config, group = setting.config, setting.member.group
+    clock = Clock(config.seconds_between_checkpoints)
+    pace = min(PACE_SECONDS, clock.every_seconds or PACE_SECONDS)
+    agreement = Agreement(group, setting.device, lambda: setting.signals.signum, clock.late, pace)
+    schedule = Schedule(config.checkpoint_every, clock, agreement)
+    if group.rank != 0:
+        return Saver(schedule), agreement
+    keep, left = config.keep_checkpoints, setting.signals.seconds_left
+    return WritingSaver(schedule, setting.run_dir, setting.generation, keep, setting.fence, left), agreement
 
 
 def _step(
@@ -101,6 +130,7 @@ def _step(
     autocast: contextlib.AbstractContextManager[None],
     scaler: GradScaler,
     ema: AveragedModel | None,
+    guard: FiniteGuard,
     reporter: Reporter,
 ) -> OptimizerStep:
     config, group, device, shards = setting.config, setting.member.group, setting.device, setting.shards
@@ -125,10 +155,13 @@ def _step(
         autocast=autocast,
         scaler=scaler,
         reducer=reducer,
-        buffers=BufferCombiner(components.model, group, exchange, shards) if has_buffers else NoBuffers(),
+        guard=guard,
+        buffers=BufferCombiner(components.model, group, exchange, shards, keep=guard.keeps_buffers)
+        if has_buffers
+        else NoBuffers(),
         tally=StepTally(group, shards, device),
         clock=clock,
-        ema=ema,
+        follow=_nobody if ema is None else ema.update_parameters,
         warn=reporter.warning,
     )
 
@@ -163,6 +196,10 @@ def _guards(components: Components, setting: Setting, reporter: Reporter) -> Gua
     return guards_for(
         setting.config.check, subject, setting.member.group, setting.shards, setting.device, reporter.warning
     )
+
+
+def _nobody(model: nn.Module) -> None:
+    """No average follows."""
 
 
 def _ema(components: Components) -> AveragedModel | None:

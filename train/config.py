@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from samestep.launcher.contract import UsageError
 from samestep.launcher.options import Option
 
+DEFAULT_CHECKPOINT_SECONDS = 60.0
+
 
 @dataclass(kw_only=True)
 class TrainConfig:
@@ -38,6 +40,12 @@ class TrainConfig:
         int | None, Option("CPU threads of a rank; default: physical cores // shards, at least 1", "threads")
     ] = None
     clip_grad_norm: Annotated[float | None, Option("largest norm of the reduced gradient", "norm")] = None
+    nan_policy: Annotated[
+        Literal["stop", "skip", "rewind"],
+        Option(
+            "a loss or gradient that is NaN or infinite: end the run, leave the batch out, or that from a checkpoint on"
+        ),
+    ] = "stop"
     num_workers: Annotated[
         int | Literal["auto"], Option("loader workers of a rank; auto measures; never changes the bits", "processes")
     ] = "auto"
@@ -46,7 +54,10 @@ class TrainConfig:
     )
     eval_every: Annotated[int | None, Option("steps between evaluations; default: after each epoch", "steps")] = None
     checkpoint_every: Annotated[int | None, Option("steps between checkpoints; always one at the end", "steps")] = None
-    checkpoint_seconds: Annotated[float | None, Option("time between checkpoints", "seconds")] = None
+    checkpoint_seconds: Annotated[
+        float | None,
+        Option("time between checkpoints; default: 60, none by time where --checkpoint-every is given", "seconds"),
+    ] = None
     keep_checkpoints: Annotated[int, Option("newest checkpoints that are kept", "checkpoints")] = 2
     resume: Annotated[str, Option("auto: go on from the newest valid checkpoint; never; or a checkpoint's PATH")] = (
         "auto"
@@ -72,6 +83,13 @@ class TrainConfig:
         bool, Option("go on where torch has no deterministic kernel; outside the bit promises")
     ] = False
     config: Annotated[Path | None, Option("TOML file with options; flags and environment win", "file")] = None
+
+    @property
+    def seconds_between_checkpoints(self) -> float | None:
+        """What a stop without a moment to save can cost at most, unless somebody chose steps instead."""
+        if self.checkpoint_seconds is None and self.checkpoint_every is None:
+            return DEFAULT_CHECKPOINT_SECONDS
+        return self.checkpoint_seconds
 
     def __post_init__(self) -> None:
         """Judge each value by itself; what depends on world size or data is judged where these are known."""

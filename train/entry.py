@@ -24,7 +24,7 @@ from samestep.launcher.contract import (
 )
 from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
 from samestep.launcher.stack_signal import tell_stacks_when_asked
-from samestep.train import environment, leave, start
+from samestep.train import environment, leave, preemption, rewind, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components, check_samples_repeat
 from samestep.train.compilation import compile_in_place
@@ -32,11 +32,12 @@ from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
-from samestep.train.loop import Run, run_to_the_end
+from samestep.train.loop import Run
 from samestep.train.observe import trackers
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.recipe import Components
+from samestep.train.signals import StopSignals
 from samestep.train.state.export import export_weights
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -92,7 +93,9 @@ def train(
         argv: flags without the program's name; those of the process if None (none in a notebook).
 
     Raises:
-        SystemExit: a mistake in usage (2) or no valid checkpoint (78); printed once, without a traceback.
+        SystemExit: a mistake in usage (2) or no valid checkpoint (78); printed once, without a traceback. Stopped by
+            SIGTERM, SIGUSR1 or Ctrl-C after a saved step (75), or with an older checkpoint kept (76). In a notebook
+            signals do what they always do there: an interrupt is a KeyboardInterrupt, and the last checkpoint stays.
         Exception: whatever user code raised, after it was recorded for the launcher.
     """
     env, progress = WorkerEnv(), _Progress()
@@ -184,7 +187,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     }
     if config.check != "never":
         check_samples_repeat(components.train_data, config.seed, facts["dataset"])
-    setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence)
+    signals = StopSignals(active=not _in_notebook())
+    setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence, signals)
     run = assemble(components, setting, progress)
     progress.clock = run.step.clock
     leave.end_hard(run)
@@ -207,8 +211,9 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
             run.reporter.warning(text)
         if found.snapshot is not None:
             run.reporter.resumed(run.state.step, run.state.epoch, found.source)
-        with environment.long_lived_objects_set_aside():
-            run_to_the_end(run)
+        with signals, environment.long_lived_objects_set_aside():
+            rewind.run_with_rewinds(run, member, run_dir)
+            preemption.leave_if_stopped(run, run_dir)
         progress(run.state.step, "closing")
         digest = _close(run, run_dir, member.env.rank)
         run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from samestep.launcher.contract import ErrorRecord, ExitCode, RunDir, UsageError
+from samestep.launcher.contract import ErrorRecord, ExitCode, RefusedStepError, RunDir, UsageError
 
 _BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _immortal: list[Any] = []
@@ -80,7 +80,7 @@ def is_consequence(error: BaseException) -> bool:
 
 def error_record(error: BaseException, rank: int, generation: int, step: int, phase: str) -> ErrorRecord:
     """What the launcher reads to find the culprit."""
-    usage = isinstance(error, UsageError)
+    usage, refused = isinstance(error, UsageError), isinstance(error, RefusedStepError)
     return ErrorRecord(
         rank=rank,
         host=socket.gethostname(),
@@ -94,8 +94,9 @@ def error_record(error: BaseException, rank: int, generation: int, step: int, ph
         traceback="".join(traceback.format_exception(error)),
         exit_code=int(error.exit_code) if isinstance(error, UsageError) else int(ExitCode.FAILED),
         time_ns=time.time_ns(),
-        consequence=not usage and is_consequence(error),
+        consequence=error.consequence if isinstance(error, RefusedStepError) else not usage and is_consequence(error),
         hint=error.hint if isinstance(error, UsageError) else "",
+        final=refused,
     )
 
 

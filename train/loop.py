@@ -20,6 +20,7 @@ from samestep.train.evaluate import Evaluator
 from samestep.train.observe.guards.watch import Guards
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.reporter import Reporter
+from samestep.train.parallel.agreement import Agreement
 from samestep.train.recipe import Components
 from samestep.train.state.saver import Saver
 from samestep.train.state.train_state import TrainState
@@ -40,6 +41,7 @@ class Run:
     evaluator: Evaluator | None
     evaluated_model: nn.Module
     saver: Saver
+    agreement: Agreement
     reporter: Reporter
     guards: Guards
     progress: Callable[[int, str], None]  # told step and phase, for error records
@@ -53,8 +55,8 @@ class Run:
 
 
 def run_to_the_end(run: Run) -> None:
-    """Train until the last step, and return when its state is saved."""
-    while run.state.step < run.max_steps:
+    """Train until the last step, or the one after which all ranks agreed to stop; return when its state is saved."""
+    while run.state.step < run.max_steps and not run.agreement.stop:
         run.sampler.load_state_dict({"epoch": run.state.epoch, "cursor": run.state.cursor})
         _rest_of_epoch(run)
     run.loader.close()
@@ -93,11 +95,12 @@ def _rest_of_epoch(run: Run) -> None:
         if due or better:
             run.progress(state.step, "checkpoint")
             run.saver.save(state, run.reporter)
-        if last:
+        if last or run.agreement.stop:
             break
 
 
 def _report(run: Run) -> None:
+    run.step.guard.settle()
     run.ledger.epoch = run.state.sums
     records = run.ledger.flush(run.step.tally.extras or [])
     run.state.useful_seconds += sum(record.wall_seconds for record in records)

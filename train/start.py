@@ -30,7 +30,7 @@ _FREE = frozenset(
     "resume run_dir num_workers config shards threads weights best check trackers".split()
 )
 # Events that describe starts and faults, not training: they stay when a resume cuts what is done again.
-_LIFECYCLE = frozenset({"run_started", "restarted", "resumed", "worker_failed", "warning"})
+_LIFECYCLE = frozenset({"run_started", "restarted", "resumed", "preempted", "worker_failed", "warning"})
 
 
 def make(run_dir: RunDir) -> None:

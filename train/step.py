@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.data.rng import seed_shard
+from samestep.train.finite import FiniteGuard, start_of_backward
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.observe.tally import StepTally, Values
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
@@ -32,10 +32,11 @@ class OptimizerStep:
     autocast: AbstractContextManager[None]
     scaler: GradScaler
     reducer: GradientReducer
+    guard: FiniteGuard
     buffers: BufferCombiner | NoBuffers
     tally: StepTally
     clock: PhaseClock
-    ema: AveragedModel | None
+    follow: Callable[[nn.Module], None]  # the moving average of the weights, told after each update
     warn: Callable[[str], None]
 
     def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Tensor | Values:
@@ -58,7 +59,8 @@ class OptimizerStep:
             self.tally.add(outcome)
 
             self.clock.enter("backward")
-            self.reducer.backward(shard, self.scaler.scale(target))
+            scaled = self.scaler.scale(target)
+            self.reducer.backward(shard, scaled, start_of_backward(scaled))
             self.buffers.after_shard(shard)
 
         self.clock.enter("sync")
@@ -67,7 +69,10 @@ class OptimizerStep:
 
         self.clock.enter("optimizer")
         if self._divide(gradients, plan):
-            self._update()
+            if self.guard.admits(plan, gradients, self.tally.totals):
+                self._update()
+            else:
+                self.buffers.undo()
         return self.tally.rows()
 
     def _divide(self, gradients: list[Tensor], plan: StepPlan) -> bool:
@@ -90,6 +95,8 @@ class OptimizerStep:
         self.scaler.step(optimizer)
         self.scaler.update()
         skipped = self.scaler.get_scale() < scale
+        if not skipped:
+            self.follow(self.components.model)
         if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
             return
         if self.components.scheduler_interval == "step" and not skipped:

@@ -105,7 +105,7 @@ def token_secret(config: KubernetesConfig, name: str) -> str:
 def command(config: KubernetesConfig, recipe: Recipe) -> list[str]:
     """What runs in the container; how many ranks and pods there are comes from the environment."""
     form = {Kind.SCRIPT: [], Kind.MODULE: ["--module"], Kind.COMMAND: ["--no-python"]}[recipe.kind]
-    options = ["--shutdown-timeout", str(config.grace_seconds), *form]
+    options = ["--grace-seconds", str(config.grace_seconds), *form]
     words = ["samestep", "run", *options, recipe.target, *recipe.arguments]
     return [_literal(word) for word in words]
 

@@ -39,5 +39,6 @@ class Generation:
     number: int
     ends: tuple[RankEnd, ...]
     stopped_by: int | None = None  # the operator's signal, if it came before any failure
-    interrupted: bool = False  # the operator has asked at all: nothing is started any more
+    signum: int | None = None  # the operator's last signal, whenever it came: nothing is started any more
+    forced: bool = False  # the operator asked again
     hang: Hang | None = None  # why we ended the ranks

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from samestep.launcher.contract import ExitCode
+from samestep.launcher.contract import DEFAULT_GRACE_SECONDS, ExitCode
 
 # A rank that leaves with one of these did so on purpose; the launcher hands them on and never starts again.
 ORDERLY = frozenset(
@@ -18,9 +19,11 @@ ORDERLY = frozenset(
         ExitCode.NO_CHECKPOINT,
     }
 )
-_PREEMPTED = frozenset({ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT})
+PREEMPTED = frozenset({ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT})
 
-OPERATOR_GRACE = 5.0
+OPERATOR_GRACE = 5.0  # of a script that may not save anything
+
+_NEVER_BEGAN = frozenset({-signal.SIGTERM, 128 + signal.SIGTERM})  # a rank takes SIGTERM as a request once it trains
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ def after_exit(code: int, *, is_victim: bool = False) -> Patience:
     After an orderly exit they are about to leave by themselves, and rank zero has the message to print. After the
     death of a victim the culprit is among them, and may need a moment to say what happened.
     """
-    if code in _PREEMPTED:
+    if code in PREEMPTED:
         return Patience(wait=30.0, grace=0.5)
     if code in ORDERLY:
         return Patience(wait=2.0, grace=0.5)
@@ -50,11 +53,42 @@ def after_hang() -> Patience:
     return Patience(wait=0.0, grace=0.0)
 
 
-def after_signal(presses: int, shutdown_timeout: float | None) -> Patience:
+def grace(grace_seconds: float | None, shutdown_timeout: float | None, *, saves: bool) -> float:
+    """Seconds between the first request to stop and the end by force; torchrun's name for it is --shutdown-timeout."""
+    default = DEFAULT_GRACE_SECONDS if saves else OPERATOR_GRACE
+    return next((given for given in (grace_seconds, shutdown_timeout) if given is not None), default)
+
+
+# A rank has died while all were to finish their step: nothing more can be saved than what is being written already.
+WHILE_STOPPING = Patience(wait=2.0, grace=0.5)
+
+
+def after_signal(presses: int, grace: float) -> Patience:
     """What all ranks get when the operator has asked `presses` times."""
-    if presses > 1:
-        return Patience(wait=0.0, grace=0.0)
-    return Patience(wait=0.0, grace=OPERATOR_GRACE if shutdown_timeout is None else shutdown_timeout)
+    return Patience(wait=0.0, grace=0.0 if presses > 1 else grace)
+
+
+def after_stop(signum: int, codes: Collection[int], *, forced: bool, saves: bool, committed: bool) -> ExitCode:
+    """Exit status of a run that the operator stopped.
+
+    Args:
+        signum: the operator's signal, the last one if there were several.
+        codes: statuses of the ranks, in any order; none where no rank had been started.
+        forced: the operator asked again, and the ranks were killed.
+        saves: the ranks run a recipe of ours.
+        committed: it has a checkpoint.
+    """
+    without_saving = ExitCode.INTERRUPTED if signum == signal.SIGINT else ExitCode.TERMINATED
+    spoken = PREEMPTED & set(codes)
+    if forced or not codes:
+        return without_saving
+    if spoken == set(codes) or (spoken and committed):  # all ranks know that it was saved before one says so
+        return ExitCode(max(spoken))
+    if saves and not any(codes):
+        return ExitCode.DONE  # it came to its end meanwhile
+    if _NEVER_BEGAN.issuperset(codes):
+        return without_saving
+    return ExitCode.PREEMPTED_KEPT if saves and committed else without_saving
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +149,7 @@ def never_began(cause: str, phase: str) -> bool:
 def decide(
     *,
     failure_code: int | None,
-    stopped_by: int | None,
-    own_codes: frozenset[int],
+    stopped: ExitCode | None = None,
     restarts_left: int,
     fruitless: int = 0,
     repeated: bool = False,
@@ -125,16 +158,13 @@ def decide(
 
     Args:
         failure_code: exit status of the culprit (negative for a signal), None if no rank failed.
-        stopped_by: the operator's first signal, if it came before any failure.
-        own_codes: statuses of the ranks that ended by themselves.
+        stopped: what it comes to because the operator asked to stop, None if nobody did.
         restarts_left: how many starts are still allowed.
         fruitless: restarts since the last progress, which make the next one wait.
         repeated: the failure is the one before it once more, and nothing was committed in between.
     """
-    if stopped_by is not None:
-        if own_codes and own_codes <= _PREEMPTED:  # every rank saved what it could and said so
-            return Stop(int(max(own_codes)))
-        return Stop(ExitCode.INTERRUPTED if stopped_by == signal.SIGINT else ExitCode.TERMINATED)
+    if stopped is not None and (failure_code is None or failure_code not in ORDERLY):
+        return Stop(stopped)
     if failure_code is None:
         return Stop(ExitCode.DONE)
     if repeated or failure_code in ORDERLY:

@@ -6,7 +6,7 @@ import signal
 import socket
 from types import FrameType, TracebackType
 
-OPERATOR = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+OPERATOR = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:

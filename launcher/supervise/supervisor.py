@@ -29,9 +29,18 @@ class Supervisor:
     """Owns the processes of the current generation; usable for several generations one after another."""
 
     def __init__(
-        self, config: LaunchConfig, run_dir: RunDir, console: Console, signals: SignalSocket, watch: Watch
+        self,
+        config: LaunchConfig,
+        run_dir: RunDir,
+        console: Console,
+        signals: SignalSocket,
+        watch: Watch,
+        grace: float,
+        *,
+        saves: bool,
     ) -> None:
         self._config = config
+        self._grace, self._saves = grace, saves
         self._watch = watch
         self._hang: Hang | None = None
         self._console = console
@@ -44,6 +53,7 @@ class Supervisor:
         self._failed = False
         self._is_victim: Callable[[RankEnd], bool]
         self._stopped_by: int | None = None
+        self._signum: int | None = None
         self._presses = 0
         self._patience = Patience(0.0, 0.0)
         self._liveness, self._life = os.pipe()  # the kernel closes the second one with us: ranks die then
@@ -80,18 +90,17 @@ class Supervisor:
                     self._handle(event)
         finally:
             self._leave_nothing()
-        return Generation(generation, tuple(self._ends), self._stopped_by, self._presses > 0, self._hang)
+        return Generation(generation, tuple(self._ends), self._stopped_by, self._signum, self._presses > 1, self._hang)
 
-    def pause(self, seconds: float) -> bool:
-        """Let time pass; False if the operator asked to stop meanwhile."""
+    def pause(self, seconds: float) -> int | None:
+        """Let time pass; the signal if the operator asked to stop meanwhile."""
         self._source.start_timer("pause", seconds)
         while True:
             for event in self._source.wait():
                 if event == Due("pause"):
-                    return True
+                    return None
                 if isinstance(event, Signalled):
-                    self._operator(event.signum)
-                    return False
+                    return event.signum
 
     def prepare_forks(self, python: str, environ: Mapping[str, str]) -> None:
         """Start a fork server, or another one if it has ended; until it is ready, forked ranks wait."""
@@ -189,6 +198,8 @@ class Supervisor:
         if code != 0 and not self._failed and self._stopped_by is None:
             self._failed = True
             self._end_all(policy.after_exit(code, is_victim=self._is_victim(end)))
+        elif self._saves and self._presses == 1 and code not in (0, *policy.PREEMPTED):
+            self._end_all(policy.WHILE_STOPPING)
 
     def _look_for_hangs(self) -> None:
         if self._failed or self._stopped_by is not None:
@@ -201,15 +212,16 @@ class Supervisor:
         self._end_all(policy.after_hang())
 
     def _operator(self, signum: int) -> None:
-        self._presses += 1
+        self._presses, self._signum = self._presses + 1, signum
         if self._waiting is not None and self._server is not None:
             self._waiting = None  # no rank has been started: none will be
             self._source.forget(self._server.fileno())
         if self._stopped_by is None and not self._failed:
             self._stopped_by = signum
         if self._presses == 1 and not self._config.quiet:
-            self._console.say("samestep: stopping all ranks (once more: at once)")
-        self._end_all(policy.after_signal(self._presses, self._config.shutdown_timeout))
+            doing = "finishing the step and saving" if self._saves else "stopping all ranks"
+            self._console.say(f"samestep: {doing} (once more: at once)")
+        self._end_all(policy.after_signal(self._presses, self._grace))
 
     def _end_all(self, patience: Patience) -> None:
         self._patience = patience

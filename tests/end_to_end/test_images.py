@@ -63,7 +63,7 @@ def test_nodes_of_compose_differ_in_their_rank_alone():
 
 def test_nodes_of_compose_get_longer_than_their_ranks():
     for node in services().values():
-        ranks = node["command"][node["command"].index("--shutdown-timeout") + 1]
+        ranks = node["command"][node["command"].index("--grace-seconds") + 1]
         assert float(node["stop_grace_period"].rstrip("s")) > float(ranks)
         assert (node["cap_drop"], node["user"]) == (["ALL"], "1000:1000")
 

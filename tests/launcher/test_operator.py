@@ -115,3 +115,14 @@ def test_run_survives_a_terminal_that_hangs_up_under_nohup(samestep):
         process.wait(timeout=0.3)
     process.send_signal(signal.SIGINT)
     assert samestep.finish(process, time.monotonic()).code == 130
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+def test_stopped_while_a_restart_waits_it_ends_with_the_signals_code(signum, code, samestep):
+    process = samestep.start_acting("0=raise", "1=wait", options=("--max-restarts", "9"))
+    while b" in 2 s" not in process.stderr.readline():
+        pass
+    process.send_signal(signum)
+    ended = samestep.finish(process, time.monotonic())
+    assert ended.code == code
+    assert all_gone(samestep)

@@ -12,45 +12,70 @@ from samestep.launcher.supervise.policy import (
     Stop,
     after_exit,
     after_signal,
+    after_stop,
     decide,
+    grace,
     never_began,
     signature,
 )
 
-INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 
 
 @pytest.mark.parametrize(
-    ("failure_code", "stopped_by", "own_codes", "restarts_left", "verdict"),
+    ("failure_code", "stopped", "restarts_left", "verdict"),
     [
-        (None, None, {0}, 0, Stop(0)),
-        (None, None, {0}, 3, Stop(0)),
-        (1, None, {1}, 0, Stop(1)),
-        (1, None, {1}, 1, Restart()),
-        (-9, None, set(), 0, Stop(1)),
-        (-9, None, set(), 1, Restart()),
-        (3, None, {3}, 0, Stop(1)),
-        (130, None, {130}, 0, Stop(1)),
-        (70, None, {70}, 0, Stop(70)),
-        (2, None, {2}, 3, Stop(2)),
-        (75, None, {75}, 3, Stop(75)),
-        (76, None, {76}, 3, Stop(76)),
-        (77, None, {77}, 3, Stop(77)),
-        (78, None, {78}, 3, Stop(78)),
-        (None, INT, set(), 3, Stop(130)),
-        (None, TERM, set(), 3, Stop(143)),
-        (None, HUP, set(), 3, Stop(143)),
-        (None, TERM, {0}, 0, Stop(143)),
-        (None, TERM, {75}, 0, Stop(75)),
-        (None, INT, {75, 76}, 0, Stop(76)),
-        (None, INT, {75, 1}, 0, Stop(130)),
+        (None, None, 0, Stop(0)),
+        (None, None, 3, Stop(0)),
+        (1, None, 0, Stop(1)),
+        (1, None, 1, Restart()),
+        (-9, None, 0, Stop(1)),
+        (-9, None, 1, Restart()),
+        (3, None, 0, Stop(1)),
+        (130, None, 0, Stop(1)),
+        (70, None, 0, Stop(70)),
+        (2, None, 3, Stop(2)),
+        (75, None, 3, Stop(75)),
+        (76, None, 3, Stop(76)),
+        (77, None, 3, Stop(77)),
+        (78, None, 3, Stop(78)),
+        (None, 130, 3, Stop(130)),
+        (None, 75, 3, Stop(75)),
+        (1, 76, 3, Stop(76)),  # it failed and would have started again, had nobody asked to stop
+        (2, 143, 3, Stop(2)),
     ],
 )
-def test_what_follows_a_generation(failure_code, stopped_by, own_codes, restarts_left, verdict):
-    decided = decide(
-        failure_code=failure_code, stopped_by=stopped_by, own_codes=frozenset(own_codes), restarts_left=restarts_left
-    )
-    assert decided == verdict
+def test_what_follows_a_generation(failure_code, stopped, restarts_left, verdict):
+    assert decide(failure_code=failure_code, stopped=stopped, restarts_left=restarts_left) == verdict
+
+
+@pytest.mark.parametrize(
+    ("signum", "codes", "forced", "committed", "of_a_recipe", "of_a_script"),
+    [
+        (INT, [], False, True, 130, 130),  # before a rank was started
+        (TERM, [], False, False, 143, 143),
+        (INT, [-15, -15], False, True, 130, 130),  # joining or building: SIGTERM ends a rank by itself
+        (TERM, [-15, -15], False, False, 143, 143),
+        (HUP, [143, -15], False, False, 143, 143),
+        (TERM, [75, 75], False, True, 75, 75),
+        (TERM, [76, 76], False, True, 76, 76),
+        (INT, [75, 76], False, True, 76, 76),
+        (INT, [130, 130], False, False, 130, 130),  # trained, but nothing could ever be saved
+        (TERM, [0, 0], False, True, 0, 143),  # it was the last step
+        (TERM, [-9, 1], False, True, 76, 143),  # a rank died meanwhile
+        (TERM, [-9, 1], False, False, 143, 143),
+        (TERM, [-9, -9], False, True, 76, 143),  # hung until the grace time was over
+        (USR1, [-9, -9], False, False, 143, 143),
+        (TERM, [75, -9], False, True, 75, 143),  # saved, but a rank could not leave
+        (INT, [75, 1], False, False, 130, 130),
+        (INT, [-9, -9], True, True, 130, 130),  # asked twice
+        (INT, [75, -9], True, True, 130, 130),
+        (TERM, [-9, -9], True, True, 143, 143),
+    ],
+)
+def test_how_a_run_ends_that_the_operator_stops(signum, codes, forced, committed, of_a_recipe, of_a_script):
+    assert after_stop(signum, codes, forced=forced, saves=True, committed=committed) == of_a_recipe
+    assert after_stop(signum, codes, forced=forced, saves=False, committed=False) == of_a_script
 
 
 @pytest.mark.parametrize("code", [1, 3, 70, -9, -11])
@@ -70,22 +95,27 @@ def test_culprit_may_finish_its_sentence_when_a_victim_dies_first():
 
 
 def test_operator_who_asks_twice_waits_for_nothing():
-    assert after_signal(1, None).grace == 5
     assert after_signal(1, 30).grace == 30
     assert after_signal(2, 30).grace == 0
 
 
+@pytest.mark.parametrize(
+    ("grace_seconds", "shutdown_timeout", "saves", "expected"),
+    [(None, None, True, 25), (None, None, False, 5), (None, 7, True, 7), (3, 7, True, 3), (0, None, False, 0)],
+)
+def test_the_time_to_save_in(grace_seconds, shutdown_timeout, saves, expected):
+    assert grace(grace_seconds, shutdown_timeout, saves=saves) == expected
+
+
 @pytest.mark.parametrize(("fruitless", "delay"), [(0, 0), (1, 1), (2, 2), (4, 8), (10, 30)])
 def test_the_first_restart_comes_at_once_and_later_ones_wait_up_to_a_bound(fruitless, delay):
-    decided = decide(failure_code=1, stopped_by=None, own_codes=frozenset({1}), restarts_left=1, fruitless=fruitless)
+    decided = decide(failure_code=1, restarts_left=1, fruitless=fruitless)
     assert decided == Restart(delay)
 
 
 @pytest.mark.parametrize(("code", "left", "expected"), [(1, 3, 77), (-11, 3, 77), (1, 0, 77), (2, 3, 2), (78, 3, 78)])
 def test_the_same_failure_again_without_progress_is_final(code, left, expected):
-    decided = decide(
-        failure_code=code, stopped_by=None, own_codes=frozenset(), restarts_left=left, fruitless=1, repeated=True
-    )
+    decided = decide(failure_code=code, restarts_left=left, fruitless=1, repeated=True)
     assert decided == Stop(expected)
 
 

@@ -80,6 +80,12 @@ class SameOrderSampler(DistributedSampler[Any]):
         """Steps that remain in this epoch, for all ranks alike; `step` counts from 0 in this iteration."""
         return epoch_plans(self.samples, self.global_batch_size, self.shards, self.epoch, self.cursor, 0)
 
+    def samples_of(self, plan: StepPlan, shard: int) -> list[int]:
+        """Sample ids of one shard of any step, of whatever rank."""
+        positions = np.arange(*slice_of(plan.begin, plan.end, shard, self.shards), dtype=np.int64)
+        ids = permute(positions, self.samples, self.seed, plan.epoch) if self.shuffle else positions
+        return list(ids.tolist())
+
     def __iter__(self) -> Iterator[ShardSamples]:
         """Lists of this rank's remaining shards in this epoch."""
         epoch = self.epoch

@@ -11,10 +11,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from samestep.train.data.sampler import SameOrderSampler, ShardSamples
 from samestep.train.data.shard_dataset import ShardDataset
+from samestep.train.data.shield import ShieldedLoader, shield
 from samestep.train.data.workers import Choice
 
 Batch = Any
@@ -65,13 +66,14 @@ class WorkerStream:
             warnings.filterwarnings(
                 "ignore", "This DataLoader will create", UserWarning
             )  # it counts cores, not waiting
-            loader = DataLoader(
+            loader = ShieldedLoader(
                 shards,
                 sampler=lists,
                 batch_size=None,
                 num_workers=choice.workers,
                 prefetch_factor=choice.prefetch,
                 collate_fn=_as_is,
+                worker_init_fn=shield,
                 pin_memory=pin_memory,
                 generator=torch.Generator(),  # workers' base seed: drawn here, not from the caller's stream
             )

@@ -6,6 +6,7 @@ gather.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -90,6 +91,10 @@ class Ledger:
         """Take a finished step: its rows (see StepTally.rows) still on the device."""
         self._pending.append((plan, rows, reading))
 
+    def forget(self) -> None:
+        """Drop steps that were not flushed: they will be done again."""
+        self._pending.clear()
+
     def flush(self, extras: list[str]) -> list[StepRecord]:
         """Records of the steps added since the last flush, equal on every rank. A collective.
 
@@ -121,6 +126,8 @@ class Ledger:
                     extra=dict(zip(extras, averages[1:], strict=True)),
                 )
             )
+            if not math.isfinite(total):
+                total, weight = 0.0, 0.0  # such a step was left out
             self.epoch.add(total, weight, plan.samples, walls[index])
         self._pending.clear()
         records[-1] = replace(records[-1], loads=_loads(seconds, memory))

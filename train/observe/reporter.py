@@ -49,6 +49,9 @@ class Reporter(Protocol):
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
         """Trained to the end; the last call."""
 
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
+        """Stopped after `step` because it was asked for; `checkpoint` is the newest committed step. The last call."""
+
     def already_finished(self, digest: str, steps: int) -> None:
         """A finished run was started again; nothing was done."""
 
@@ -86,6 +89,9 @@ class NullReporter:
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
         """Nothing."""
 
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
+        """Nothing."""
+
     def already_finished(self, digest: str, steps: int) -> None:
         """Nothing."""
 
@@ -100,23 +106,25 @@ class EventLog:
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self.path = path
         self.clock = clock
-        self._file = path.open("a", encoding="utf-8")
+        path.touch()
 
     def write(self, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Append events that carry `event`; the time is added here, and what was written is returned."""
         now = self.clock()
         stamped = [{"event": event["event"], "time": now, **event} for event in events]
-        self._file.write("".join(json.dumps(event) + "\n" for event in stamped))
-        self._file.flush()
+        self._append([json.dumps(event) + "\n" for event in stamped])
         return stamped
 
     def write_steps(self, records: list[StepRecord]) -> list[str]:
         """Append a `step` event for each; the lines that were written."""
         now = self.clock()
         lines = [step_line(record, now) for record in records]
-        self._file.write("".join(lines))
-        self._file.flush()
+        self._append(lines)
         return lines
+
+    def _append(self, lines: list[str]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:  # anew each time: going back cuts the file
+            file.write("".join(lines))
 
     def offset(self) -> int:
         """Bytes written so far."""
@@ -223,6 +231,13 @@ class RankZeroReporter:
             [{"event": "run_finished", "digest": digest, "steps": steps, "restarts": restarts, "goodput": goodput}]
         )
         self._print(f"Finished Training: {steps} steps, digest {digest}")
+        self._bar.close()
+
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
+        """Write the event, close the bar, say what a next start will find."""
+        self._write([{"event": "preempted", "step": step, "signal": signal_name, "checkpoint": checkpoint}])
+        found = "no checkpoint is there" if checkpoint is None else f"the checkpoint of step {checkpoint} is kept"
+        self._print(f"Stopped by {signal_name} after step {step}: {'saved' if checkpoint == step else found}")
         self._bar.close()
 
     def already_finished(self, digest: str, steps: int) -> None:

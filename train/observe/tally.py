@@ -60,6 +60,11 @@ class StepTally:
         if len(self._values) == self._expected:
             self._complete(names)
 
+    @property
+    def totals(self) -> list[Tensor]:
+        """Losses of this rank's shards in this step, as they were added."""
+        return [torch.as_tensor(total) for total, *_ in self._values]
+
     def rows(self) -> Tensor | Values:
         """For the ledger: this rank's values, or float64 rows of all ranks, (world_size, width, columns)."""
         return self._gathered() if self.own_weights else self._values

@@ -223,6 +223,12 @@ class TrackedReporter:
         """Nothing for a tracker."""
         self.inner.already_finished(digest, steps)
 
+    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
+        """Close the trackers."""
+        for feed in self.feeds:
+            feed.finish()
+        self.inner.preempted(step, signal_name, checkpoint)
+
     def offset(self) -> int:
         """As without trackers."""
         return self.inner.offset()

@@ -22,13 +22,14 @@ from samestep.train.parallel.shards import Fold, Span, StepPlan, owned_span
 class BufferCombiner:
     """Used as begin, (before_shard, after_shard) for each shard, finish."""
 
-    def __init__(self, model: nn.Module, group: Group, exchange: Exchange, shards: int) -> None:
+    def __init__(self, model: nn.Module, group: Group, exchange: Exchange, shards: int, *, keep: bool = False) -> None:
         # Where each buffer is kept, not the tensor: wrapping the model, and user code, can put another one there.
         self._places = {name: _place(model, name) for name, _ in model.named_buffers()}
         self.buffers: dict[str, Tensor] = {}
         self.group = group
         self.exchange = exchange
         self.shards = shards
+        self.keep = keep  # a step's buffers may be asked back for
         self.owned = owned_span(group.rank, group.world_size, shards)
         self.changing: list[str] | None = None  # agreed by all ranks in the first step
         self._base: dict[str, Tensor] = {}
@@ -44,7 +45,7 @@ class BufferCombiner:
         self._folds: dict[Span, Fold[Tensor]] = {span: Fold(span, torch.add) for span in spans}
         self._changed: set[str] = set()
         self._names = list(self.buffers) if self.changing is None else self.changing
-        if self.changing is None or len(plan.present(self.owned)) > 1:
+        if self.changing is None or self.keep or len(plan.present(self.owned)) > 1:
             for name in self._names:
                 if name in self._base:
                     self._base[name].copy_(self.buffers[name])
@@ -94,6 +95,11 @@ class BufferCombiner:
         for name, value in zip(self._names, combined.split(sizes), strict=True):
             if name in self.changing:
                 self.buffers[name].copy_(value.view_as(self.buffers[name]))
+
+    def undo(self) -> None:
+        """Bring the step's buffers back, where `keep` was asked for: the step has not taken place."""
+        for name, value in self._base.items():
+            self.buffers[name].copy_(value)
 
     def _read(self) -> None:
         self.buffers = {name: kept[key] for name, (kept, key) in self._places.items()}
@@ -151,6 +157,9 @@ class BufferCombiner:
 
 class NoBuffers:
     """What a model without buffers has."""
+
+    def undo(self) -> None:
+        """Nothing to bring back."""
 
     def begin(self, plan: StepPlan) -> None:
         """Nothing to remember."""

@@ -90,12 +90,12 @@ class GradientReducer:
         """What the loss of `shard` has to call: DDP for the last one where all ranks work, else the raw module."""
         return self._replica if self._replica is not None and self._through_ddp(shard) else self.raw
 
-    def backward(self, shard: int, total: Tensor) -> None:
-        """Take the gradient of one shard's unnormalised loss."""
+    def backward(self, shard: int, total: Tensor, start: Tensor | None = None) -> None:
+        """Take the gradient of one shard's unnormalised loss; backward starts from `start`, or from one."""
         if self._alone or self._through_ddp(shard):
-            total.backward()
+            total.backward(start)
             return
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(total, self.parameters, start, allow_unused=True)
         leaf = []
         for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             self._used[index] |= gradient is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_all
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,33 +14,45 @@ from torch import Tensor
 
 from samestep.launcher.contract import RunDir
 from samestep.train.observe.reporter import Reporter
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.agreement import Agreement
 from samestep.train.state.checkpoint import NotFiniteError, Snapshot, commit
 from samestep.train.state.train_state import TrainState
 
 
 @dataclass(slots=True)
-class Schedule:
-    """Every so many steps or seconds; all ranks get the answer of rank zero's clock."""
+class Clock:
+    """Seconds since the last checkpoint."""
 
-    every_steps: int | None
     every_seconds: float | None
-    group: Group
-    device: torch.device
     now: Callable[[], float] = time.monotonic
     _last: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """A checkpoint is taken."""
         self._last = self.now()
 
+    def late(self) -> bool:
+        """Whether it is time for the next one."""
+        return self.every_seconds is not None and self.now() - self._last >= self.every_seconds
+
+
+@dataclass(slots=True)
+class Schedule:
+    """Every so many steps or seconds, or because a stop was asked for; the same answer on every rank."""
+
+    every_steps: int | None
+    clock: Clock
+    agreement: Agreement
+
     def due(self, step: int) -> bool:
-        """Whether the state after `step` is to be saved. A collective where seconds count."""
+        """Whether the state after `step` is to be saved. A collective after some steps (see Agreement)."""
         due = self.every_steps is not None and step % self.every_steps == 0
-        if self.every_seconds is not None:
-            late = torch.tensor([self.now() - self._last >= self.every_seconds], dtype=torch.uint8, device=self.device)
-            due |= bool(self.group.gather(late)[0])
+        due |= self.agreement.after_step()
         if due:
-            self._last = self.now()
+            self.clock.reset()
         return due
 
 
@@ -56,8 +69,9 @@ class Saver:
     def save(self, state: TrainState, reporter: Reporter) -> None:
         """Nothing to write here."""
 
-    def wait(self, reporter: Reporter) -> None:
+    def wait(self, reporter: Reporter) -> bool:  # noqa: ARG002 (WritingSaver's form)
         """Nothing to wait for."""
+        return True
 
 
 class CopyBuffers:
@@ -94,9 +108,16 @@ class WritingSaver(Saver):
     """
 
     def __init__(
-        self, schedule: Schedule, run_dir: RunDir, generation: int, keep: int, fence: int | None = None
+        self,
+        schedule: Schedule,
+        run_dir: RunDir,
+        generation: int,
+        keep: int,
+        fence: int | None = None,
+        seconds_left: Callable[[], float | None] = lambda: None,
     ) -> None:
         super().__init__(schedule)
+        self._seconds_left = seconds_left
         self.run_dir = run_dir
         self.generation = generation
         self.fence = fence
@@ -109,8 +130,7 @@ class WritingSaver(Saver):
         """Begin to commit the state, unless this step already is."""
         if self._writing is not None and self._writing[0] == state.step:
             return
-        self.wait(reporter)
-        if self.run_dir.checkpoint(state.step).exists():
+        if not self.wait(reporter) or self.run_dir.checkpoint(state.step).exists():
             return
         begin = time.perf_counter()
         snapshot = self._copies.copy(state.capture(reporter.offset()))
@@ -119,11 +139,13 @@ class WritingSaver(Saver):
         written = self._thread.submit(commit, snapshot, *where)
         self._writing = (state.step, time.perf_counter() - begin, written)
 
-    def wait(self, reporter: Reporter) -> None:
-        """Return when nothing is being written; report what came of it."""
+    def wait(self, reporter: Reporter) -> bool:
+        """True once nothing is being written any more; reports what came of it. False where time is over before."""
         if self._writing is None:
-            return
+            return True
         step, stall, written = self._writing
+        if not wait_for_all([written], self._seconds_left()).done:
+            return False
         self._writing = None
         try:
             reporter.checkpoint(step, written.result(), stall)
@@ -134,3 +156,4 @@ class WritingSaver(Saver):
                 f"the checkpoint of step {step} could not be written ({error.strerror or error}); "
                 "training goes on with the last good one"
             )
+        return True

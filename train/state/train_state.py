@@ -33,6 +33,7 @@ class TrainState:
         sums: losses of those steps.
         useful_seconds: time spent in steps that count, over all starts.
         metrics: values of the last evaluation.
+        passed_over: steps, counted from 1, whose batch is left out because it was not finite.
         best_step: steps of the best checkpoint by the chosen metric, `best_value` its value.
     """
 
@@ -50,6 +51,7 @@ class TrainState:
     started_at: float = field(default_factory=time.time)
     best_step: int | None = None
     best_value: float | None = None
+    passed_over: set[int] = field(default_factory=set)
 
     def advance(self, plan: StepPlan) -> None:
         """A step is done."""
@@ -90,6 +92,7 @@ class TrainState:
                 "useful_seconds": self.useful_seconds,
                 "metrics": self.metrics,
                 "started_at": self.started_at,
+                "passed_over": sorted(self.passed_over),
                 "best": [self.best_step, self.best_value],
                 "sums": [self.sums.total, self.sums.weight, self.sums.samples, self.sums.seconds],
             },
@@ -114,6 +117,8 @@ class TrainState:
         self.restarts = counters["restarts"] + 1
         self.best_step, self.best_value = counters["best"]
         self.sums = EpochSums(*counters["sums"])
+        self.passed_over.clear()  # the same object: the guard looks there
+        self.passed_over.update(counters.get("passed_over", []))
         weights = {f"model.{name}": tensor for name, tensor in snapshot.weights.items()}
         weights |= {f"model.{name}": snapshot.weights[first] for name, first in snapshot.state["aliases"].items()}
         self.components.model.load_state_dict(decode(snapshot.state["model"], weights))

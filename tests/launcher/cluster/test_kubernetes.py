@@ -176,7 +176,7 @@ def test_volumes_are_the_run_directory_and_shared_memory():
 
 def test_a_pod_is_given_longer_than_its_ranks():
     spec, container = job_of(manifests(replace(TWO, grace_seconds=90), RECIPE))
-    assert container["command"][:4] == ["samestep", "run", "--shutdown-timeout", "90"]
+    assert container["command"][:4] == ["samestep", "run", "--grace-seconds", "90"]
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > 90
 
 

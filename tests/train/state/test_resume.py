@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "small.py"
@@ -140,7 +141,7 @@ def test_a_change_that_can_only_move_bits_is_a_warning_with_both_values(go):
 
 def test_a_state_that_is_not_finite_is_never_saved(go):
     ended = go(*EVERY, fault="nan", code=1)
-    assert "holds NaN or infinity" in ended.stderr
+    assert "is not finite" in ended.stderr
     assert [path.name for path in (ended.run_dir / "checkpoints").iterdir()] == ["step-00000003"] or not list(
         (ended.run_dir / "checkpoints").iterdir()
     )
@@ -220,6 +221,17 @@ def test_an_average_of_weights_is_evaluated_exported_and_resumed_exactly(go):
     average = load_file(resumed.run_dir / "weights.safetensors")
     assert not average["0.weight"].equal(resumed.weights["0.weight"])
     assert average["0.weight"].equal(load_file(whole.run_dir / "weights.safetensors")["0.weight"])
+
+
+def test_an_average_follows_every_update_as_torchs_own_does(go):
+    ended = go("--checkpoint-every", "1", "--keep-checkpoints", "99", fault="ema")
+    steps = sorted((ended.run_dir / "checkpoints").glob("step-*"))
+    first, *later = [load_file(path / "model.safetensors") for path in steps]
+    expected = [first[name].clone() for name in first]
+    for weights in later:
+        get_ema_multi_avg_fn(0.9)(expected, [weights[name] for name in first], None)
+    average = load_file(ended.run_dir / "weights.safetensors")
+    assert all(average[name].equal(tensor) for name, tensor in zip(first, expected, strict=True))
 
 
 @pytest.mark.parametrize(

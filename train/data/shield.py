@@ -1,0 +1,59 @@
+"""DataLoader workers that outlive a signal meant for their rank.
+
+Terminals, torchrun and schedulers signal whole process groups. A worker that dies of it takes the step with it that
+the rank wants to finish. So workers take no notice; in return, those that do not end when they are asked are killed
+before the interpreter would wait for them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_started: set[BaseProcess] = set()
+
+
+def shield(worker: int) -> None:  # noqa: ARG001 (worker_init_fn's form)
+    """In a worker: notice none of SHIELDED. Handlers, because a program that a dataset starts would inherit SIG_IGN."""
+    for signum in SHIELDED:
+        signal.signal(signum, _nothing)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
+
+
+def _nothing(signum: int, frame: FrameType | None) -> None:
+    pass
+
+
+class ShieldedLoader(DataLoader[Any]):
+    """To be made with `worker_init_fn=shield`."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch's own iterator
+        """Workers begin with the signals blocked, so that none comes before `shield`."""
+        before = set(multiprocessing.active_children())
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED if self.num_workers else ())
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            _remember(set(multiprocessing.active_children()) - before)
+
+
+def _remember(workers: set[BaseProcess]) -> None:
+    if workers and not _started:
+        # runs after torch has asked its workers to end, and before multiprocessing waits for them without a limit
+        Finalize(None, _kill_the_rest, exitpriority=0)
+    _started.update(workers)
+
+
+def _kill_the_rest() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at each of these ends
+    for worker in _started & set(multiprocessing.active_children()):
+        worker.kill()
