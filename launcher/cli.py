@@ -13,9 +13,9 @@ from samestep.launcher.contract import ExitCode, UsageError
 
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
-       samestep verify [options] recipe.py | samestep chaos [options] recipe.py | samestep stacks RUN_DIR
-       samestep watch RUN_DIR | samestep report RUN_DIR [RUN_DIR ...] [--output FILE] | samestep doctor [--json]
-       samestep digest [--state] [--json] PATH | samestep completion SHELL | samestep --help | samestep --version"""
+       samestep submit kubernetes [options] recipe.py [...] | samestep verify|chaos [options] recipe.py
+       samestep watch|stacks|plan RUN_DIR | samestep report RUN_DIR ... | samestep digest [--state] [--json] PATH
+       samestep doctor | samestep completion SHELL | samestep run --help | samestep --version | samestep --help"""
 
 HELP = f"""\
 {USAGE}
@@ -27,6 +27,8 @@ Distributed PyTorch training whose runs come out the same.
   chaos    strike a recipe with faults while it trains, and compare the bits with those of an undisturbed run
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
            --state: of everything that training goes on from
+  submit   hand a recipe to Kubernetes: an Indexed Job, a JobSet or a Kubeflow TrainJob; --dry-run prints the manifests
+  plan     what a measured run would be like on 1 to 16384 ranks: step, communication, memory, failures, time to train
   stacks   print what every rank of a run that goes on now is doing, thread by thread
   watch    show how a run stands, until it ends; --once: now
   report   make one HTML page of one run, or of several to compare; needs no network
@@ -92,6 +94,8 @@ def commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "completion": _completion,
         "watch": _watch,
         "report": _report,
+        "submit": _submit,
+        "plan": _plan,
     }
 
 
@@ -177,6 +181,18 @@ def _verify(argv: Sequence[str]) -> int:
     recipe = Recipe(words[0], tuple(words[1:]))
     check(recipe)
     return verify(config, recipe, os.environ, print)
+
+
+def _submit(argv: Sequence[str]) -> int:
+    from samestep.launcher.cluster.submit import submit
+
+    return submit(argv, os.environ, print)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from samestep.launcher.scale.command import plan
+
+    return plan(argv, print)
 
 
 def _chaos(argv: Sequence[str]) -> int:
