@@ -93,22 +93,6 @@ def split(argv: Sequence[str], config_type: type[Any] = LaunchConfig) -> tuple[l
     return _tokens(given), list(argv[position:])
 
 
-def interleaved(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str], list[str]]:
-    """As `split`, for a command whose options may stand before, between and after its words.
-
-    Raises:
-        UsageError: as `split`.
-    """
-    end = argv.index("--") if "--" in argv else len(argv)
-    own, words, rest = list[str](), list[str](), list(argv[:end])
-    while rest:
-        flags, rest = split(rest, config_type)
-        own += flags
-        words += rest[:1]
-        rest = rest[1:]
-    return own, [*words, *argv[end + 1 :]]
-
-
 def split_around(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str], list[str]]:
     """As `split`, with options right after the recipe too: up to the first word that is none of them, or `--`.
 
@@ -127,6 +111,22 @@ def split_around(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str]
     if rest[:1] == ["--"]:
         rest = rest[1:]
     return split([*own, *after], config_type)[0], [*words[:1], *rest]
+
+
+def interleaved(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str], list[str]]:
+    """As `split`, for a command whose options may stand before, between and after its words.
+
+    Raises:
+        UsageError: as `split`.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    own, words, rest = list[str](), list[str](), list(argv[:end])
+    while rest:
+        flags, rest = split(rest, config_type)
+        own += flags
+        words += rest[:1]
+        rest = rest[1:]
+    return own, [*words, *argv[end + 1 :]]
 
 
 def _flags(config_type: type[Any]) -> dict[str, _Flag]:

@@ -21,6 +21,7 @@ from samestep.launcher.contract import (
     ENV_GENERATION,
     ENV_GRACE,
     ENV_HEARTBEAT_FD,
+    ENV_JOIN_TIMEOUT,
     ENV_LAUNCHED,
     ENV_RUN_DIR,
     ENV_STORE_ADDR,
@@ -69,6 +70,7 @@ class Facts:
     nnodes: int = 1
     heartbeat_fd: int = -1  # of a recipe's ranks
     max_restarts: int = 0
+    devices: str = ""  # CUDA devices that are left, once one is gone
     grace: float = DEFAULT_GRACE_SECONDS
 
 
@@ -113,6 +115,7 @@ def _command(
         ENV_RUN_DIR: str(run_dir.path.absolute()),
         ENV_GENERATION: str(facts.generation),
         ENV_FENCE: str(facts.fence),
+        ENV_JOIN_TIMEOUT: str(config.join_timeout),
         ENV_GRACE: str(facts.grace),
     }
     if meeting.store_port:
@@ -125,8 +128,10 @@ def _command(
         env[ENV_HEARTBEAT_FD] = str(facts.heartbeat_fd)
     if config.cpu:
         env["ACCELERATE_USE_CPU"] = "true"
+    if facts.devices:
+        env["CUDA_VISIBLE_DEVICES"] = facts.devices
     if config.virtual_local_rank:
-        env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _own_gpu(facts.environ, local_rank)}
+        env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _own_gpu({**facts.environ, **env}, local_rank)}
     # torchrun replaces this one macro in the arguments
     words = tuple(word.replace("${local_rank}", str(local_rank)) for word in recipe.arguments)
     mine = Recipe(recipe.target, words, recipe.kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from samestep.launcher.cluster.kubernetes_job import submit_kubernetes
 from samestep.launcher.cluster.slurm_job import submit_slurm
 from samestep.launcher.contract import UsageError
 from samestep.launcher.options import nearest_hint
@@ -17,7 +18,10 @@ def submit(argv: Sequence[str], environ: Mapping[str, str], say: Say) -> int:
     Raises:
         UsageError: no engine, no recipe, or what the engine would refuse.
     """
-    engines: dict[str, Callable[[Sequence[str], Mapping[str, str], Say], int]] = {"slurm": submit_slurm}
+    engines: dict[str, Callable[[Sequence[str], Mapping[str, str], Say], int]] = {
+        "kubernetes": submit_kubernetes,
+        "slurm": submit_slurm,
+    }
     if not argv or argv[0] not in engines:
         word = argv[0] if argv else ""
         raise UsageError(
