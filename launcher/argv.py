@@ -93,6 +93,26 @@ def split(argv: Sequence[str], config_type: type[Any] = LaunchConfig) -> tuple[l
     return _tokens(given), list(argv[position:])
 
 
+def split_around(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str], list[str]]:
+    """As `split`, with options right after the recipe too: up to the first word that is none of them, or `--`.
+
+    Raises:
+        UsageError: as `split`.
+    """
+    own, words = split(argv, config_type)
+    known, end = _flags(config_type), 1
+    while end < len(words) and words[end].startswith("-") and words[end] not in ("-", "--"):
+        name, equals, _ = words[end].partition("=")
+        flag = known.get(name.replace("_", "-") if name.startswith("--") else name)
+        if flag is None:
+            break
+        end += 2 if flag.takes_value and not equals else 1
+    after, rest = words[1:end], words[end:]
+    if rest[:1] == ["--"]:
+        rest = rest[1:]
+    return split([*own, *after], config_type)[0], [*words[:1], *rest]
+
+
 def interleaved(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str], list[str]]:
     """As `split`, for a command whose options may stand before, between and after its words.
 

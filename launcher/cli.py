@@ -13,8 +13,8 @@ from samestep.launcher.contract import ExitCode, UsageError
 
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
-       samestep verify [options] recipe.py | samestep digest [--state] [--json] PATH | samestep stacks RUN_DIR
-       samestep watch RUN_DIR | samestep report RUN_DIR [RUN_DIR ...] [--output FILE] | samestep doctor [--json]
+       samestep submit kubernetes [options] recipe.py [...] | samestep verify [options] recipe.py | samestep doctor
+       samestep watch|stacks|plan RUN_DIR | samestep report RUN_DIR ... | samestep digest [--state] [--json] PATH
        samestep completion SHELL | samestep run --help | samestep --version | samestep --help"""
 
 HELP = f"""\
@@ -26,6 +26,8 @@ Distributed PyTorch training whose runs come out the same.
   verify   run the first steps of a recipe at several world sizes and with stops, and compare the bits
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
            --state: of everything that training goes on from
+  submit   hand a recipe to Kubernetes: an Indexed Job, a JobSet or a Kubeflow TrainJob; --dry-run prints the manifests
+  plan     what a measured run would be like on 1 to 16384 ranks: step, communication, memory, failures, time to train
   stacks   print what every rank of a run that goes on now is doing, thread by thread
   watch    show how a run stands, until it ends; --once: now
   report   make one HTML page of one run, or of several to compare; needs no network
@@ -90,6 +92,8 @@ def commands() -> dict[str, Callable[[Sequence[str]], int]]:
         "completion": _completion,
         "watch": _watch,
         "report": _report,
+        "submit": _submit,
+        "plan": _plan,
     }
 
 
@@ -175,6 +179,18 @@ def _verify(argv: Sequence[str]) -> int:
     recipe = Recipe(words[0], tuple(words[1:]))
     check(recipe)
     return verify(config, recipe, os.environ, print)
+
+
+def _submit(argv: Sequence[str]) -> int:
+    from samestep.launcher.cluster.submit import submit
+
+    return submit(argv, os.environ, print)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from samestep.launcher.scale.command import plan
+
+    return plan(argv, print)
 
 
 def _digest(argv: Sequence[str]) -> int:

@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal, get_args
 import cyclopts
 from cyclopts import Parameter
 
+from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import UsageError
 from samestep.launcher.doctor.examine import DoctorConfig
 from samestep.launcher.options import command, nearest_hint
+from samestep.launcher.scale.plan_config import PlanConfig
 from samestep.launcher.verify import VerifyConfig
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -48,6 +50,10 @@ def application() -> cyclopts.App:
     app.command(command(LaunchConfig, *_recipe()), name="run")
     app.command(command(VerifyConfig, *_recipe()), name="verify")
     app.command(command(DoctorConfig), name="doctor")
+    submit = cyclopts.App(name="submit", help="Hand a recipe to a cluster.")
+    submit.command(command(KubernetesConfig, *_recipe()), name="kubernetes")
+    app.command(submit)
+    app.command(command(PlanConfig, *_run_dir()), name="plan")
     app.command(_digest, name="digest")
     app.command(_stacks, name="stacks")
     app.command(_watch, name="watch")
@@ -59,6 +65,13 @@ def application() -> cyclopts.App:
 def _recipe() -> tuple[inspect.Parameter, ...]:
     kind = inspect.Parameter.POSITIONAL_ONLY
     return (inspect.Parameter("recipe", kind, annotation=Annotated[Path, Parameter(help="the recipe")]),)
+
+
+def _run_dir() -> tuple[inspect.Parameter, ...]:
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    return (
+        inspect.Parameter("run_dir", kind, annotation=Annotated[Path | None, Parameter(help="a run")], default=None),
+    )
 
 
 _Switch = Annotated[bool, Parameter(negative="")]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from samestep.launcher import contract, options
+from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
 from samestep.launcher.config import LaunchConfig
 from samestep.train import TrainConfig
 
@@ -28,6 +29,9 @@ ABOUT = {
     "scripts/install": "makes .venv with the tested versions",
     "scripts/constraints.txt": "the tested versions",
     "docker/Dockerfile": "the demo's job as an image",
+    "docker/Dockerfile.cuda": "the same on NVIDIA GPUs",
+    "docker/compose.yaml": "two nodes on one machine",
+    "docker/healthcheck.py": "whether a container's run still says something",
     "tests/launcher/": "the launcher, with real ranks that need no torch",
     "tests/train/": "the worker, file by file",
     "tests/end_to_end/": "a file a promise",
@@ -140,9 +144,7 @@ def test_links_lead_somewhere():
 
 
 def test_commands_exist():
-    flags = {flag for flag, *_ in options.table(TrainConfig)} | {
-        flag for flag, *_ in options.table(LaunchConfig, "PET_")
-    }
+    flags = {flag for config in (TrainConfig, LaunchConfig, KubernetesConfig) for flag, *_ in options.table(config)}
     help_text = subprocess.run(
         [sys.executable, "-m", "samestep.launcher", "--help"], capture_output=True, text=True, check=True
     ).stdout

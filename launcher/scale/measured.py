@@ -1,0 +1,103 @@
+"""A run directory -> the figures that `plan` starts from. Reads events and sizes of files, no weights."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from samestep.launcher import manifest
+from samestep.launcher.contract import OPTIMIZER, WEIGHTS, RunDir, UsageError
+
+_WARM_UP = 0.1  # share of the first steps, which allocate and choose kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a run says of itself; None where it does not. Times in seconds, sizes in bytes."""
+
+    batch: int
+    ranks: int
+    data: float
+    forward: float
+    backward: float
+    optimizer: float
+    weights: float | None
+    state: float | None
+    samples: int
+    save: float | None
+    restart: float | None
+
+
+def measured(run_dir: RunDir) -> Measured:
+    """Read a run.
+
+    Raises:
+        UsageError: it has no events, or no steps.
+    """
+    try:
+        text = run_dir.events.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(
+            f"{run_dir.path} is expected to be a run directory, but {run_dir.events.name}: {error.strerror}",
+            "give the run's figures instead: samestep plan --help",
+        ) from None
+    events = list(_parsed(text))
+    steps = [event for event in events if event.get("event") == "step" and isinstance(event.get("seconds"), dict)]
+    if not steps:
+        raise UsageError(f"{run_dir.path} is expected to have steps, but has none", "let it train for some steps first")
+    warm = steps[int(len(steps) * _WARM_UP) :]
+    weights, state = _sizes(run_dir)
+    return Measured(
+        batch=round(statistics.median(step["samples"] for step in warm)),
+        ranks=next(e["world_size"] for e in reversed(events) if e.get("event") in ("run_started", "restarted")),
+        data=_phase(warm, "data"),
+        forward=_phase(warm, "forward"),
+        backward=_phase(warm, "backward"),
+        optimizer=_phase(warm, "optimizer"),
+        weights=weights,
+        state=state,
+        samples=sum(step["samples"] for step in steps),
+        save=_median([float(e["seconds"]) for e in events if e.get("event") == "checkpoint" and "seconds" in e]),
+        restart=_median(list(_restarts(events))),
+    )
+
+
+def _parsed(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # the last line of a run that goes on
+        if isinstance(event, dict):
+            yield event
+
+
+def _phase(steps: Sequence[Mapping[str, Any]], name: str) -> float:
+    return statistics.median(float(step["seconds"].get(name, {}).get("mean", 0.0)) for step in steps)
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _restarts(events: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+    """Seconds from a failure to the first step after it."""
+    failed: float | None = None
+    for event in events:
+        if event.get("event") == "worker_failed":
+            failed = event["time"]
+        elif event.get("event") == "step" and failed is not None:
+            yield max(0.0, event["time"] - failed)
+            failed = None
+
+
+def _sizes(run_dir: RunDir) -> tuple[float | None, float | None]:
+    """Bytes of the newest checkpoint's weights and optimizer state."""
+    committed = manifest.committed(run_dir.checkpoints)
+    if not committed:
+        return None, None
+    sizes = [committed[0] / name for name in (WEIGHTS, OPTIMIZER)]
+    return tuple(float(path.stat().st_size) if path.is_file() else None for path in sizes)  # type: ignore[return-value]

@@ -1,0 +1,136 @@
+"""`samestep plan`: figures of a run or of a person in, rows out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.scale.command import duration, plan
+from samestep.launcher.scale.measured import measured
+from samestep.launcher.scale.plan_config import numbers_of_ranks
+
+GIVEN = ["--batch", "512", "--measured-ranks", "8", "--forward-ms", "40", "--backward-ms", "80"]
+GIVEN += ["--optimizer-ms", "8", "--weights-mb", "2600", "--state-mb", "5200", "--samples", "1000000000"]
+
+
+def phases(**seconds):
+    return {name: {"mean": value, "max": 2 * value, "slowest_rank": 0} for name, value in seconds.items()}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """What a run of two ranks leaves: slow first steps, one failure, one checkpoint."""
+    step = {"event": "step", "samples": 32, "time": 0.0}
+    slow = step | {"seconds": phases(data=9, forward=9, backward=9, sync=9, optimizer=9)}
+    usual = step | {"seconds": phases(data=0.001, forward=0.02, backward=0.04, sync=0.01, optimizer=0.005)}
+    events = [{"event": "run_started", "world_size": 4}, slow, slow]
+    events += [usual | {"time": 10.0}] * 9
+    events += [{"event": "worker_failed", "time": 11.0}, {"event": "restarted", "world_size": 2}]
+    events += [usual | {"time": 13.5}] * 9
+    events += [{"event": "checkpoint", "seconds": 0.25}]
+    lines = [json.dumps(event) for event in events]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + '\n{"event": "st')
+    folder = RunDir(tmp_path).checkpoint(20)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"0" * 4000)
+    (folder / "optimizer.safetensors").write_bytes(b"0" * 8000)
+    (folder / "MANIFEST.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_run_is_read_without_its_first_steps(run_dir):
+    found = measured(RunDir(run_dir))
+    assert (found.batch, found.ranks, found.samples) == (32, 2, 640)
+    assert (found.data, found.forward, found.backward, found.optimizer) == (0.001, 0.02, 0.04, 0.005)
+    assert (found.save, found.restart) == (0.25, 2.5)
+    assert (found.weights, found.state) == (4000.0, 8000.0)
+
+
+def rows_of(*words: str) -> dict:
+    said: list[str] = []
+    assert plan([*words, "--json"], said.append) == 0
+    return json.loads(said[0])
+
+
+def test_given_figures_win_over_measured_ones(run_dir):
+    found = rows_of(str(run_dir), "--forward-ms", "30", "--ranks", "2", "--samples", "1000", "--save-seconds", "0")
+    assert found["workload"] | {"forward": 0.03, "samples": 1000, "gradients": 4000.0} == found["workload"]
+    assert (found["question"]["save"], found["question"]["restart"]) == (0.0, 2.5)
+    (row,) = found["rows"]
+    assert row["step"] == pytest.approx(0.03 + 0.04 + 0.001 + 0.005 + row["exposed"])
+
+
+def test_table_has_a_row_for_each_number_of_ranks():
+    said: list[str] = []
+    assert plan(GIVEN, said.append) == 0
+    head, *rows, last = said
+    assert [int(row.split()[0]) for row in rows] == [1 << power for power in range(15)]
+    assert {len(line) for line in (head, *rows)} == {len(head)}
+    assert "3.09 h" in rows[-1]
+    assert "network.py" in last
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".html"])
+@pytest.mark.parametrize("ranks", ["1-16384", "8", "3,5"])
+def test_a_plot_needs_nothing_else(suffix, ranks, tmp_path):
+    path = tmp_path / f"plan{suffix}"
+    assert plan([*GIVEN, "--ranks", ranks, "--plot", str(path)], lambda line: None) == 0
+    text = path.read_text()
+    svg = ET.fromstring(text[text.index("<svg") :].strip())  # noqa: S314 (our own)
+    circles = list(svg.iter("{http://www.w3.org/2000/svg}circle"))
+    assert len(circles) == 4 * len(numbers_of_ranks(ranks))
+    for circle in circles:
+        assert 0 <= float(circle.attrib["cx"]) <= 460
+        assert 0 <= float(circle.attrib["cy"]) <= 260
+    assert re.findall(r"(?:src|href|url)\W", text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("1-16", [1, 2, 4, 8, 16]), ("3", [3]), ("8,1,8", [1, 8]), ("1-4,6", [1, 2, 4, 6])]
+)
+def test_numbers_of_ranks(text, numbers):
+    assert numbers_of_ranks(text) == numbers
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "--batch is expected without a run directory"),
+        (GIVEN[2:], "--batch is expected without a run directory"),
+        (["nosuch"], "nosuch is expected to be a run directory, but events.jsonl"),
+        (["a", "b"], "followed by one run directory"),
+        ([*GIVEN, "--ranks", "0"], "--ranks is expected to be numbers"),
+        ([*GIVEN, "--ranks", "5-7"], "a power of two in it"),
+        ([*GIVEN, "--bandwidth", "0"], "--bandwidth is expected to be more than 0"),
+        ([*GIVEN, "--backward-ms", "-1"], "--backward-ms is expected to be at least 0"),
+        ([*GIVEN, "--rank-hours", "nan"], "--rank-hours is expected to be more than 0"),
+        ([*GIVEN, "--plot", "x.png"], "--plot is expected to end in .svg or .html"),
+        ([*GIVEN, "--plot", "/proc/nosuch/x.svg"], "--plot is expected to be writable"),
+        ([*GIVEN, "--scaling", "medium"], "medium"),
+        ([*GIVEN, "--weights-mb", "0"], "--weights-mb is expected"),
+        ([*GIVEN, "--bandwith", "1"], "did you mean --bandwidth?"),
+    ],
+)
+def test_mistakes_are_named(words, expected):
+    with pytest.raises(UsageError) as refused:
+        plan(words, lambda line: None)
+    assert expected in str(refused.value)
+
+
+def test_a_run_without_steps_is_refused(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"event": "run_started", "world_size": 1}\n')
+    with pytest.raises(UsageError, match="expected to have steps"):
+        plan([str(tmp_path)], lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0001, "0.1 ms"), (0.25, "250 ms"), (90, "1.5 min"), (7200, "2 h"), (1e9, "1.16e+04 d")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+    assert duration(float("inf")) == "never"
