@@ -13,9 +13,9 @@ from samestep.launcher.contract import ExitCode, UsageError
 
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
-       samestep submit kubernetes [options] recipe.py [...] | samestep verify [options] recipe.py | samestep doctor
+       samestep submit kubernetes [options] recipe.py [...] | samestep verify|chaos [options] recipe.py
        samestep watch|stacks|plan RUN_DIR | samestep report RUN_DIR ... | samestep digest [--state] [--json] PATH
-       samestep completion SHELL | samestep run --help | samestep --version | samestep --help"""
+       samestep doctor | samestep completion SHELL | samestep run --help | samestep --version | samestep --help"""
 
 HELP = f"""\
 {USAGE}
@@ -24,6 +24,7 @@ Distributed PyTorch training whose runs come out the same.
 
   run      start a recipe on several processes of this machine: torchrun's options, accelerate's names as aliases
   verify   run the first steps of a recipe at several world sizes and with stops, and compare the bits
+  chaos    strike a recipe with faults while it trains, and compare the bits with those of an undisturbed run
   digest   print the sha256 of the weights in a run directory, checkpoint folder or .safetensors file;
            --state: of everything that training goes on from
   submit   hand a recipe to Kubernetes: an Indexed Job, a JobSet or a Kubeflow TrainJob; --dry-run prints the manifests
@@ -86,6 +87,7 @@ def commands() -> dict[str, Callable[[Sequence[str]], int]]:
     return {
         "run": _run,
         "verify": _verify,
+        "chaos": _chaos,
         "digest": _digest,
         "doctor": _doctor,
         "stacks": _stacks,
@@ -191,6 +193,21 @@ def _plan(argv: Sequence[str]) -> int:
     from samestep.launcher.scale.command import plan
 
     return plan(argv, print)
+
+
+def _chaos(argv: Sequence[str]) -> int:
+    from samestep.launcher.argv import Recipe, split
+    from samestep.launcher.chaos.run import ChaosConfig, chaos
+    from samestep.launcher.options import load
+    from samestep.launcher.recipe_file import check
+
+    own, words = split(argv, ChaosConfig)
+    config = load(ChaosConfig, own, {}, program="samestep chaos")
+    if not words:
+        raise UsageError("chaos is expected to be followed by a recipe, but is not", "samestep chaos recipe.py")
+    recipe = Recipe(words[0], tuple(words[1:]))
+    check(recipe)
+    return chaos(config, recipe, os.environ, print)
 
 
 def _digest(argv: Sequence[str]) -> int:

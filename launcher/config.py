@@ -44,6 +44,13 @@ class LaunchConfig:
             "times",
         ),
     ] = None
+    join_timeout: Annotated[
+        float, Option("Time ranks wait for each other at a start before all of them start again", "seconds")
+    ] = 120.0
+    min_ranks: Annotated[
+        int | None,
+        Option("Go on without a rank whose device is gone, down to so many; same bits, since the shards stay", "ranks"),
+    ] = None
     no_warm: Annotated[
         bool, Option("Start each rank as a program of its own, not as a fork that has torch imported", negative="")
     ] = False
@@ -131,6 +138,10 @@ class LaunchConfig:
             )
         if self.max_restarts is not None and self.max_restarts < 0:
             raise _refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
+        if not 0 < self.join_timeout < float("inf"):
+            raise _refused("--join-timeout", "above 0 seconds", self.join_timeout, "leave it out for 120 seconds")
+        if self.min_ranks is not None and self.min_ranks < 1:
+            raise _refused("--min-ranks", "at least 1", self.min_ranks, "leave it out to keep all ranks")
         if self.master_port is not None and not 0 <= self.master_port <= 65535:
             raise _refused("--master-port", "between 0 and 65535", self.master_port, "leave it out for a free port")
         for name, value in (("--shutdown-timeout", self.shutdown_timeout), ("--grace-seconds", self.grace_seconds)):

@@ -74,6 +74,7 @@ ENV_HEARTBEAT_FD = "SAMESTEP_HEARTBEAT_FD"  # shared memory in which a recipe's 
 HANDED_DOWN = (ENV_STORE_FD, ENV_HEARTBEAT_FD)  # descriptors, whose numbers a fork changes
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
+ENV_JOIN_TIMEOUT = "SAMESTEP_JOIN_TIMEOUT"  # seconds that a rank waits for the others before training can begin
 
 ENV_GRACE = "SAMESTEP_GRACE_SECONDS"  # between the first request to stop and the end by force
 
@@ -249,6 +250,7 @@ class ErrorRecord:
     time_ns: int
     consequence: bool = False  # a connection to another rank broke: that rank is the culprit, not this one
     hint: str = ""
+    accused: int | None = None  # the rank that this one waited for in vain
     final: bool = False  # another start would come to the same end
 
     def to_json(self) -> str:
@@ -276,6 +278,8 @@ class RankInfo(TypedDict):
     local_rank: int
     host: str
     pid: int
+    resident_bytes: NotRequired[int]  # memory that it has mapped in when training begins
+    proportional_bytes: NotRequired[int]  # of which this is its share: ranks share what the fork server has loaded
 
 
 class Started(TypedDict):

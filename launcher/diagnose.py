@@ -10,17 +10,14 @@ import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from samestep.launcher import death
 from samestep.launcher.contract import EXIT_MEANING, ErrorRecord, ExitCode
 from samestep.launcher.heartbeat import IN_STEP
+from samestep.launcher.memory_signs import NOTHING_COUNTED, MemorySigns
 from samestep.launcher.supervise.outcome import Hang, RankEnd
-from samestep.launcher.traceback_text import Said, crash_frame, last_exception, tells_of_another_rank
+from samestep.launcher.traceback_text import Said, crash_frame, crash_stack, last_exception, tells_of_another_rank
 
-_SIGNAL_HINTS = {
-    signal.SIGKILL: "somebody killed it, or the kernel did for lack of memory: see dmesg",
-    signal.SIGBUS: "shared memory may be full: see df /dev/shm",
-    signal.SIGSEGV: "it crashed in native code: the log has its Python stack",
-    signal.SIGABRT: "native code gave up: the log says why",
-}
+_MOST_FRAMES = 5  # of a stack, so that the block stays one look long
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +46,45 @@ class Failure:
     hint: str = ""
     final: bool = False  # another start would come to the same end
     told: bool = False  # rank zero has printed the reason itself
+    stack: tuple[str, ...] = ()  # of a crash in native code, innermost frame first
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 
 
-def diagnose(ranks: Sequence[Evidence]) -> Failure | None:
-    """Name the culprit among `ranks`, given in the order of their deaths; None if all ended with zero."""
+def diagnose(ranks: Sequence[Evidence], memory: MemorySigns = NOTHING_COUNTED) -> Failure | None:
+    """Name the culprit among `ranks`, given in the order of their deaths; None if all ended with zero.
+
+    `memory` is what the kernel counted while they ran.
+    """
     if all(item.end.returncode == 0 for item in ranks):
         return None
     culprit = _culprit(ranks)
     left_early = _left_early(ranks) if is_consequence(culprit) else None
     if left_early is not None:
         return _early(left_early, culprit, ranks)
+    absent = _absent(culprit, ranks)
+    if absent is not None:
+        return absent
     said = last_exception(culprit.end.stderr)
     record = culprit.record
+    killed = _death(culprit, said, memory)
+    crash = crash_frame(culprit.end.stderr) if killed else ""
+    step, phase = _place(culprit, ranks)
     return Failure(
         rank=culprit.end.rank,
-        cause=_cause(culprit, said),
+        cause=killed.cause if killed else _cause(culprit, said),
         exit_code=_code(culprit),
         log=culprit.log,
-        frame=record.frame if record else (said.frame if said else crash_frame(culprit.end.stderr)),
-        step=record.step if record else None,
-        phase=record.phase if record else "",
-        others_stopped=sum(item.end.returncode != 0 for item in ranks) - 1,
-        hint=record.hint if record and record.hint else _hint(culprit, said),
+        frame=record.frame if record else (said.frame if said else crash),
+        step=step,
+        phase=phase,
+        others_stopped=sum(item.end.returncode != 0 for item in ranks if item is not culprit),
+        hint=killed.hint if killed else _hint(culprit, said, memory),
         final=record is not None and record.final,
         told=_is_told(ranks),
+        stack=crash_stack(culprit.end.stderr) if crash else (),
     )
 
 
@@ -97,6 +105,39 @@ def hung(hang: Hang, log: str, world_size: int) -> Failure:
         others_stopped=world_size - 1,
         hint=f"stacks of all ranks: {hang.stacks}" if hang.stacks else "",
     )
+
+
+def _absent(witness: Evidence, ranks: Sequence[Evidence]) -> Failure | None:
+    """A rank that the others waited for in vain, and that we had to end."""
+    record = witness.record
+    item = next((item for item in ranks if record is not None and item.end.rank == record.accused), None)
+    if record is None or item is None:
+        return None
+    return Failure(
+        rank=item.end.rank,
+        cause=record.message.splitlines()[0],
+        exit_code=ExitCode.FAILED,
+        log=item.log,
+        phase=record.phase,
+        others_stopped=sum(other.end.returncode != 0 for other in ranks if other is not item),
+        hint=record.hint,
+    )
+
+
+def _place(culprit: Evidence, ranks: Sequence[Evidence]) -> tuple[int | None, str]:
+    """Step and phase; of a rank that left no record, the step in which the others noticed."""
+    if culprit.record is not None:
+        return culprit.record.step, culprit.record.phase
+    steps = [item.record.step for item in ranks if item.record is not None and item.record.consequence]
+    return (min(steps) if steps else None), ""
+
+
+def _death(item: Evidence, said: Said | None, memory: MemorySigns) -> death.Death | None:
+    """What the signal that ended it means; None if it had something to say itself, or we sent it."""
+    code = item.end.returncode
+    if item.record is not None or item.end.signalled or code >= 0 or (code == -signal.SIGABRT and said is not None):
+        return None
+    return death.explain(-code, item.end.stderr, item.end.peak_bytes, memory)
 
 
 def _culprit(ranks: Sequence[Evidence]) -> Evidence:
@@ -153,8 +194,6 @@ def _cause(item: Evidence, said: Said | None) -> str:
     code = item.end.returncode
     if code == -signal.SIGABRT and said is not None:
         return f"{said.text} (and aborted while it was leaving)"  # torch's destructors do so with a group still open
-    if code < 0 and not item.end.signalled:
-        return f"killed by {_signal_name(-code)}"
     if item.elastic_message:
         return item.elastic_message.strip().splitlines()[0]
     if said is not None:
@@ -163,17 +202,11 @@ def _cause(item: Evidence, said: Said | None) -> str:
     return f"exit code {code}" + (f", last words: {last[:200]}" if last else "")
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return f"{signal.Signals(number).name} (signal {number})"
-    except ValueError:
-        return f"signal {number}"
-
-
-def _hint(item: Evidence, said: Said | None) -> str:
-    if item.end.returncode < 0 and not item.end.signalled and said is None:
-        return _SIGNAL_HINTS.get(-item.end.returncode, "")  # type: ignore[call-overload, no-any-return]
-    return ""
+def _hint(item: Evidence, said: Said | None, memory: MemorySigns) -> str:
+    if item.record is not None and item.record.hint:
+        return item.record.hint
+    text = f"{item.record.kind}: {item.record.message}" if item.record else (said.text if said else "")
+    return death.hint_for(item.elastic_message or text or "\n".join(item.end.stderr[-20:]), memory)
 
 
 def _left_early(ranks: Sequence[Evidence]) -> Evidence | None:
@@ -185,10 +218,10 @@ def _left_early(ranks: Sequence[Evidence]) -> Evidence | None:
 def _early(item: Evidence, victim: Evidence, ranks: Sequence[Evidence]) -> Failure:
     return Failure(
         rank=item.end.rank,
-        cause="it returned with exit code 0 while others still needed it",
+        cause="it left with 0 before the run was done: others still needed it",
         exit_code=ExitCode.FAILED,
         log=item.log,
-        step=victim.record.step if victim.record else None,
+        step=_place(victim, ranks)[0],
         others_stopped=sum(other.end.returncode != 0 for other in ranks),
         hint="every rank must take part in every step: look for an early exit or return",
     )
@@ -211,6 +244,7 @@ def describe(failure: Failure, exit_code: int) -> list[str]:
     lines = [
         f"samestep: rank {failure.rank} failed: {failure.cause}",
         f"  {where}" if where else "",
+        *(f"    from {frame}" for frame in failure.stack[1:_MOST_FRAMES]),
         f"  {others} other rank{'s' if others > 1 else ''} stopped as a consequence" if others else "",
         f"  log: {failure.log}",
         f"  exit code {exit_code}: {meaning}",

@@ -137,7 +137,7 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
             if stopped is not None:
                 _tell_stopped(run, stopped)
                 return LaunchResult(stopped, run.directory.path, number, failure)
-            facts = replace(facts, generation=number)
+            facts = replace(_without_lost_device(run, facts, failure), generation=number)
             continue
         if ended.signum is not None or verdict.exit_code in policy.PREEMPTED:
             _tell_stopped(run, verdict.exit_code)
@@ -151,7 +151,19 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
 def _failure(run: _Run, commands: tuple[Command, ...], ended: Generation) -> Failure | None:
     if ended.hang is not None:
         return hung(ended.hang, str(commands[ended.hang.rank].log), len(commands))
-    return diagnose(evidence.gather(ended, commands, run.directory)) if ended.stopped_by is None else None
+    left = evidence.gather(ended, commands, run.directory)
+    return diagnose(left, ended.memory) if ended.stopped_by is None else None
+
+
+def _without_lost_device(run: _Run, facts: Facts, failure: Failure) -> Facts:
+    """One rank fewer where its device is gone; shards stay as they are, and so do the bits."""
+    left = policy.fewer_ranks(facts.world_size, run.config.min_ranks, failure.cause)
+    if left == facts.world_size or not facts.resumes:
+        return facts
+    visible = facts.devices or facts.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = policy.devices_left(visible, facts.world_size, failure.rank)
+    run.console.say(f"samestep: the device of rank {failure.rank} is gone: going on with {left} of {left + 1} ranks")
+    return replace(facts, world_size=left, devices=devices)
 
 
 def _stopped(run: _Run, facts: Facts, ended: Generation, signum: int | None) -> ExitCode | None:

@@ -39,7 +39,7 @@ class Owner:
     @classmethod
     def here(cls, generation: int) -> Owner:
         """This process."""
-        return cls(os.getpid(), socket.gethostname(), _boot_id(), _start_time(os.getpid()), generation)
+        return cls(os.getpid(), socket.gethostname(), _boot_id(), start_time(os.getpid()), generation)
 
     @classmethod
     def of(cls, text: bytes) -> Owner:
@@ -60,7 +60,7 @@ class Owner:
             return False
         if self.host != socket.gethostname():
             return True
-        return self.boot_id == _boot_id() and self.start_time == _start_time(self.pid)
+        return self.boot_id == _boot_id() and self.start_time == start_time(self.pid)
 
 
 _FIELDS = {"pid": int, "host": str, "boot_id": str, "start_time": int, "generation": int}
@@ -150,7 +150,7 @@ def _boot_id() -> str:
         return ""
 
 
-def _start_time(pid: int) -> int:
+def start_time(pid: int) -> int:
     """Field 22 of /proc/PID/stat, counted behind the name, which may hold spaces; -1 if there is no such process."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -21,6 +21,7 @@ from samestep.launcher.contract import (
     ENV_GENERATION,
     ENV_GRACE,
     ENV_HEARTBEAT_FD,
+    ENV_JOIN_TIMEOUT,
     ENV_LAUNCHED,
     ENV_RUN_DIR,
     ENV_STORE_FD,
@@ -62,6 +63,7 @@ class Facts:
     forks: bool = False  # ranks come from a fork server
     heartbeat_fd: int = -1  # of a recipe's ranks
     max_restarts: int = 0
+    devices: str = ""  # CUDA devices that are left, once one is gone
     grace: float = DEFAULT_GRACE_SECONDS
 
 
@@ -103,6 +105,7 @@ def _command(
         ENV_RUN_DIR: str(run_dir.path.absolute()),
         ENV_GENERATION: str(facts.generation),
         ENV_FENCE: str(facts.fence),
+        ENV_JOIN_TIMEOUT: str(config.join_timeout),
         ENV_GRACE: str(facts.grace),
     }
     if meeting.store_port:
@@ -113,8 +116,10 @@ def _command(
         env[ENV_HEARTBEAT_FD] = str(facts.heartbeat_fd)
     if config.cpu:
         env["ACCELERATE_USE_CPU"] = "true"
+    if facts.devices:
+        env["CUDA_VISIBLE_DEVICES"] = facts.devices
     if config.virtual_local_rank:
-        env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _own_gpu(facts.environ, rank)}
+        env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _own_gpu({**facts.environ, **env}, rank)}
     # torchrun replaces this one macro in the arguments
     words = tuple(word.replace("${local_rank}", str(rank)) for word in recipe.arguments)
     mine = Recipe(recipe.target, words, recipe.kind)

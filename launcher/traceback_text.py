@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_TRAIN = f"{Path(__file__).parent.with_name('train')}/"  # our own code in a rank
+_LIBRARIES = ("site-packages", "dist-packages", "/lib/python")
 _RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch's own excepthook
 _FRAME = re.compile(r'^\s+File "(?P<file>.+?)", line (?P<line>\d+),? in (?P<name>.+)$')
 _EXCEPTION = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(: (?P<message>.*))?$")
@@ -59,10 +61,28 @@ def last_exception(lines: Sequence[str]) -> Said | None:
 
 def crash_frame(lines: Sequence[str]) -> str:
     """Innermost user frame of faulthandler's `Fatal Python error`, or an empty string."""
+    return _users(_crash(lines))
+
+
+def crash_stack(lines: Sequence[str]) -> tuple[str, ...]:
+    """The user's frames of faulthandler's `Fatal Python error`, innermost first; the library's if there are none."""
+    frames = _crash(lines)
+    own = tuple(text for file, text in frames if not _is_library(file))
+    return own or tuple(text for _, text in frames)
+
+
+def _crash(lines: Sequence[str]) -> list[tuple[str, str]]:
     clean = [_RANK_PREFIX.sub("", line).rstrip() for line in lines]
     starts = [index for index, line in enumerate(clean) if line.startswith("Fatal Python error")]
-    matches = (_FRAME.match(line) for line in clean[starts[-1] :]) if starts else ()
-    return _users([_described(match) for match in matches if match])
+    frames: list[tuple[str, str]] = []
+    inside = False  # the stack of the thread that crashed; others follow or precede it
+    for line in clean[starts[-1] :] if starts else ():
+        match = _FRAME.match(line)
+        if line.startswith(("Current thread", "Thread")):
+            inside = line.startswith("Current thread")
+        elif match and inside:
+            frames.append(_described(match))
+    return frames
 
 
 def tells_of_another_rank(text: str) -> bool:
@@ -90,4 +110,4 @@ def is_users(file: str) -> bool:
 
 
 def _is_library(file: str) -> bool:
-    return "site-packages" in file or "dist-packages" in file or "/lib/python" in file or file.startswith("<frozen")
+    return file.startswith((_TRAIN, "<")) or any(part in file for part in _LIBRARIES)

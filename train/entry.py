@@ -35,7 +35,7 @@ from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run
 from samestep.train.observe import trackers
 from samestep.train.observe.phases import PhaseClock
-from samestep.train.parallel.group import Membership, join, pick_device
+from samestep.train.parallel.group import JoinTimeoutError, Membership, join, pick_device
 from samestep.train.recipe import Components
 from samestep.train.signals import StopSignals
 from samestep.train.state.export import export_weights
@@ -120,13 +120,21 @@ def train(
         if env.rank == 0 or not leave.said_by_rank_zero(record, run_dir):
             print(error if env.rank == 0 else f"[rank {env.rank}] {error}", file=sys.stderr, flush=True)
         raise SystemExit(int(error.exit_code)) from None
-    except Exception as error:
-        leave.write_record(
-            leave.error_record(error, env.rank, generation, progress.step, progress.exact_phase), run_dir
-        )
-        if leave.is_consequence(error):
+    except SystemExit as leaving:
+        early = leave.early_exit(leaving, env.rank, generation, progress.step, progress.exact_phase)
+        if early is not None:
+            leave.write_record(early, run_dir)
+        raise
+    except Exception as seen:
+        reason = leave.loader_death(seen)
+        accused = reason.missing[0] if isinstance(reason, JoinTimeoutError) else None
+        place = (env.rank, generation, progress.step, progress.exact_phase)
+        leave.write_record(leave.error_record(reason, *place, accused), run_dir)
+        if leave.is_consequence(reason):
             print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
-            raise SystemExit(1) from error
+            raise SystemExit(1) from reason
+        if reason is not seen:
+            raise reason from seen
         raise
     finally:
         progress.pulse.at(progress.step, "")

@@ -23,8 +23,10 @@ import torch._dynamo
 import torch._inductor.config  # deterministic mode imports it
 
 import samestep.train.entry  # noqa: F401 (all that a recipe needs)
+from samestep.launcher import options
 from samestep.launcher.liveness import die_with
 from samestep.train.as_main import run_and_leave
+from samestep.train.config import TrainConfig
 
 _MOST_FDS = 8
 
@@ -39,6 +41,7 @@ class _Rank:
 
 def main(descriptor: int) -> None:
     """Serve on a socket until the launcher closes it; in a rank, run the recipe and never return."""
+    options.load(TrainConfig, [], {})  # what every rank does first, so that it finds modules and caches filled
     own = set(sys.modules)
     gc.collect()
     gc.freeze()  # a rank that collects would copy all pages

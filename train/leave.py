@@ -14,20 +14,27 @@ import contextlib
 import ctypes
 import json
 import os
+import re
+import signal
 import socket
 import sys
-import sysconfig
 import time
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils.data._utils import signal_handling
 
 from samestep.launcher.contract import ErrorRecord, ExitCode, RefusedStepError, RunDir, UsageError
+from samestep.train.cause import cause_of
 
 _BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+_DOCUMENTED = frozenset(ExitCode) - {ExitCode.DONE, ExitCode.FAILED}
+_LOADER_DIED = re.compile(r"DataLoader worker \(pid \d+\) ")  # with the signal or status, which torch then leaves out
+_LOADER_LOOKS, _LOADER_PAUSE = 10, 0.02
+_LATE = "it hangs or is slow before it calls train(): see its log; --join-timeout waits longer"
 _immortal: list[Any] = []
 
 
@@ -71,6 +78,27 @@ def nondeterminism_named() -> Iterator[None]:
         ) from error
 
 
+def loader_death(error: Exception) -> Exception:
+    """The death of a data loading process where `error` is only what the rank saw of it; else `error` itself.
+
+    From here on no further such death interrupts: torch's SIGCHLD handler raises wherever the rank happens to be.
+    """
+    with contextlib.suppress(ValueError):  # not in the main thread, where no handler runs
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    before = error.__cause__ or error.__context__
+    if before is not None and _LOADER_DIED.match(str(before)):
+        return before.with_traceback(error.__traceback__) if isinstance(before, Exception) else error
+    looks = _LOADER_LOOKS if isinstance(error, ConnectionError | EOFError) else 1
+    for look in range(looks):
+        try:
+            signal_handling._error_if_any_worker_fails()
+        except RuntimeError as death:
+            return death.with_traceback(error.__traceback__)
+        if look + 1 < looks:
+            time.sleep(_LOADER_PAUSE)  # its sockets close a moment before it has ended
+    return error
+
+
 def is_consequence(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone."""
     text = str(error)
@@ -78,9 +106,12 @@ def is_consequence(error: BaseException) -> bool:
     return network or (isinstance(error, RuntimeError) and any(phrase in text for phrase in _BROKEN_CONNECTION))
 
 
-def error_record(error: BaseException, rank: int, generation: int, step: int, phase: str) -> ErrorRecord:
-    """What the launcher reads to find the culprit."""
+def error_record(
+    error: BaseException, rank: int, generation: int, step: int, phase: str, accused: int | None = None
+) -> ErrorRecord:
+    """What the launcher reads to find the culprit; `accused` is a rank that this one waited for in vain."""
     usage, refused = isinstance(error, UsageError), isinstance(error, RefusedStepError)
+    cause = cause_of(error)
     return ErrorRecord(
         rank=rank,
         host=socket.gethostname(),
@@ -88,27 +119,27 @@ def error_record(error: BaseException, rank: int, generation: int, step: int, ph
         generation=generation,
         step=step,
         phase=phase,
-        kind=type(error).__name__,
-        message=error.message if isinstance(error, UsageError) else str(error),
-        frame=_user_frame(error),
+        kind=cause.kind,
+        message=error.message if isinstance(error, UsageError) else cause.message,
+        frame=cause.frame,
         traceback="".join(traceback.format_exception(error)),
         exit_code=int(error.exit_code) if isinstance(error, UsageError) else int(ExitCode.FAILED),
         time_ns=time.time_ns(),
         consequence=error.consequence if isinstance(error, RefusedStepError) else not usage and is_consequence(error),
-        hint=error.hint if isinstance(error, UsageError) else "",
+        hint=error.hint if isinstance(error, UsageError) else (_LATE if accused is not None else ""),
+        accused=accused,
         final=refused,
     )
 
 
-def _user_frame(error: BaseException) -> str:
-    """Innermost frame that is neither ours nor a library's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    others = (str(Path(__file__).parent) + os.sep, sysconfig.get_path("stdlib") + os.sep, "<")
-    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(others)]
-    if not own:
-        return ""
-    frame = own[-1]
-    return f"{frame.filename}:{frame.lineno} in {frame.name}"
+def early_exit(leaving: SystemExit, rank: int, generation: int, step: int, phase: str) -> ErrorRecord | None:
+    """What the launcher reads where a recipe ends one rank in the middle; None where the end is one of ours."""
+    code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    if phase in ("joining", "closing") or code in _DOCUMENTED:
+        return None
+    record = error_record(leaving, rank, generation, step, phase)
+    hint = "every rank must take part in every step: raise an exception, or end all ranks after the same step"
+    return replace(record, message=f"left with {code} before the run was done", exit_code=code or 1, hint=hint)
 
 
 def write_record(record: ErrorRecord, run_dir: RunDir) -> None:

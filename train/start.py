@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from samestep.launcher import manifest, options
+from samestep.launcher import manifest, memory_signs, options
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RankInfo, RunDir, UsageError
 from samestep.launcher.lock import RunLock
 from samestep.train import environment
@@ -268,6 +268,9 @@ def fewer_than_asked(environ: Mapping[str, str], parent: Sequence[str]) -> str:
 def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generation: int) -> None:
     """Write config.json and the first event; needs every rank's place. A collective."""
     here = RankInfo(rank=member.env.rank, local_rank=member.env.local_rank, host=socket.gethostname(), pid=os.getpid())
+    memory = memory_signs.footprint(os.getpid())
+    if memory is not None:
+        here |= {"resident_bytes": memory.resident, "proportional_bytes": memory.proportional}
     ranks = [json.loads(part) for part in member.group.gather_bytes(json.dumps(here).encode())]
     if member.group.rank == 0:
         content = {

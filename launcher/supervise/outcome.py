@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from samestep.launcher.memory_signs import NOTHING_COUNTED, MemorySigns
+
 
 @dataclass(frozen=True, slots=True)
 class RankEnd:
@@ -16,6 +18,7 @@ class RankEnd:
     ended_ns: int
     stdout: tuple[str, ...] = ()
     stderr: tuple[str, ...] = ()
+    peak_bytes: int = 0  # most memory that it, or a process it waited for, ever held
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +45,4 @@ class Generation:
     signum: int | None = None  # the operator's last signal, whenever it came: nothing is started any more
     forced: bool = False  # the operator asked again
     hang: Hang | None = None  # why we ended the ranks
+    memory: MemorySigns = NOTHING_COUNTED  # when the first rank failed, with kills counted since the start

@@ -107,6 +107,14 @@ class Restart:
 
 _LONGEST_DELAY = 30.0
 _NEVER_IMPORTED = re.compile(r"\b(ModuleNotFoundError|ImportError|SyntaxError|IndentationError|TabError)\b")
+# What CUDA and its driver say of a device that will not come back before somebody resets it.
+_DEVICE_GONE = re.compile(
+    r"unspecified launch failure|uncorrectable (NVLink|ECC) error|no CUDA-capable device|invalid device ordinal"
+    r"|CUDA error: (device not ready|unknown error|hardware stack error)|GPU (is lost|has fallen off the bus)"
+    r"|CUDA_ERROR_(ECC_UNCORRECTABLE|DEVICE_UNAVAILABLE|LAUNCH_FAILED)"
+    r"|devices?(\(s\))? (is/are|is|are) busy or unavailable",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +152,19 @@ def signature(*, rank: int, cause: str, frame: str, step: int | None) -> tuple[o
 def never_began(cause: str, phase: str) -> bool:
     """Whether the code could not even be imported: it can't the next time either."""
     return phase in ("", "joining", "build") and _NEVER_IMPORTED.search(cause) is not None
+
+
+def fewer_ranks(world_size: int, min_ranks: int | None, cause: str) -> int:
+    """Ranks of the next start: one fewer where a device is gone for good and the operator allows it."""
+    if min_ranks is None or world_size <= min_ranks or not _DEVICE_GONE.search(cause):
+        return world_size
+    return world_size - 1
+
+
+def devices_left(visible: str, world_size: int, local_rank: int) -> str:
+    """CUDA_VISIBLE_DEVICES without the device of a local rank; `visible` is empty where all are."""
+    entries = [entry.strip() for entry in visible.split(",") if entry.strip()] or [str(n) for n in range(world_size)]
+    return ",".join(entry for number, entry in enumerate(entries) if number != local_rank)
 
 
 def decide(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import IO
@@ -15,6 +16,8 @@ import psutil
 from samestep.launcher.liveness import die_with
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise.signals import OPERATOR
+
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): macOS counts bytes
 
 
 def sweep(keep: int | None = None, seconds: float = 1.0) -> None:
@@ -43,6 +46,7 @@ class Worker:
         self.signalled = False  # we asked it to end: its status tells nothing about why
         self.ended_ns = 0  # wall clock, comparable with the time in an error record
         self.returncode: int | None = None
+        self.peak_bytes = 0
 
     def collect(self) -> bool:
         """Take the status if the process has ended, and end what it left in its process group."""
@@ -53,7 +57,9 @@ class Worker:
         self.ended_ns = time.time_ns()
         # before the status is taken: until then the number can't belong to another group
         self._signal_group(signal.SIGKILL)
-        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        _, status, used = os.wait4(self.pid, 0)
+        self.returncode = os.waitstatus_to_exitcode(status)
+        self.peak_bytes = used.ru_maxrss * _MAXRSS_UNIT
         return True
 
     def terminate(self) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 
+from samestep.launcher import memory_signs, temporary
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import RunDir
 from samestep.launcher.liveness import adopt_orphans
+from samestep.launcher.memory_signs import NOTHING_COUNTED
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise import policy, process
 from samestep.launcher.supervise.console import Console
@@ -56,6 +58,7 @@ class Supervisor:
         self._signum: int | None = None
         self._presses = 0
         self._patience = Patience(0.0, 0.0)
+        self._memory = NOTHING_COUNTED
         self._liveness, self._life = os.pipe()  # the kernel closes the second one with us: ranks die then
         self._adopts = adopt_orphans()
         self._server: ForkServer | None = None
@@ -79,6 +82,7 @@ class Supervisor:
         """
         self._ends, self._failed, self._is_victim, self._hang = [], False, is_victim, None
         self._watch.clear()
+        self._memory = memory_signs.read()
         try:
             self._waiting = lambda: self._start_all(generation, commands, environ, started)
             if self._server is None or self._server.is_ready or not all(command.recipe for command in commands):
@@ -90,7 +94,8 @@ class Supervisor:
                     self._handle(event)
         finally:
             self._leave_nothing()
-        return Generation(generation, tuple(self._ends), self._stopped_by, self._signum, self._presses > 1, self._hang)
+        stopped = self._stopped_by, self._signum, self._presses > 1
+        return Generation(generation, tuple(self._ends), *stopped, self._hang, self._memory)
 
     def pause(self, seconds: float) -> int | None:
         """Let time pass; the signal if the operator asked to stop meanwhile."""
@@ -193,10 +198,12 @@ class Supervisor:
         self._source.forget_exit(rank)
         self._drain(rank)
         log, code = self._logs[rank], worker.returncode or 0  # type: ignore[redundant-expr]  # collect() has set it
-        end = RankEnd(rank, worker.pid, code, worker.signalled, worker.ended_ns, log.tail("stdout"), log.tail("stderr"))
+        said = log.tail("stdout"), log.tail("stderr")
+        end = RankEnd(rank, worker.pid, code, worker.signalled, worker.ended_ns, *said, worker.peak_bytes)
         self._ends.append(end)
         if code != 0 and not self._failed and self._stopped_by is None:
             self._failed = True
+            self._memory = memory_signs.read().since(self._memory)
             self._end_all(policy.after_exit(code, is_victim=self._is_victim(end)))
         elif self._saves and self._presses == 1 and code not in (0, *policy.PREEMPTED):
             self._end_all(policy.WHILE_STOPPING)
@@ -288,4 +295,5 @@ class Supervisor:
             for stream in ("stdout", "stderr"):
                 self._close_pipe(rank, stream)
             log.close()
+        temporary.sweep()
         self._workers, self._logs = {}, {}

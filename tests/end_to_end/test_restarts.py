@@ -68,6 +68,10 @@ def test_every_way_to_start_ranks_gives_the_same_bits(struck, monkeypatch):
     outcomes.append(struck("none", "programs"))
     assert len({outcome.digest for outcome in outcomes}) == 1
     assert len({tuple(outcome.losses) for outcome in outcomes}) == 1
+    shared, alone = (outcomes[position].of("run_started")[0]["ranks"][1] for position in (0, -1))
+    assert shared["resident_bytes"] > 0
+    # forked ranks share what torch has loaded; programs of their own share its files alone
+    assert shared["proportional_bytes"] < alone["proportional_bytes"]
 
 
 @pytest.mark.parametrize(

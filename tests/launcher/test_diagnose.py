@@ -78,6 +78,14 @@ CASES = {
         1,
         "KeyError: 'x'",
     ),
+    "a rank that never came": (
+        [
+            end(0, 1, 5, record=record(0, 4, kind="JoinTimeoutError", message="rank 1 did not join", accused=1)),
+            end(1, -15, 6, signalled=True),
+        ],
+        1,
+        "rank 1 did not join",
+    ),
     "two records, the earlier": ([end(0, 1, 5, record=record(0, 8)), end(1, 1, 6, record=record(1, 3))], 1, "KeyError"),
     "torch's own record": ([end(0, 1, 5, elastic_message="OSError: disk", elastic_time_ns=4)], 0, "OSError: disk"),
     "torch's own record of a victim": (
@@ -85,7 +93,7 @@ CASES = {
         1,
         "exit code 3, last words: bye",
     ),
-    "early leaver": ([end(1, 0, 3), end(0, 1, 5, *RESET)], 1, "it returned with exit code 0"),
+    "early leaver": ([end(1, 0, 3), end(0, 1, 5, *RESET)], 1, "it left with 0 before the run was done"),
     "early leaver, but somebody else has a reason": ([end(1, 0, 3), end(0, 1, 5, *BOOM)], 0, "ValueError: boom"),
     "only victims": ([end(1, 1, 5, *RESET), end(0, 1, 6, *RESET)], 1, "RuntimeError"),
     "stopped from outside": ([end(0, -15, 5), end(1, -15, 6)], 0, "killed by SIGTERM"),

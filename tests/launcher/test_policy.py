@@ -14,6 +14,8 @@ from samestep.launcher.supervise.policy import (
     after_signal,
     after_stop,
     decide,
+    devices_left,
+    fewer_ranks,
     grace,
     never_began,
     signature,
@@ -154,3 +156,28 @@ def test_a_kill_from_outside_is_never_the_same_failure():
 )
 def test_code_that_can_not_be_imported_is_not_started_again(cause, phase, expected):
     assert never_began(cause, phase) == expected
+
+
+@pytest.mark.parametrize(
+    ("world_size", "min_ranks", "cause", "expected"),
+    [
+        (4, 2, "RuntimeError: CUDA error: unspecified launch failure", 3),
+        (4, 2, "AcceleratorError: CUDA error: uncorrectable ECC error encountered", 3),
+        (4, 2, "RuntimeError: Unable to determine the device handle for GPU0000:01:00.0: GPU is lost.", 3),
+        (2, 2, "RuntimeError: CUDA error: unspecified launch failure", 2),
+        (4, None, "RuntimeError: CUDA error: unspecified launch failure", 4),
+        (4, 2, "OutOfMemoryError: CUDA out of memory", 4),
+        (4, 2, "RuntimeError: CUDA error: device-side assert triggered", 4),  # an index out of range: the code's fault
+        (4, 1, "ValueError: boom", 4),
+    ],
+)
+def test_only_a_device_that_is_gone_costs_a_rank(world_size, min_ranks, cause, expected):
+    assert fewer_ranks(world_size, min_ranks, cause) == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "world_size", "local_rank", "left"),
+    [("", 4, 1, "0,2,3"), ("4,5,6", 3, 0, "5,6"), ("GPU-a, GPU-b", 2, 1, "GPU-a"), ("", 1, 0, "")],
+)
+def test_the_device_that_is_gone_is_hidden_from_the_ranks(visible, world_size, local_rank, left):
+    assert devices_left(visible, world_size, local_rank) == left

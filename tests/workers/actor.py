@@ -92,6 +92,9 @@ def act(part: str) -> None:  # noqa: C901, PLR0912, PLR0915 (a list of one-liner
             spawn("child", detached=False)
         case "detach":
             spawn("detached", detached=True)
+        case "eat":  # all the memory that there is
+            eaten = [b"x" * 1_000_000 for _ in range(100_000)]
+            print(len(eaten))
         case "say":
             print(value, flush=True)
         case "complain":

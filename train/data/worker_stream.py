@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import multiprocessing
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from samestep.launcher import temporary
 from samestep.train.data.sampler import SameOrderSampler, ShardSamples
 from samestep.train.data.shard_dataset import ShardDataset
 from samestep.train.data.shield import ShieldedLoader, shield
@@ -61,6 +64,7 @@ class WorkerStream:
     """A DataLoader's iterator that lives as long as its workers; `close` ends them."""
 
     def __init__(self, shards: ShardDataset, lists: ListsAhead, choice: Choice, *, pin_memory: bool) -> None:
+        _tell_apart_temporary_files()
         before = set(multiprocessing.active_children())
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -89,6 +93,15 @@ class WorkerStream:
     def close(self) -> None:
         """End the workers and wait for them; the iterator does so when nobody holds it any more."""
         self._batches = None
+
+
+def _tell_apart_temporary_files() -> None:
+    """Have sockets of loading processes in a folder that can be removed after a rank that was killed."""
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # where multiprocessing looks
+    mine = temporary.folder() if "tempdir" not in settings else None
+    if mine is not None:
+        settings["tempdir"] = str(mine)
+        atexit.register(shutil.rmtree, mine, ignore_errors=True)
 
 
 def _as_is(batch: Batch) -> Batch:

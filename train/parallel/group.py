@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import queue
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,12 +20,21 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from samestep.launcher.contract import ENV_STORE_FD, ENV_STORE_PORT, UsageError, WorkerEnv
+from samestep.launcher.contract import ENV_JOIN_TIMEOUT, ENV_STORE_FD, ENV_STORE_PORT, UsageError, WorkerEnv
 
 # torch 2.13 gave the collective a new name and warns about the old one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-JOIN_TIMEOUT = dt.timedelta(seconds=60)
+JOIN_SECONDS = 120.0  # where no launcher of ours says how long
+
+
+class JoinTimeoutError(Exception):
+    """Some ranks never came; `missing` are their numbers."""
+
+    def __init__(self, missing: list[int], seconds: float) -> None:
+        self.missing = missing
+        ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+        super().__init__(f"{ranks} did not join within {seconds:g} s")
 
 
 class Group(Protocol):
@@ -189,16 +200,23 @@ def join(env: WorkerEnv, device: torch.device, environ: Mapping[str, str] = os.e
 
 def _init_on_launchers_store(env: WorkerEnv, device: torch.device, environ: Mapping[str, str]) -> None:
     """Rank zero serves the store on the socket it inherited: no port is ever bound twice or beyond loopback."""
+    seconds = float(environ.get(ENV_JOIN_TIMEOUT) or JOIN_SECONDS)
     listen_fd = int(environ[ENV_STORE_FD]) if env.rank == 0 and environ.get(ENV_STORE_FD) else None
-    store = dist.TCPStore(
-        "127.0.0.1",
-        int(environ[ENV_STORE_PORT]),
-        env.world_size,
-        is_master=env.rank == 0,
-        timeout=JOIN_TIMEOUT,
-        wait_for_workers=False,
-        master_listen_fd=listen_fd,
+    store = _within(
+        seconds,
+        lambda: dist.TCPStore(
+            "127.0.0.1",
+            int(environ[ENV_STORE_PORT]),
+            env.world_size,
+            is_master=env.rank == 0,
+            timeout=dt.timedelta(seconds=seconds),
+            wait_for_workers=False,
+            master_listen_fd=listen_fd,
+        ),
     )
+    if store is None:
+        raise JoinTimeoutError([0], seconds)
+    _await_all(store, env, seconds)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -206,3 +224,40 @@ def _init_on_launchers_store(env: WorkerEnv, device: torch.device, environ: Mapp
         world_size=env.world_size,
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def _within(seconds: float, connect: Callable[[], dist.TCPStore]) -> dist.TCPStore | None:
+    """The store; None if rank zero does not serve it in time.
+
+    The socket is open before rank zero comes, so connecting succeeds, and torch's client then waits for an answer
+    without regard to its timeout: on a thread, which an exit does not wait for.
+    """
+    answer: queue.SimpleQueue[dist.TCPStore | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(connect())
+        except Exception as error:  # noqa: BLE001 (raised where it is waited for)
+            answer.put(error)
+
+    threading.Thread(target=ask, name="store", daemon=True).start()
+    try:
+        got = answer.get(timeout=seconds)
+    except queue.Empty:
+        return None
+    if isinstance(got, Exception):
+        raise got
+    return got
+
+
+def _await_all(store: dist.Store, env: WorkerEnv, seconds: float) -> None:
+    """Return when every rank is at the store: what follows would wait for an absent one for half an hour."""
+    names = [f"samestep/joined/{rank}" for rank in range(env.world_size)]
+    store.set(names[env.rank], "")
+    try:
+        store.wait(names, dt.timedelta(seconds=seconds))
+    except dist.DistStoreError as error:
+        missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+        if not missing:
+            return
+        raise JoinTimeoutError(missing, seconds) from error

@@ -1,0 +1,80 @@
+"""Follows a run by what it writes: which step it has done, who its ranks are, how it began and ended."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from samestep.launcher.contract import RunDir
+
+
+@dataclass(slots=True)
+class Trace:
+    """Everything that events.jsonl says so far; call `update` to read on."""
+
+    run_dir: RunDir
+    events: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0  # steps done
+    _inode: int = 0
+    _offset: int = 0
+
+    def update(self) -> None:
+        """Read what is new; a resume writes a shorter file, which is read from its beginning."""
+        try:
+            with self.run_dir.events.open("rb") as file:
+                about = self.run_dir.events.stat()
+                if about.st_ino != self._inode or about.st_size < self._offset:
+                    self._inode, self._offset, self.step, self.events = about.st_ino, 0, 0, []
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:
+            return
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        new = [event for event in map(_parse, whole.splitlines()) if event]
+        self.step = max([self.step, *(int(event["step"]) for event in new if event.get("event") == "step")])
+        self.events += new
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """Process ids of the newest start."""
+        starts = [event for event in self.events if event.get("event") in _STARTS]
+        return {int(rank["rank"]): int(rank["pid"]) for rank in starts[-1]["ranks"]} if starts else {}
+
+    def started_since(self, wall: float) -> float | None:
+        """Time of the first start of ranks after `wall`, seconds since the epoch."""
+        return self._first(_STARTS, wall)
+
+    def step_since(self, wall: float) -> float | None:
+        """Time of the first step that was done after `wall`."""
+        return self._first({"step"}, wall)
+
+    @property
+    def losses(self) -> list[tuple[int, str]]:
+        """Every step with the bits of its loss."""
+        return [(event["step"], event["loss_hex"]) for event in self.events if event.get("event") == "step"]
+
+    def last(self, name: str) -> dict[str, Any]:
+        """The newest event of that name, empty if there is none."""
+        return next((event for event in reversed(self.events) if event.get("event") == name), {})
+
+    def _first(self, names: frozenset[str] | set[str], wall: float) -> float | None:
+        found: float | None = None
+        for event in reversed(self.events):
+            if float(event["time"]) <= wall:
+                break
+            if event.get("event") in names:
+                found = float(event["time"])
+        return found
+
+
+_STARTS = frozenset({"run_started", "restarted"})
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}

@@ -1,0 +1,70 @@
+"""Pure: what an exception says to people: its kind, one message that names the sample, the user's frame.
+
+An error in a data loading process arrives as text: torch re-creates it in the rank with the whole traceback as its
+message (torch/_utils.py, ExceptionWrapper), and the frames that count are in that text.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from samestep.launcher.traceback_text import last_exception
+
+_OURS = str(Path(__file__).parent) + os.sep
+_NOTE = "samestep: raised by "
+_NOTED = re.compile(rf"^{_NOTE}(?P<what>.+)$", re.MULTILINE)
+_CAUGHT = re.compile(r"^Caught (?P<kind>\S+) in DataLoader worker process (?P<worker>\d+)\.\s+Original ")
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """`frame` is "file:line in function", empty where none is the user's."""
+
+    kind: str
+    message: str
+    frame: str
+
+
+def blame(error: BaseException, what: str) -> None:
+    """Note which part of the data raised `error`; the first to know wins."""
+    if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
+        error.add_note(f"{_NOTE}{what}")
+
+
+def cause_of(error: BaseException) -> Cause:
+    """What to tell of an exception."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args and _CAUGHT.match(str(error.args[0])) else error
+    message = str(text)
+    caught = _CAUGHT.match(message)
+    if caught is None:
+        noted = _NOTED.search("\n".join(getattr(error, "__notes__", ())))
+        return Cause(type(error).__name__, _with(message, noted["what"] if noted else ""), _user_frame(error))
+    said = last_exception(message.replace("Original Traceback", "Traceback", 1).splitlines())
+    noted = _NOTED.search(message)
+    where = [noted["what"]] if noted else []
+    told = _with(said.message if said else message, ", ".join([*where, f"in DataLoader worker {caught['worker']}"]))
+    return Cause(caught["kind"], told, said.frame if said else _user_frame(error))
+
+
+def _with(message: str, what: str) -> str:
+    """The first line with what raised it, then the rest."""
+    if not what:
+        return message
+    first, newline, rest = message.partition("\n")
+    return f"{first} ({what}){newline}{rest}".strip()
+
+
+def _user_frame(error: BaseException) -> str:
+    """Innermost frame that is neither ours nor a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    others = (_OURS, sysconfig.get_path("stdlib") + os.sep, "<")
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(others)]
+    if not own:
+        return ""
+    frame = own[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}"
