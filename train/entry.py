@@ -106,13 +106,11 @@ def train(
         progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
         progress(0, "joining")
         tell_stacks_when_asked()
-        with contextlib.redirect_stdout(sys.stdout if env.rank == 0 else io.StringIO()):  # one answer to --help
-            config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
+        config = _load(config_type, _arguments(argv), env.rank)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():
-            if config.replay is not None:
-                return _replay(build, config, env, run_dir, generation, progress)
-            return _train(build, config, env, run_dir, generation, progress)
+            run = _train if config.replay is None else _replay
+            return run(build, config, env, run_dir, generation, progress)
     except UsageError as error:
         record = leave.error_record(error, env.rank, generation, progress.step, progress.exact_phase)
         if run_dir.path.is_dir():
@@ -138,6 +136,11 @@ def train(
         raise
     finally:
         progress.pulse.at(progress.step, "")
+
+
+def _load(config_type: type[Config], argv: Sequence[str], rank: int) -> Config:
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):  # one answer to --help
+        return options.load(config_type, argv, os.environ, program=Path(_program()).name)
 
 
 def _replay(
