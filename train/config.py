@@ -79,6 +79,10 @@ class TrainConfig:
         Literal["first", "always", "never"],
         Option("look for state that leaks between steps or ranks: in the first 3 steps of each start, or in all"),
     ] = "first"
+    replay: Annotated[
+        int | None, Option("run this step of an earlier run again, on one process, and compare its bits", "step")
+    ] = None
+    debug: Annotated[bool, Option("with --replay: stop in the debugger before that step")] = False
     allow_nondeterministic: Annotated[
         bool, Option("go on where torch has no deterministic kernel; outside the bit promises")
     ] = False
@@ -104,6 +108,7 @@ class TrainConfig:
             "eval_every": 1,
             "checkpoint_every": 1,
             "keep_checkpoints": 1,
+            "replay": 1,
         }
         for name, bound in least.items():
             value = getattr(self, name)
@@ -113,6 +118,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"--{name.replace('_', '-')} is expected to be above 0, but is {value}")
+        if self.debug and self.replay is None:
+            raise UsageError("--debug is expected to go with --replay STEP", "or write breakpoint() where to stop")
         if self.comm_hook is not None and self.reduction != "fast":
             raise UsageError(
                 f"--comm-hook {self.comm_hook} is expected to go with --reduction fast, but it is {self.reduction}",

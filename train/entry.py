@@ -24,7 +24,7 @@ from samestep.launcher.contract import (
 )
 from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
 from samestep.launcher.stack_signal import tell_stacks_when_asked
-from samestep.train import environment, leave, preemption, rewind, start
+from samestep.train import environment, leave, preemption, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components, check_samples_repeat
 from samestep.train.compilation import compile_in_place
@@ -106,11 +106,11 @@ def train(
         progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
         progress(0, "joining")
         tell_stacks_when_asked()
-        with contextlib.redirect_stdout(sys.stdout if env.rank == 0 else io.StringIO()):  # one answer to --help
-            config = options.load(config_type, _arguments(argv), os.environ, program=Path(_program()).name)
+        config = _load(config_type, _arguments(argv), env.rank)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():
-            return _train(build, config, env, run_dir, generation, progress)
+            run = _train if config.replay is None else _replay
+            return run(build, config, env, run_dir, generation, progress)
     except UsageError as error:
         record = leave.error_record(error, env.rank, generation, progress.step, progress.exact_phase)
         if run_dir.path.is_dir():
@@ -136,6 +136,31 @@ def train(
         raise
     finally:
         progress.pulse.at(progress.step, "")
+
+
+def _load(config_type: type[Config], argv: Sequence[str], rank: int) -> Config:
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):  # one answer to --help
+        return options.load(config_type, argv, os.environ, program=Path(_program()).name)
+
+
+def _replay(
+    build: Callable[[Config], Components],
+    config: Config,
+    env: WorkerEnv,
+    run_dir: RunDir,
+    generation: int,
+    progress: _Progress,
+) -> Result:
+    step = config.replay or 0
+    with replay.shadow(run_dir, step, env.world_size) as replica:
+        if config.debug:
+            progress.pulse = replay.Debugger(step, progress.pulse)
+        result = _train(build, replay.settings(config), env, replica, generation, progress)
+        same, sentence = replay.compare(run_dir, replica, step)
+    print(sentence, flush=True)
+    if not same:
+        raise SystemExit(int(ExitCode.FAILED))
+    return result
 
 
 def _train(

@@ -51,6 +51,8 @@ class Run:
         """Steps after which the run is over."""
         per_epoch = -(-self.sampler.samples // self.config.global_batch_size)
         whole = per_epoch * self.config.epochs
+        if self.config.replay is not None:
+            whole = min(whole, self.config.replay)
         return whole if self.config.max_steps is None else min(whole, self.config.max_steps)
 
 

@@ -39,4 +39,5 @@ def _go_back(run: Run, bad: BadStep, member: Membership, run_dir: RunDir) -> Non
     run.state.restarts -= 1  # nothing was started
     run.state.passed_over.update(known)
     run.ledger.forget()
+    run.guards.forget()
     run.reporter.warning(f"{bad}; back to {found.source}, and past that step")

@@ -27,7 +27,7 @@ from samestep.train.state import checkpoint
 # Options that may change between two starts of a run without anybody noticing.
 _FREE = frozenset(
     "epochs max_steps log_every eval_every checkpoint_every checkpoint_seconds keep_checkpoints "
-    "resume run_dir num_workers config shards threads weights best check trackers".split()
+    "resume run_dir num_workers config shards threads weights best check trackers replay debug".split()
 )
 # Events that describe starts and faults, not training: they stay when a resume cuts what is done again.
 _LIFECYCLE = frozenset({"run_started", "restarted", "resumed", "preempted", "worker_failed", "warning"})

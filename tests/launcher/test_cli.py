@@ -27,6 +27,7 @@ def test_help_of_run_lists_every_option_with_its_other_names(samestep):
         assert flag in shown
 
 
+@pytest.mark.alone
 def test_help_takes_a_quarter_of_a_second_at_most():
     def seconds():
         since = time.monotonic()

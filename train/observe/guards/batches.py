@@ -32,6 +32,10 @@ class PlannedBatches(Check):
                 fatal=True,
             )
 
+    def forget(self) -> None:
+        """The next step may begin anywhere."""
+        self._last = None
+
     def before_loss(self, batch: Any, samples: int) -> Iterator[Finding]:
         """Count, where all tensors of a batch agree on how many samples there are; packed ones do not."""
         lengths = {len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}

@@ -56,6 +56,9 @@ class Check:
         """The weights are updated, the gradients are still there."""
         return ()
 
+    def forget(self) -> None:
+        """The run went back to an earlier state: the next step does not follow on the last one."""
+
     def conclude(self) -> Findings:
         """As many steps as a conclusion needs have been looked at since the last one."""
         return ()

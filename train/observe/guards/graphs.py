@@ -31,6 +31,7 @@ class KeptGraphs(Check):
             return
         self._counts.append(len(_with_history()))
         if len(self._counts) == _STEPS and _grows(self._counts):
+            gc.unfreeze()  # training sets aside what was there before it, and that may hold the graphs
             gc.collect()  # what is only waiting for the collector is no leak
             kept = _with_history()
             if len(kept) >= _STEPS:

@@ -51,6 +51,9 @@ class Guards(Protocol):
             UsageError: a fatal finding, on every rank.
         """
 
+    def forget(self) -> None:
+        """The run went back to an earlier state."""
+
 
 class NullGuards:
     """Looks at nothing."""
@@ -67,6 +70,9 @@ class NullGuards:
         """Nothing."""
 
     def after_step(self, plan: StepPlan) -> None:
+        """Nothing."""
+
+    def forget(self) -> None:
         """Nothing."""
 
 
@@ -140,6 +146,12 @@ class WatchingGuards:
                 check.close()
         self._tell(_of_all_ranks(self._found, self.group))
         self._found = []
+
+    def forget(self) -> None:
+        """What was seen of the step that is not finished, and of those before it, is no measure for the next one."""
+        self._sizes, self._found = [], []
+        for check in self.checks:
+            check.forget()
 
     def _note(self, findings: Iterable[Finding]) -> None:
         self._found += findings

@@ -71,6 +71,10 @@ class OutsideChanges(Check):
                 "a parametrization of the layer",
             )
 
+    def forget(self) -> None:
+        """Weights and buffers are those of the earlier state."""
+        self._updated = None
+
     def close(self) -> None:
         """Take the hook away."""
         self._hook.remove()
