@@ -55,6 +55,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "compilation": {"parallel"},
     "checks": {"data", "parallel", "recipe"},
     "state": {"observe", "parallel", "recipe"},
+    "program": {"config"},
     "replay": {"config"},
     "state_metrics": {"parallel"},
     "evaluate": {"data", "observe", "parallel", "recipe", "state_metrics"},

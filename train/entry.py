@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import sys
 import time
@@ -12,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from samestep.launcher import manifest, options, who_started
+from samestep.launcher import manifest, who_started
 from samestep.launcher.contract import (
     ENV_GENERATION,
     ENV_RUN_DIR,
@@ -24,7 +22,7 @@ from samestep.launcher.contract import (
 )
 from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
 from samestep.launcher.stack_signal import tell_stacks_when_asked
-from samestep.train import environment, leave, preemption, replay, rewind, start
+from samestep.train import environment, leave, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components, check_samples_repeat
 from samestep.train.compilation import compile_in_place
@@ -99,14 +97,14 @@ def train(
         Exception: whatever user code raised, after it was recorded for the launcher.
     """
     env, progress = WorkerEnv(), _Progress()
-    run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(_program())))
+    run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())))
     generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
         env = who_started.worker(os.environ)
         progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
         progress(0, "joining")
         tell_stacks_when_asked()
-        config = _load(config_type, _arguments(argv), env.rank)
+        config = program.load(config_type, program.arguments(argv), env.rank)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():
             run = _train if config.replay is None else _replay
@@ -136,11 +134,6 @@ def train(
         raise
     finally:
         progress.pulse.at(progress.step, "")
-
-
-def _load(config_type: type[Config], argv: Sequence[str], rank: int) -> Config:
-    with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):  # one answer to --help
-        return options.load(config_type, argv, os.environ, program=Path(_program()).name)
 
 
 def _replay(
@@ -220,7 +213,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     }
     if config.check != "never":
         check_samples_repeat(components.train_data, config.seed, facts["dataset"])
-    signals = StopSignals(active=not _in_notebook())
+    signals = StopSignals(active=not program.in_notebook())
     setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence, signals)
     run = assemble(components, setting, progress)
     progress.clock = run.step.clock
@@ -281,22 +274,3 @@ def _say_who_started(env: WorkerEnv) -> None:
     """Once, unless it is our own launcher, whose user knows."""
     if env.rank == 0 and env.started_by != "samestep run":
         print(who_started.describe(env), end="", file=sys.stderr, flush=True)
-
-
-def _program() -> str:
-    """The recipe as it was started."""
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None)
-    if spec is not None and spec.name not in ("__main__", "ipykernel_launcher"):
-        return str(spec.name).removesuffix(".__main__")
-    return "notebook" if _in_notebook() else (sys.argv[0] or "run")
-
-
-def _arguments(argv: Sequence[str] | None) -> Sequence[str]:
-    if argv is not None:
-        return argv
-    return [] if _in_notebook() else sys.argv[1:]
-
-
-def _in_notebook() -> bool:
-    return "ipykernel" in sys.modules and Path(sys.argv[0]).name == "ipykernel_launcher.py"
