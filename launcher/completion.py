@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import cyclopts
 from cyclopts import Parameter
 
+from samestep.launcher.chaos.run import ChaosConfig
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import UsageError
@@ -49,6 +50,7 @@ def application() -> cyclopts.App:
     app = cyclopts.App(name="samestep", version_flags=["--version"])
     app.command(command(LaunchConfig, *_recipe()), name="run")
     app.command(command(VerifyConfig, *_recipe()), name="verify")
+    app.command(command(ChaosConfig, *_recipe()), name="chaos")
     app.command(command(DoctorConfig), name="doctor")
     submit = cyclopts.App(name="submit", help="Hand a recipe to a cluster.")
     submit.command(command(KubernetesConfig, *_recipe()), name="kubernetes")

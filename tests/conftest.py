@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("busy", deadline=None)  # a busy machine is no flaw
+settings.load_profile("busy")
 HERE = Path(__file__).resolve().parent
 
 

@@ -53,6 +53,13 @@ def record(kind: str, *, consequence: bool) -> None:
     Path(os.environ["SAMESTEP_RUN_DIR"], "errors", f"rank-{RANK}.json").write_text(json.dumps(about))
 
 
+def alive(pid: int) -> bool:
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # gone, before or while it is read
+        return False
+
+
 def spawn(name: str, *, detached: bool) -> None:
     """Start a process that ignores SIGTERM and would live for an hour."""
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
@@ -101,7 +108,7 @@ def act(part: str) -> None:  # noqa: C901, PLR0912, PLR0915 (a list of one-liner
             print(value, file=sys.stderr, flush=True)
         case "await-death":
             pid = int(Path(f"rank-{value}.generation-{GENERATION}.pid").read_text())
-            while Path(f"/proc/{pid}").exists() and ") Z" not in Path(f"/proc/{pid}/stat").read_text():
+            while alive(pid):
                 time.sleep(0.002)
         case "await-waiting":
             while not Path(f"waiting-{value}.pid").exists():
