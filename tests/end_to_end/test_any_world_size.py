@@ -53,7 +53,7 @@ def test_worker_processes_do_not_change_the_bits(bits):
     assert results[0] == results[1] == results[2]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=slow) for seed in range(3, 20))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=slow) for seed in range(1, 20))])
 def test_stops_at_random_steps_and_other_world_sizes_end_in_the_same_bits(bits, seed):
     draw = random.Random(seed)
     total, shards, recipe = 30, draw.choice([2, 3, 4, 6]), draw.choice(["digits_cnn", "char_lm"])
