@@ -22,11 +22,10 @@ from samestep.launcher.lock import RunLock
 from samestep.launcher.plan import Command, Facts, Meeting, fork_server_environment, plan, render
 from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.hang_watch import HangWatch, NoWatch, Watch
+from samestep.launcher.supervise.hang_watch import NoWatch, watch_over
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.signals import SignalSocket
 from samestep.launcher.supervise.supervisor import Supervisor
-from samestep.launcher.supervise.watchdog import Patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +66,8 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
         run_dir.prepare_logs(Path(config.log_dir))
     console = Console(stdout=sys.stderr.fileno() if config.json else None)  # stdout then holds the answer alone
     alone = place is None  # of other machines' ranks nothing is known here: whoever waits for them would be blamed
-    patience = Patience.of(config.hang_timeout) if facts.resumes and alone else None
-    watch: Watch = HangWatch(patience, facts.world_size, directory) if patience else NoWatch()
+    publishes = facts.resumes and alone
+    watch = watch_over(facts.world_size, config.hang_timeout, directory) if publishes else NoWatch()
     facts = replace(facts, heartbeat_fd=watch.fd)
     try:
         with SignalSocket() as signals:

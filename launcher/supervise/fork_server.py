@@ -97,7 +97,7 @@ class ForkServer:
             raise NoForkError(answer.get("refused", "the fork server has ended"))
         os.set_blocking(out, False)
         os.set_blocking(err, False)
-        return Worker(command, answer["pid"], out, err)
+        return Worker(command, answer["pid"], {"stdout": out, "stderr": err})
 
     def close(self) -> None:
         """End it."""
