@@ -104,9 +104,9 @@ class Program(Worker):
             command.argv,
             command.environment(environ),
             liveness,
-            stdin=None if command.rank == 0 else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=None if command.reads_stdin else subprocess.DEVNULL,
+            stdout=None if command.has_terminal else subprocess.PIPE,
+            stderr=None if command.has_terminal else subprocess.PIPE,
             pass_fds=command.pass_fds,
         )
         streams: dict[Stream, IO[bytes] | None] = {"stdout": self._popen.stdout, "stderr": self._popen.stderr}

@@ -47,7 +47,7 @@ class Supervisor:
         self._watch = watch
         self._hang: Hang | None = None
         self._console = console
-        self._progress = Progress(run_dir) if console.has_bar and not config.quiet else None
+        self._progress = Progress(run_dir) if console.has_bar and not config.quiet and config.pdb is None else None
         self._source = EventSource(signals)
         self._workers: dict[int, Worker] = {}
         self._listening = Listening(self._source)

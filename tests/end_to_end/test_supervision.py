@@ -147,12 +147,12 @@ def test_ranks_outlive_their_fork_server_and_the_next_start_gets_another_one(run
     assert "not forked" not in said
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, "orderly"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param("orderly", marks=pytest.mark.slow)])
 def test_exits_are_seen_where_the_kernel_has_no_pidfd(how, running, tmp_path):
     (tmp_path / "old_kernel.py").write_text(WITHOUT_PIDFD)
     run = running("--max-restarts", "0", program=("old_kernel.py",), IN_STEP_2="wait")
     pids = [run.waiting("step-2", rank) for rank in (0, 1)]
-    assert not [fd for fd in Path(f"/proc/{run.process.pid}/fd").iterdir() if "pidfd" in os.readlink(fd)]
+    assert not [fd for fd in Path(f"/proc/{run.process.pid}/fd").iterdir() if "pidfd" in str(fd.readlink())]
     if how == "orderly":
         run.go("step-2")
     else:
