@@ -62,6 +62,14 @@ class LaunchConfig:
             "seconds",
         ),
     ] = "auto"
+    pdb: Annotated[
+        int | None,
+        Option(
+            "This rank gets the terminal: breakpoint() works there, and what it raises enters pdb; the others wait, "
+            "with --hang-timeout off and --max-restarts 0",
+            "rank",
+        ),
+    ] = None
     log_dir: Annotated[str | None, Option("Folder for rank-N.log files instead of RUN_DIR/logs", "path")] = None
     redirects: Annotated[
         str,
@@ -170,6 +178,8 @@ class LaunchConfig:
             raise _refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
         if not 0 < self.join_timeout < float("inf"):
             raise _refused("--join-timeout", "above 0 seconds", self.join_timeout, "leave it out for 120 seconds")
+        if self.pdb is not None and self.pdb < 0:
+            raise _refused("--pdb", "a rank, from 0", self.pdb, "--pdb 0")
         if self.min_ranks is not None and self.min_ranks < 1:
             raise _refused("--min-ranks", "at least 1", self.min_ranks, "leave it out to keep all ranks")
         if self.master_port is not None and not 0 <= self.master_port <= 65535:

@@ -76,6 +76,7 @@ ENV_HEARTBEAT_FD = "SAMESTEP_HEARTBEAT_FD"  # shared memory in which a recipe's 
 HANDED_DOWN = (ENV_STORE_FD, ENV_HEARTBEAT_FD)  # descriptors, whose numbers a fork changes
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
+ENV_PDB = "SAMESTEP_PDB"  # the rank that has the terminal; the others wait for it as long as it takes
 ENV_JOIN_TIMEOUT = "SAMESTEP_JOIN_TIMEOUT"  # seconds that a rank waits for the others before training can begin
 
 ENV_GRACE = "SAMESTEP_GRACE_SECONDS"  # between the first request to stop and the end by force

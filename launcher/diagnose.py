@@ -125,9 +125,11 @@ def _absent(witness: Evidence, ranks: Sequence[Evidence]) -> Failure | None:
 
 
 def _place(culprit: Evidence, ranks: Sequence[Evidence]) -> tuple[int | None, str]:
-    """Step and phase; of a rank that left no record, the step in which the others noticed."""
+    """Step and phase; of a rank that left no record, what it published last, or the step in which others noticed."""
     if culprit.record is not None:
         return culprit.record.step, culprit.record.phase
+    if culprit.end.phase:
+        return culprit.end.step, culprit.end.phase
     steps = [item.record.step for item in ranks if item.record is not None and item.record.consequence]
     return (min(steps) if steps else None), ""
 

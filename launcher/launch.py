@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from samestep.launcher import evidence, host, manifest, meeting, recipe_file, run_dir
+from samestep.launcher import debugging, evidence, host, manifest, meeting, recipe_file, run_dir
 from samestep.launcher.argv import Recipe
 from samestep.launcher.cluster.follower import Follower, FollowerJob
 from samestep.launcher.cluster.head import Head
@@ -20,13 +20,12 @@ from samestep.launcher.contract import EXIT_MEANING, ExitCode, RunDir, UsageErro
 from samestep.launcher.diagnose import Failure, describe, diagnose, hung, is_consequence
 from samestep.launcher.lock import RunLock
 from samestep.launcher.plan import Command, Facts, Meeting, fork_server_environment, plan, render
-from samestep.launcher.supervise import policy
+from samestep.launcher.supervise import policy, terminal
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.hang_watch import HangWatch, NoWatch, Watch
+from samestep.launcher.supervise.hang_watch import NoWatch, watch_over
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.signals import SignalSocket
 from samestep.launcher.supervise.supervisor import Supervisor
-from samestep.launcher.supervise.watchdog import Patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,9 @@ def dry_run(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) ->
     Raises:
         UsageError: `launch` would refuse too.
     """
+    config = debugging.settled(config)
     facts, path = _check(config, recipe, environ)
+    debugging.check(config, facts.world_size, one_machine=True)
     return render(plan(config, recipe, RunDir(path), _preview(config), facts))
 
 
@@ -55,8 +56,10 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     Raises:
         UsageError: what was asked can't be done; nothing has been started or created.
     """
+    config = debugging.settled(config)
     facts, path = _check(config, recipe, environ)
     place = layout(config, environ)
+    debugging.check(config, facts.world_size, one_machine=place is None)
     listener = open_head(place) if place is not None else None
     if place is not None and listener is None:
         return _follow(config, recipe, environ, facts, path, place)
@@ -67,11 +70,11 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
         run_dir.prepare_logs(Path(config.log_dir))
     console = Console(stdout=sys.stderr.fileno() if config.json else None)  # stdout then holds the answer alone
     alone = place is None  # of other machines' ranks nothing is known here: whoever waits for them would be blamed
-    patience = Patience.of(config.hang_timeout) if facts.resumes and alone else None
-    watch: Watch = HangWatch(patience, facts.world_size, directory) if patience else NoWatch()
+    publishes = facts.resumes and alone
+    watch = watch_over(facts.world_size, config.hang_timeout, directory) if publishes else NoWatch()
     facts = replace(facts, heartbeat_fd=watch.fd)
     try:
-        with SignalSocket() as signals:
+        with SignalSocket() as signals, terminal.kept(lent=config.pdb is not None):
             supervisor = Supervisor(config, directory, console, signals, watch, facts.grace, saves=facts.resumes)
             head = Head(place, listener, directory, supervisor, console, environ) if place and listener else None
             team = head or Alone(config)

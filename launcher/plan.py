@@ -23,6 +23,7 @@ from samestep.launcher.contract import (
     ENV_HEARTBEAT_FD,
     ENV_JOIN_TIMEOUT,
     ENV_LAUNCHED,
+    ENV_PDB,
     ENV_RUN_DIR,
     ENV_STORE_ADDR,
     ENV_STORE_FD,
@@ -87,6 +88,8 @@ class Command:
     elastic_error: Path
     pass_fds: tuple[int, ...] = ()
     recipe: Recipe | None = None  # what a fork server may run in place of argv
+    reads_stdin: bool = False  # ours, which only one rank can
+    has_terminal: bool = False  # its streams are ours, no pipes
     signal_group: bool = False  # a shell passes no signal on, so its children must be told themselves
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
@@ -126,6 +129,8 @@ def _command(
         env[ENV_STORE_FD] = str(meeting.store_fd)
     if facts.heartbeat_fd >= 0:
         env[ENV_HEARTBEAT_FD] = str(facts.heartbeat_fd)
+    if config.pdb is not None:
+        env[ENV_PDB] = str(config.pdb)
     if config.cpu:
         env["ACCELERATE_USE_CPU"] = "true"
     if facts.devices:
@@ -145,6 +150,8 @@ def _command(
         log=logs / f"rank-{rank}.log",
         elastic_error=elastic_error,
         pass_fds=tuple(int(env[name]) for name in HANDED_DOWN if name in env),
+        reads_stdin=rank == (0 if config.pdb is None else config.pdb),
+        has_terminal=rank == config.pdb,
         signal_group=recipe.kind is Kind.COMMAND,
         recipe=mine if facts.forks else None,
     )

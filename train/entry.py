@@ -22,7 +22,7 @@ from samestep.launcher.contract import (
 )
 from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
 from samestep.launcher.stack_signal import tell_stacks_when_asked
-from samestep.train import environment, leave, preemption, program, replay, rewind, start
+from samestep.train import environment, leave, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components, check_samples_repeat
 from samestep.train.compilation import compile_in_place
@@ -122,7 +122,7 @@ def train(
             leave.write_record(early, run_dir)
         raise
     except Exception as seen:
-        reason = leave.loader_death(seen)
+        reason = post_mortem.look(leave.loader_death(seen), os.environ, env.rank)
         accused = reason.missing[0] if isinstance(reason, JoinTimeoutError) else None
         place = (env.rank, generation, progress.step, progress.exact_phase)
         leave.write_record(leave.error_record(reason, *place, accused), run_dir)

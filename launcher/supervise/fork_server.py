@@ -14,6 +14,7 @@ from typing import Any
 from samestep.launcher.argv import Kind
 from samestep.launcher.contract import HANDED_DOWN
 from samestep.launcher.plan import Command
+from samestep.launcher.supervise.events import Stream
 from samestep.launcher.supervise.process import Worker, start_in_session
 
 _ANSWER_SECONDS = 10.0
@@ -72,7 +73,7 @@ class ForkServer:
         """
         recipe = command.recipe
         assert recipe is not None
-        (out, their_out), (err, their_err) = os.pipe(), os.pipe()
+        pipes, theirs = _streams(command)
         env = command.environment(environ)
         handed_down = [name for name in HANDED_DOWN if name in env]
         request = {
@@ -81,23 +82,19 @@ class ForkServer:
             "is_module": recipe.kind is Kind.MODULE,
             "env": env,
             "fds": handed_down,
-            "stdin": command.rank == 0,
+            "stdin": command.reads_stdin,
             "launcher": os.getpid(),
         }
         try:
-            answer = self._ask(
-                request, [their_out, their_err, self._liveness, *(int(env[name]) for name in handed_down)]
-            )
+            answer = self._ask(request, [*theirs, self._liveness, *(int(env[name]) for name in handed_down)])
         finally:
-            os.close(their_out)
-            os.close(their_err)
+            for fd in theirs:
+                os.close(fd)
         if "pid" not in answer:
-            os.close(out)
-            os.close(err)
+            for fd in pipes.values():
+                os.close(fd)
             raise NoForkError(answer.get("refused", "the fork server has ended"))
-        os.set_blocking(out, False)
-        os.set_blocking(err, False)
-        return Worker(command, answer["pid"], out, err)
+        return Worker(command, answer["pid"], pipes)
 
     def close(self) -> None:
         """End it."""
@@ -128,3 +125,13 @@ class ForkServer:
             return {}
         answer: dict[str, Any] = json.loads(data)
         return answer
+
+
+def _streams(command: Command) -> tuple[dict[Stream, int], tuple[int, int]]:
+    """Our ends of a rank's output, which do not block, and what it gets as stdout and stderr."""
+    if command.has_terminal:
+        return {}, (os.dup(1), os.dup(2))
+    (out, their_out), (err, their_err) = os.pipe(), os.pipe()
+    os.set_blocking(out, False)
+    os.set_blocking(err, False)
+    return {"stdout": out, "stderr": err}, (their_out, their_err)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from samestep.launcher import stack_probe
 from samestep.launcher.contract import RunDir
-from samestep.launcher.heartbeat import Board
+from samestep.launcher.heartbeat import Beat, Board
 from samestep.launcher.stacks import render_all
 from samestep.launcher.supervise.outcome import Hang
 from samestep.launcher.supervise.watchdog import TICK_SECONDS, Patience, Sample, Watchdog
@@ -34,12 +34,15 @@ class Watch(Protocol):
     def tick(self) -> Hang | None:
         """To be called every TICK_SECONDS."""
 
+    def beat(self, rank: int) -> Beat:
+        """What the rank has published last; of one that never did, no beats."""
+
     def close(self) -> None:
         """The run is over."""
 
 
 class NoWatch:
-    """For `--hang-timeout off`, and for scripts that publish nothing."""
+    """For scripts that publish nothing."""
 
     fd = -1
 
@@ -54,28 +57,48 @@ class NoWatch:
         """Nothing."""
         return None
 
+    def beat(self, rank: int) -> Beat:  # noqa: ARG002 (Watch's form)
+        """Nothing."""
+        return Beat()
+
     def close(self) -> None:
         """Nothing."""
 
 
-class HangWatch:
+class Listener(NoWatch):
+    """For `--hang-timeout off`: knows where the ranks of a recipe are, whose memory it shares, and judges nobody."""
+
+    def __init__(self, world_size: int) -> None:
+        """Raises OSError where the system has no memory left to share."""
+        self._board = Board(world_size)
+        self.fd = self._board.fd
+
+    def clear(self) -> None:
+        """Ranks are about to be started: what earlier ones said is over."""
+        self._board.clear()
+
+    def beat(self, rank: int) -> Beat:
+        """What the rank has published last; of one that never did, no beats."""
+        return self._board.read(rank)
+
+    def close(self) -> None:
+        """Let go of the shared memory."""
+        self._board.close()
+
+
+class HangWatch(Listener):
     """Watches a recipe's ranks; its memory is handed down to them by descriptor."""
 
     def __init__(self, patience: Patience, world_size: int, run_dir: RunDir) -> None:
         """Raises OSError where the system has no memory left to share."""
+        super().__init__(world_size)
         self._watchdog = Watchdog(patience)
         self._run_dir = run_dir
-        self._board = Board(world_size)
-        self.fd = self._board.fd
         self._generation = 0
         self._pids: Mapping[int, int] = {}
         self._samples: dict[int, Sample] = {}
         self._last = 0.0
         self._not_before = 0.0  # time at which stacks may be taken once more
-
-    def clear(self) -> None:
-        """Ranks are about to be started: what earlier ones said is over."""
-        self._board.clear()
 
     def begin(self, generation: int, pids: Mapping[int, int]) -> bool:
         """Look after these ranks from now on."""
@@ -106,10 +129,6 @@ class HangWatch:
             hang = replace(hang, frame=children[self._pids[hang.rank]])  # a process that loads its data
         return replace(hang, stacks=self._write(render_all(by_pid, self._pids, self._about())))
 
-    def close(self) -> None:
-        """Let go of the shared memory."""
-        self._board.close()
-
     def _sample(self, rank: int, pid: int) -> Sample:
         beat = self._board.read(rank)
         before = self._samples.get(rank)
@@ -134,6 +153,12 @@ class HangWatch:
         except OSError:
             return ""  # a full disk hides no hang
         return str(path)
+
+
+def watch_over(world_size: int, hang_timeout: str, run_dir: RunDir) -> Watch:
+    """Who looks after ranks that publish where they are, for a `--hang-timeout`."""
+    patience = Patience.of(hang_timeout)
+    return HangWatch(patience, world_size, run_dir) if patience else Listener(world_size)
 
 
 def _starved(pid: int) -> float:
@@ -169,4 +194,4 @@ def _crowding() -> float:
     return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
-__all__ = ["TICK_SECONDS", "HangWatch", "NoWatch", "Watch"]
+__all__ = ["TICK_SECONDS", "HangWatch", "Listener", "NoWatch", "Watch", "watch_over"]

@@ -88,6 +88,10 @@ class RankLog:
         at = datetime.now(UTC).isoformat(timespec="seconds")
         self._write(f"--- rank {self._rank}, generation {generation}, pid {pid}, {at} ---\n".encode())
 
+    def note(self, text: str) -> None:
+        """A line of ours, for whoever reads the file."""
+        self._write(f"--- {text} ---\n".encode())
+
     def feed(self, stream: Stream, data: bytes) -> None:
         """Take what the rank wrote; a script's broken bytes are passed on as they are."""
         self._write(data)

@@ -19,6 +19,8 @@ class RankEnd:
     stdout: tuple[str, ...] = ()
     stderr: tuple[str, ...] = ()
     peak_bytes: int = 0  # most memory that it, or a process it waited for, ever held
+    step: int | None = None  # optimizer steps completed when it last said so; None if it never did
+    phase: str = ""  # what it said that it was in
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,18 +34,27 @@ class Patience:
     grace: float
 
 
-def after_exit(code: int, *, is_victim: bool = False) -> Patience:
+def after_exit(code: int, *, is_victim: bool = False, resumes: bool = False, saving: bool = False) -> Patience:
     """What the others get once a rank has ended with `code`, not zero.
 
     After a failure they sit in a collective that can't end, in C++, where no Python handler runs: waiting is useless.
     After an orderly exit they are about to leave by themselves, and rank zero has the message to print. After the
     death of a victim the culprit is among them, and may need a moment to say what happened.
+
+    Args:
+        code: status of the rank.
+        is_victim: it ended because of another one.
+        resumes: the ranks run a recipe of ours, for which SIGTERM is a request that is heard between two steps, and
+            which goes on from its last checkpoint: it is ended by force.
+        saving: one of the others is about to save its state.
     """
     if code in PREEMPTED:
         return Patience(wait=30.0, grace=0.5)
     if code in ORDERLY:
         return Patience(wait=2.0, grace=0.5)
-    return Patience(wait=0.5 if is_victim else 0.0, grace=0.5)
+    if is_victim:
+        return Patience(wait=0.5, grace=0.5)
+    return Patience(wait=0.0, grace=0.0 if resumes and not saving else 0.5)
 
 
 def after_hang() -> Patience:

@@ -15,6 +15,7 @@ import psutil
 
 from samestep.launcher.liveness import die_with
 from samestep.launcher.plan import Command
+from samestep.launcher.supervise.events import Stream
 from samestep.launcher.supervise.signals import OPERATOR
 
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): macOS counts bytes
@@ -39,10 +40,10 @@ def reap_adopted() -> None:
 class Worker:
     """One rank as a process, leader of its own session and process group, and a child of ours however it started."""
 
-    def __init__(self, command: Command, pid: int, stdout: int, stderr: int) -> None:
+    def __init__(self, command: Command, pid: int, pipes: Mapping[Stream, int]) -> None:
         self.command = command
         self.pid = pid
-        self.stdout, self.stderr = stdout, stderr  # read ends, which do not block
+        self.pipes = pipes  # read ends, which do not block
         self.signalled = False  # we asked it to end: its status tells nothing about why
         self.ended_ns = 0  # wall clock, comparable with the time in an error record
         self.returncode: int | None = None
@@ -103,12 +104,14 @@ class Program(Worker):
             command.argv,
             command.environment(environ),
             liveness,
-            stdin=None if command.rank == 0 else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=None if command.reads_stdin else subprocess.DEVNULL,
+            stdout=None if command.has_terminal else subprocess.PIPE,
+            stderr=None if command.has_terminal else subprocess.PIPE,
             pass_fds=command.pass_fds,
         )
-        super().__init__(command, self._popen.pid, _pipe(self._popen.stdout), _pipe(self._popen.stderr))
+        streams: dict[Stream, IO[bytes] | None] = {"stdout": self._popen.stdout, "stderr": self._popen.stderr}
+        pipes = {stream: _pipe(file) for stream, file in streams.items() if file is not None}
+        super().__init__(command, self._popen.pid, pipes)
 
     def collect(self) -> bool:
         """As for any worker; Popen is told, or it would look for a status that is gone."""
@@ -158,8 +161,7 @@ def _before_exec(launcher: int, liveness: int, mask: set[int | signal.Signals]) 
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _pipe(file: IO[bytes] | None) -> int:
-    assert file is not None
+def _pipe(file: IO[bytes]) -> int:
     fd = os.dup(file.fileno())
     file.close()
     os.set_blocking(fd, False)

@@ -13,9 +13,10 @@ from samestep.launcher.memory_signs import NOTHING_COUNTED
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise import policy, process
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.events import Due, Event, EventSource, Exited, Output, ServerSpoke, Signalled, Stream
+from samestep.launcher.supervise.events import Due, Event, EventSource, Exited, Output, ServerSpoke, Signalled
 from samestep.launcher.supervise.fork_server import ForkServer, NoForkError
 from samestep.launcher.supervise.hang_watch import TICK_SECONDS, Watch
+from samestep.launcher.supervise.listening import Listening
 from samestep.launcher.supervise.logs import RankLog, routes
 from samestep.launcher.supervise.outcome import Generation, Hang, RankEnd
 from samestep.launcher.supervise.peers import Halt, Peers
@@ -24,7 +25,6 @@ from samestep.launcher.supervise.process import Program, Worker
 from samestep.launcher.supervise.progress import REFRESH_SECONDS, Progress
 from samestep.launcher.supervise.signals import SignalSocket
 
-_DRAIN_READS = 1024  # a pipe holds far less, unless somebody who outlives the rank goes on writing
 _ABANDON_SECONDS = 10.0  # after SIGKILL, only a process stuck in the kernel is still there
 
 
@@ -47,11 +47,10 @@ class Supervisor:
         self._watch = watch
         self._hang: Hang | None = None
         self._console = console
-        self._progress = Progress(run_dir) if console.has_bar and not config.quiet else None
+        self._progress = Progress(run_dir) if console.has_bar and not config.quiet and config.pdb is None else None
         self._source = EventSource(signals)
         self._workers: dict[int, Worker] = {}
-        self._logs: dict[int, RankLog] = {}
-        self._pipes: dict[tuple[int, Stream], int] = {}
+        self._listening = Listening(self._source)
         self._ends: list[RankEnd] = []
         self._failed = False
         self._is_victim: Callable[[RankEnd], bool]
@@ -172,12 +171,8 @@ class Supervisor:
         rank = command.rank
         self._workers[rank] = worker
         self._source.watch_exit(rank, worker.pid)
-        self._logs[rank] = RankLog(rank, command.log, routes(self._config, command.local_rank), self._console)
-        pipes: dict[Stream, int] = {"stdout": worker.stdout, "stderr": worker.stderr}
-        for stream, fd in pipes.items():
-            self._pipes[rank, stream] = fd
-            self._source.watch_output(rank, stream, fd)
-        self._logs[rank].open(generation, worker.pid)
+        log = RankLog(rank, command.log, routes(self._config, command.local_rank), self._console)
+        self._listening.begin(generation, worker, log)
 
     def _running(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if worker.returncode is None]
@@ -185,7 +180,7 @@ class Supervisor:
     def _handle(self, event: Event) -> None:
         match event:
             case Output(rank, stream, data):
-                self._output(rank, stream, data)
+                self._listening.take(rank, stream, data)
             case Exited(rank):
                 self._exited(rank)
             case ServerSpoke():
@@ -206,15 +201,17 @@ class Supervisor:
         if worker.returncode is not None or not worker.collect():
             return
         self._source.forget_exit(rank)
-        self._drain(rank)
-        log, code = self._logs[rank], worker.returncode or 0  # type: ignore[redundant-expr]  # collect() has set it
-        said = log.tail("stdout"), log.tail("stderr")
-        end = RankEnd(rank, worker.pid, code, worker.signalled, worker.ended_ns, *said, worker.peak_bytes)
+        said, beat = self._listening.last_words(rank), self._watch.beat(rank)
+        code = worker.returncode or 0  # type: ignore[redundant-expr]  # collect() has set it
+        place = beat.step if beat.beats else None, beat.phase
+        end = RankEnd(rank, worker.pid, code, worker.signalled, worker.ended_ns, *said, worker.peak_bytes, *place)
         self._ends.append(end)
         if code != 0 and not self._failed and self._stopped_by is None:
             self._failed = True
             self._memory = memory_signs.read().since(self._memory)
-            self._end_all(policy.after_exit(code, is_victim=self._is_victim(end)))
+            saving = any(self._watch.beat(worker.command.rank).phase == "checkpoint" for worker in self._running())
+            about = {"is_victim": self._is_victim(end), "resumes": self._saves, "saving": saving}
+            self._end_all(policy.after_exit(code, **about))
         elif self._saves and self._presses == 1 and code not in (0, *policy.PREEMPTED):
             self._end_all(policy.WHILE_STOPPING)
 
@@ -267,30 +264,6 @@ class Supervisor:
             worker.kill()
         self._source.start_timer("abandon", _ABANDON_SECONDS)
 
-    def _output(self, rank: int, stream: Stream, data: bytes) -> None:
-        if data:
-            self._logs[rank].feed(stream, data)
-        else:
-            self._close_pipe(rank, stream)
-
-    def _drain(self, rank: int) -> None:
-        """Read what an ended rank has left; a process that outlives it may still hold the other end."""
-        for stream in ("stdout", "stderr"):
-            for _ in range(_DRAIN_READS):
-                fd = self._pipes.get((rank, stream))
-                if fd is None:
-                    break
-                try:
-                    self._output(rank, stream, os.read(fd, 1 << 16))
-                except BlockingIOError:
-                    break
-
-    def _close_pipe(self, rank: int, stream: Stream) -> None:
-        fd = self._pipes.pop((rank, stream), None)
-        if fd is not None:
-            self._source.forget(fd)
-            os.close(fd)
-
     def _show_progress(self) -> None:
         assert self._progress is not None
         self._console.show_bar(self._progress.update())
@@ -310,10 +283,6 @@ class Supervisor:
             process.reap_adopted()  # a service that detached itself from a successful rank is none of our business
         else:
             process.sweep(keep=self._server.pid if self._server else None)
-        for rank, log in self._logs.items():
-            self._drain(rank)
-            for stream in ("stdout", "stderr"):
-                self._close_pipe(rank, stream)
-            log.close()
+        self._listening.end()
         temporary.sweep()
-        self._workers, self._logs = {}, {}
+        self._workers = {}

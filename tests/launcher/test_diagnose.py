@@ -34,8 +34,9 @@ RECORD = ErrorRecord(
 )
 
 
-def end(rank, code, at, *stderr, signalled=False, **more):
-    return Evidence(RankEnd(rank, 100 + rank, code, signalled, at, (), tuple(stderr)), f"logs/rank-{rank}.log", **more)
+def end(rank, code, at, *stderr, signalled=False, place=(None, ""), **more):
+    ended = RankEnd(rank, 100 + rank, code, signalled, at, (), tuple(stderr), 0, *place)
+    return Evidence(ended, f"logs/rank-{rank}.log", **more)
 
 
 def record(rank, at, **more):
@@ -228,3 +229,23 @@ def test_a_hang_is_a_failure_of_the_rank_that_hangs():
 )
 def test_what_is_not_known_of_a_hang_is_left_out(hang, cause):
     assert hung(hang, "log", 1).cause == cause
+
+
+VICTIM = end(0, 1, 6, record=record(0, 6, consequence=True, step=39))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "place"),
+    [
+        ([end(1, -9, 5, place=(6, "forward")), VICTIM], (6, "forward")),
+        ([end(1, 3, 5, place=(6, "data")), VICTIM], (6, "data")),
+        ([end(1, -9, 5, place=(0, "joining"))], (0, "joining")),
+        ([end(1, -9, 5, place=(6, "")), VICTIM], (39, "")),  # it had left training
+        ([end(1, -9, 5), VICTIM], (39, "")),  # a script, which publishes nothing
+        ([end(1, 1, 5, place=(6, "data"), record=record(1, 5))], (40, "forward")),  # its own words count more
+        ([end(1, -9, 5, place=(6, "sync")), end(0, -9, 6, signalled=True, place=(6, "forward"))], (6, "sync")),
+    ],
+)
+def test_a_culprit_that_can_say_nothing_is_placed_by_what_it_published(ranks, place):
+    failure = diagnose(ranks)
+    assert (failure.rank, failure.step, failure.phase) == (1, *place)

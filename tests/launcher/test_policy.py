@@ -87,6 +87,22 @@ def test_survivors_of_a_failure_end_at_once(code):
     assert patience.grace <= 0.5
 
 
+@pytest.mark.parametrize(
+    ("about", "wait", "grace"),
+    [
+        ({}, 0.0, 0.5),  # a script may have a handler for SIGTERM
+        ({"resumes": True}, 0.0, 0.0),
+        ({"resumes": True, "saving": True}, 0.0, 0.5),
+        ({"resumes": True, "is_victim": True}, 0.5, 0.5),
+        ({"resumes": True, "is_victim": True, "saving": True}, 0.5, 0.5),
+    ],
+)
+@pytest.mark.parametrize("code", [1, 3, 70, -9, -11])
+def test_survivors_of_a_recipe_get_no_time_unless_they_save_or_know_the_reason(code, about, wait, grace):
+    patience = after_exit(code, **about)
+    assert (patience.wait, patience.grace) == (wait, grace)
+
+
 @pytest.mark.parametrize("code", [2, 75, 76, 77, 78])
 def test_orderly_leavers_are_not_interrupted(code):
     assert after_exit(code).wait >= 2

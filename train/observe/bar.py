@@ -7,9 +7,12 @@ a pipe, so there the launcher draws.
 from __future__ import annotations
 
 import atexit
+import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TextIO
+
+from samestep.launcher.contract import ENV_PDB
 
 _REDRAW_SECONDS = 0.1
 
@@ -83,5 +86,6 @@ class LiveView:
 
 
 def bar(stream: TextIO, total_steps: int, epochs: int) -> Bar:
-    """The view on a terminal, else plain lines."""
-    return LiveView(stream, total_steps, epochs) if stream.isatty() else PlainLines()
+    """The view on a terminal, else plain lines; so they are too where a debugger needs the terminal."""
+    drawn = stream.isatty() and ENV_PDB not in os.environ
+    return LiveView(stream, total_steps, epochs) if drawn else PlainLines()

@@ -10,7 +10,7 @@ import datetime as dt
 import os
 import queue
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from samestep.launcher.contract import (
     UsageError,
     WorkerEnv,
 )
+from samestep.train import post_mortem
 from samestep.train.parallel.meet import meet
 
 # torch 2.13 gave the collective a new name and warns about the old one.
@@ -194,10 +195,10 @@ def join(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if env.world_size > 1 and environ.get(ENV_STORE_PORT):
-        _init_group(env, device, _launchers_store(env, environ))
+        _init_group(env, device, _launchers_store(env, environ), environ)
     elif env.world_size > 1 and env.job and not env.master_addr and run_dir is not None:
         store, published = meet(env, run_dir, environ, dt.timedelta(seconds=JOIN_SECONDS))
-        _init_group(env, device, store)
+        _init_group(env, device, store, environ)
         published.unlink(missing_ok=True)  # all ranks have met
     accelerator = Accelerator(
         cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=dt.timedelta(minutes=30))]
@@ -235,12 +236,13 @@ def _launchers_store(env: WorkerEnv, environ: MutableMapping[str, str]) -> dist.
     return store
 
 
-def _init_group(env: WorkerEnv, device: torch.device, store: dist.Store) -> None:
+def _init_group(env: WorkerEnv, device: torch.device, store: dist.Store, environ: Mapping[str, str]) -> None:
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=env.rank,
         world_size=env.world_size,
+        timeout=post_mortem.patience(environ),
         device_id=device if device.type == "cuda" else None,
     )
 

@@ -1,0 +1,30 @@
+"""A look at what user code left when it failed, on the rank that `samestep run --pdb` has given the terminal."""
+
+from __future__ import annotations
+
+import bdb
+import datetime as dt
+import pdb
+import sys
+from collections.abc import Mapping
+
+from samestep.launcher.contract import ENV_PDB
+from samestep.train import leave
+from samestep.train.cause import cause_of
+
+_PATIENCE = dt.timedelta(days=7)
+
+
+def patience(environ: Mapping[str, str]) -> dt.timedelta | None:
+    """How long collectives may take: what torch thinks, or as long as somebody wants to look at one of the ranks."""
+    return _PATIENCE if environ.get(ENV_PDB) else None
+
+
+def look(error: Exception, environ: Mapping[str, str], rank: int) -> Exception:
+    """Enter pdb where `error` was raised, if it is this rank's own; give it back when its user has seen enough."""
+    wanted = environ.get(ENV_PDB) == str(rank) and not isinstance(error, bdb.BdbQuit)
+    if wanted and not leave.is_consequence(error):
+        cause = cause_of(error)
+        sys.stderr.write(f"samestep: rank {rank} raised {cause.kind}: {cause.message}; q goes on\n")
+        pdb.post_mortem(error.__traceback__)
+    return error
