@@ -46,6 +46,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "environment": set(),
     "cause": set(),
     "leave": {"cause"},
+    "post_mortem": {"cause", "leave"},
     "as_main": set(),
     "doctor": set(),
     "recipe": set(),

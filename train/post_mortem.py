@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bdb
-import datetime as dt
 import pdb
 import sys
 from collections.abc import Mapping
@@ -11,13 +10,6 @@ from collections.abc import Mapping
 from samestep.launcher.contract import ENV_PDB
 from samestep.train import leave
 from samestep.train.cause import cause_of
-
-_PATIENCE = dt.timedelta(days=7)
-
-
-def patience(environ: Mapping[str, str]) -> dt.timedelta | None:
-    """How long collectives may take: what torch thinks, or as long as somebody wants to look at one of the ranks."""
-    return _PATIENCE if environ.get(ENV_PDB) else None
 
 
 def look(error: Exception, environ: Mapping[str, str], rank: int) -> Exception:

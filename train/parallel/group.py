@@ -23,18 +23,19 @@ from torch import Tensor
 
 from samestep.launcher.contract import (
     ENV_JOIN_TIMEOUT,
+    ENV_PDB,
     ENV_STORE_ADDR,
     ENV_STORE_FD,
     ENV_STORE_PORT,
     UsageError,
     WorkerEnv,
 )
-from samestep.train import post_mortem
 from samestep.train.parallel.meet import meet
 
 # torch 2.13 gave the collective a new name and warns about the old one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+_LOOKED_AT = dt.timedelta(days=7)  # collectives may take, while somebody looks at one of the ranks
 JOIN_SECONDS = 120.0  # where no launcher of ours says how long
 
 
@@ -242,7 +243,7 @@ def _init_group(env: WorkerEnv, device: torch.device, store: dist.Store, environ
         store=store,
         rank=env.rank,
         world_size=env.world_size,
-        timeout=post_mortem.patience(environ),
+        timeout=_LOOKED_AT if environ.get(ENV_PDB) else None,
         device_id=device if device.type == "cuda" else None,
     )
 
