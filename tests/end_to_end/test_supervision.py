@@ -128,6 +128,7 @@ def test_a_rank_killed_from_outside_is_placed_by_step_and_phase(hang_timeout, ru
     assert run.process.returncode == 1
 
 
+@pytest.mark.slow
 def test_ranks_outlive_their_fork_server_and_the_next_start_gets_another_one(running):
     run = running(IN_STEP_3="wait", IN_STEP_5="fail 1", IN_STEP_2="wait later")
     for rank in (0, 1):
