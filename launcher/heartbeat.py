@@ -19,7 +19,7 @@ from samestep.launcher.contract import ENV_HEARTBEAT_FD
 
 # In the order in which a rank goes through them; between steps `step` counts the steps completed.
 PHASES = (
-    *("", "joining", "build", "evaluation", "checkpoint", "loading"),
+    *("", "joining", "build", "evaluation", "checkpoint", "profile", "loading"),
     *("data", "forward", "backward", "sync", "optimizer", "closing"),
 )
 IN_STEP = frozenset({"data", "forward", "backward", "sync", "optimizer"})

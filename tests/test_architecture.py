@@ -63,6 +63,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "step": {"data", "finite", "observe", "parallel", "recipe"},
     "signals": set(),
     "finite": {"data", "parallel"},
+    "fused": set(),
     "preemption": {"loop"},
     "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "state", "step"},
 }

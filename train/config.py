@@ -83,6 +83,9 @@ class TrainConfig:
         int | None, Option("run this step of an earlier run again, on one process, and compare its bits", "step")
     ] = None
     debug: Annotated[bool, Option("with --replay: stop in the debugger before that step")] = False
+    profile: Annotated[
+        int | None, Option("trace so many steps after the first 3, all ranks in one file for Perfetto", "steps")
+    ] = None
     allow_nondeterministic: Annotated[
         bool, Option("go on where torch has no deterministic kernel; outside the bit promises")
     ] = False
@@ -109,6 +112,7 @@ class TrainConfig:
             "checkpoint_every": 1,
             "keep_checkpoints": 1,
             "replay": 1,
+            "profile": 1,
         }
         for name, bound in least.items():
             value = getattr(self, name)
@@ -120,6 +124,8 @@ class TrainConfig:
                 raise UsageError(f"--{name.replace('_', '-')} is expected to be above 0, but is {value}")
         if self.debug and self.replay is None:
             raise UsageError("--debug is expected to go with --replay STEP", "or write breakpoint() where to stop")
+        if self.profile is not None and self.replay is not None:
+            raise UsageError("--profile is expected without --replay", "a replay is one step, and none is left out")
         if self.comm_hook is not None and self.reduction != "fast":
             raise UsageError(
                 f"--comm-hook {self.comm_hook} is expected to go with --reduction fast, but it is {self.reduction}",

@@ -31,7 +31,7 @@ from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run
-from samestep.train.observe import trackers
+from samestep.train.observe import profile, trackers
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import JoinTimeoutError, Membership, join, pick_device
 from samestep.train.recipe import Components
@@ -204,16 +204,11 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         start.load_weights(components.model, config.weights)
     components.model.to(member.device)
     uncompiled = compile_in_place(components.model, member.device, member.group) if config.compile else ""
-    facts = {
-        "seed": config.seed,
-        "shards": shards,
-        "order": SPEC,
-        "dataset": dataset_fingerprint(components.train_data, config.seed),
-        **environment.record(member.device),
-    }
-    if config.check != "never":
-        check_samples_repeat(components.train_data, config.seed, facts["dataset"])
+    facts = _facts(components, joined)
     signals = StopSignals(active=not program.in_notebook())
+    progress.pulse = profile.around(
+        progress.pulse, config.profile, member.group, run_dir.path, lambda text: run.reporter.note(text)
+    )
     setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence, signals)
     run = assemble(components, setting, progress)
     progress.clock = run.step.clock
@@ -246,6 +241,16 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))
     member.group.barrier()
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)
+
+
+def _facts(components: Components, joined: _Joined) -> dict[str, Any]:
+    """What is kept in every checkpoint; the samples, of which it tells, have to come out twice alike."""
+    seed = joined.config.seed
+    dataset = dataset_fingerprint(components.train_data, seed)
+    if joined.config.check != "never":
+        check_samples_repeat(components.train_data, seed, dataset)
+    known = {"seed": seed, "shards": joined.shards, "order": SPEC, "dataset": dataset}
+    return known | environment.record(joined.member.device)
 
 
 def _close(run: Run, run_dir: RunDir, rank: int) -> str:

@@ -20,6 +20,7 @@ from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RankInf
 from samestep.launcher.lock import RunLock
 from samestep.train import environment
 from samestep.train.config import TrainConfig, plain
+from samestep.train.fused import fused_hint
 from samestep.train.loop import Run
 from samestep.train.parallel.group import Membership
 from samestep.train.state import checkpoint
@@ -27,7 +28,7 @@ from samestep.train.state import checkpoint
 # Options that may change between two starts of a run without anybody noticing.
 _FREE = frozenset(
     "epochs max_steps log_every eval_every checkpoint_every checkpoint_seconds keep_checkpoints "
-    "resume run_dir num_workers config shards threads weights best check trackers replay debug".split()
+    "resume run_dir num_workers config shards threads weights best check trackers replay debug profile".split()
 )
 # Events that describe starts and faults, not training: they stay when a resume cuts what is done again.
 _LIFECYCLE = frozenset({"run_started", "restarted", "resumed", "preempted", "worker_failed", "warning"})
@@ -285,3 +286,5 @@ def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generat
         }
         run_dir.config.write_text(json.dumps(content, indent=1) + "\n")
     run.reporter.started(max(generation, run.state.restarts), shards, ranks)
+    for hint in filter(None, [fused_hint(run.components.optimizer, member.device)]):
+        run.reporter.note(hint)

@@ -184,3 +184,13 @@ def _loads(seconds: Table, memory: Table) -> RankLoads:
         seconds=dict(zip(PHASES, of_ranks, strict=True)),
         memory={kind: [int(held) for held in column] for kind, column in zip(KINDS, memory.T.tolist(), strict=True)},
     )
+
+
+def phase_line(records: list[StepRecord]) -> str:
+    """Where the time of some steps went on average, and which rank spent most of it, in one line."""
+    means = {phase: sum(record.seconds[phase]["mean"] for record in records) for phase in PHASES}
+    whole = sum(means.values()) or 1.0
+    shares = ", ".join(f"{phase} {100 * seconds / whole:.0f}%" for phase, seconds in means.items())
+    phase = max(PHASES, key=lambda name: sum(r.seconds[name]["max"] - r.seconds[name]["mean"] for r in records))
+    ranks = [record.seconds[phase]["slowest_rank"] for record in records]
+    return f"{shares}; slowest in {phase}: rank {max(set(ranks), key=ranks.count)}"

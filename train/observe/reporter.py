@@ -15,7 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from samestep.launcher.contract import RankInfo
 from samestep.train.observe.bar import Bar, PlainLines, bar
-from samestep.train.observe.ledger import EpochSums, StepRecord
+from samestep.train.observe.ledger import EpochSums, StepRecord, phase_line
 from samestep.train.observe.phases import PHASES
 
 
@@ -42,6 +42,9 @@ class Reporter(Protocol):
 
     def loader(self, workers: int, prefetch: int, text: str) -> None:
         """How batches are fetched, and a sentence about it or nothing."""
+
+    def note(self, text: str) -> None:
+        """A sentence that asks for nothing."""
 
     def warning(self, text: str, **about: str | int) -> None:
         """Something the person should know; training goes on. `about` is for programs."""
@@ -81,6 +84,9 @@ class NullReporter:
         """Nothing."""
 
     def loader(self, workers: int, prefetch: int, text: str) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
         """Nothing."""
 
     def warning(self, text: str, **about: str | int) -> None:
@@ -220,6 +226,11 @@ class RankZeroReporter:
         if text:
             self._print(text)
 
+    def note(self, text: str) -> None:
+        """Print it and write the event."""
+        self._write([{"event": "note", "text": text}])
+        self._print(text)
+
     def warning(self, text: str, **about: str | int) -> None:
         """Print to stderr and write the event."""
         self._write([{"event": "warning", "text": text, **about}])
@@ -279,13 +290,3 @@ def step_line(record: StepRecord, now: float) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def phase_line(records: list[StepRecord]) -> str:
-    """Where the time of some steps went on average, and which rank spent most of it, in one line."""
-    means = {phase: sum(record.seconds[phase]["mean"] for record in records) for phase in PHASES}
-    whole = sum(means.values()) or 1.0
-    shares = ", ".join(f"{phase} {100 * seconds / whole:.0f}%" for phase, seconds in means.items())
-    phase = max(PHASES, key=lambda name: sum(r.seconds[name]["max"] - r.seconds[name]["mean"] for r in records))
-    ranks = [record.seconds[phase]["slowest_rank"] for record in records]
-    return f"{shares}; slowest in {phase}: rank {max(set(ranks), key=ranks.count)}"

@@ -219,6 +219,10 @@ class TrackedReporter:
         """Nothing for a tracker."""
         self.inner.warning(text, **about)
 
+    def note(self, text: str) -> None:
+        """Nothing for a tracker."""
+        self.inner.note(text)
+
     def already_finished(self, digest: str, steps: int) -> None:
         """Nothing for a tracker."""
         self.inner.already_finished(digest, steps)
