@@ -36,6 +36,7 @@ class StopSignals:
         self._now = now
         self._at = 0.0
         self._active = active
+        self._interrupted = False
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -59,9 +60,12 @@ class StopSignals:
         return max(0.0, self._at + _USABLE * self.grace - self._now()) if self.signum else None
 
     def _note(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 (Python's form)
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if self._interrupted:  # it came before the line above had run the first time
+                os.kill(os.getpid(), signal.SIGINT)
+            self._interrupted = True
         if not self.signum:
             self.signum, self._at = signum, self._now()
             if self._alone:  # os.write: the signal may have come in the middle of a print
                 os.write(2, b"samestep: finishing the step and saving (Ctrl-C once more: at once)\n")
-        if signum == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -117,6 +117,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_a_slow_rank_of_a_real_run_is_a_warning(trained, tmp_path):
     recipe = tmp_path / "slow.py"
     recipe.write_text(RECIPE)
