@@ -36,6 +36,18 @@ class Subject:
     scheduler: Any = None
     scheduler_interval: str = "step"
 
+    @property
+    def hooked(self) -> list[tuple[str, nn.Module]]:
+        """Modules whose forward may be hooked: none of a compiled model, whose graphs and bits hooks would change."""
+        modules = list(self.model.named_modules())
+        compiled = any(_is_compiled(module) for _, module in modules)
+        return [] if compiled else modules
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `module.compile()` or by `torch.compile(module)`."""
+    return module._compiled_call_impl is not None or "OptimizedModule" in type(module).__name__
+
 
 class Check:
     """Looks nowhere and finds nothing; a check overrides the moments that it needs."""

@@ -21,7 +21,7 @@ class TrainingMode(Check):
         self._training = False
         self._expected: dict[str, bool] | None = None
         self._before: dict[str, bool] = {}
-        self._hook = subject.model.register_forward_pre_hook(self._on_forward)
+        self._hooks = [module.register_forward_pre_hook(self._on_forward) for _, module in subject.hooked[:1]]
 
     def before_step(self, plan: StepPlan) -> Iterator[Finding]:  # noqa: ARG002
         """Compare with the first step."""
@@ -65,7 +65,8 @@ class TrainingMode(Check):
 
     def close(self) -> None:
         """Take the hook away."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def _on_forward(self, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002
         self._evaluated |= self._training and not module.training and torch.is_grad_enabled()

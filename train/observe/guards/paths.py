@@ -20,8 +20,7 @@ class SamePath(Check):
         self._group = group
         self._here: list[str] = []
         self._steps: list[list[set[str]]] = []  # a step, a rank: modules that ran
-        compiled = any("OptimizedModule" in type(module).__name__ for module in subject.model.modules())
-        watched = () if compiled or group.world_size == 1 else subject.model.named_modules()  # hooks would recompile
+        watched = subject.hooked if group.world_size > 1 else []
         self._hooks = [module.register_forward_pre_hook(self._noting(name)) for name, module in watched]
 
     def before_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
