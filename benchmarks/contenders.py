@@ -131,20 +131,8 @@ def hand_written(workload: Workload, member: Membership, folder: Path) -> Steps:
 
     whole = isinstance(data, Tensor) or type(data) is TensorDataset
     batches = indexed() if whole else _batches(_plain_loader(components, workload, member))
-
-    def train(steps: int) -> None:
-        for number in range(steps):
-            batch = next(batches)
-            optimizer.zero_grad(set_to_none=True)
-            loss = workload.mean_loss(model, batch)
-            loss.backward()
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            if number % 100 == 99:
-                loss.item()  # what would be printed
-
-    return train
+    backward = Tensor.backward
+    return _steps(batches, lambda batch: workload.mean_loss(model, batch), backward, optimizer, scheduler)
 
 
 def accelerate_loop(workload: Workload, member: Membership, folder: Path) -> Steps:
@@ -158,20 +146,8 @@ def accelerate_loop(workload: Workload, member: Membership, folder: Path) -> Ste
     )
     leave.end_hard(model)
     batches = _batches(loader)
-
-    def train(steps: int) -> None:
-        for number in range(steps):
-            batch = next(batches)
-            optimizer.zero_grad()
-            loss = workload.mean_loss(model, batch)
-            accelerator.backward(loss)
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            if number % 100 == 99:
-                loss.item()
-
-    return train
+    backward = accelerator.backward
+    return _steps(batches, lambda batch: workload.mean_loss(model, batch), backward, optimizer, scheduler)
 
 
 def fabric_loop(workload: Workload, member: Membership, folder: Path) -> Steps:
@@ -185,18 +161,27 @@ def fabric_loop(workload: Workload, member: Membership, folder: Path) -> Steps:
     leave.end_hard(model)
     plain = DataLoader(components.train_data, batch_size=_share(workload, member), shuffle=True, drop_last=True)
     batches, scheduler = _batches(fabric.setup_dataloaders(plain)), components.scheduler
+    backward = fabric.backward
+    return _steps(batches, lambda batch: workload.mean_loss(model, batch), backward, optimizer, scheduler)
 
+
+def _steps(
+    batches: Iterator[Any],
+    loss_of: Callable[[Any], Tensor],
+    backward: Callable[[Tensor], None],
+    optimizer: Any,
+    scheduler: Any,
+) -> Steps:
     def train(steps: int) -> None:
         for number in range(steps):
-            batch = next(batches)
-            optimizer.zero_grad()
-            loss = workload.mean_loss(model, batch)
-            fabric.backward(loss)
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(next(batches))
+            backward(loss)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
             if number % 100 == 99:
-                loss.item()
+                loss.item()  # what would be printed
 
     return train
 

@@ -8,8 +8,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from samestep.launcher.contract import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from samestep.launcher.command_line.argv import Recipe
+
+Config = TypeVar("Config")
 
 USAGE = """\
 usage: samestep run [options] recipe.py [recipe options]
@@ -103,21 +109,21 @@ def commands() -> dict[str, Callable[[Sequence[str]], int]]:
 def _unknown(word: str, words: set[str]) -> UsageError:
     if word.endswith(".py"):
         return UsageError(f"{word} is expected to be a command, but is a file", f"samestep run {word}")
-    from samestep.launcher.options import nearest_hint
+    from samestep.launcher.command_line.options import nearest_hint
 
     known = words | {"--help", "--version"}
     return UsageError(f"unknown command {word}", nearest_hint(word, known) or "samestep --help lists the commands")
 
 
 def _doctor(argv: Sequence[str]) -> int:
+    from samestep.launcher.command_line.options import load
     from samestep.launcher.doctor.examine import DoctorConfig, doctor
-    from samestep.launcher.options import load
 
     return doctor(load(DoctorConfig, argv, {}, program="samestep doctor"), os.environ, print)
 
 
 def _completion(argv: Sequence[str]) -> int:
-    from samestep.launcher.completion import script
+    from samestep.launcher.command_line.completion import script
 
     if len(argv) > 1:
         raise UsageError(f"completion is expected to be followed by one shell, but got {len(argv)} words")
@@ -132,13 +138,13 @@ def _version() -> str:
 
 
 def _run(argv: Sequence[str]) -> int:
-    from samestep.launcher.argv import Kind, Recipe, split
+    from samestep.launcher.command_line.argv import Kind, Recipe, split
+    from samestep.launcher.command_line.options import load, question
+    from samestep.launcher.command_line.recipe_options import answer
+    from samestep.launcher.command_line.result import as_json
     from samestep.launcher.config import LaunchConfig
     from samestep.launcher.launch import dry_run, launch
-    from samestep.launcher.options import load, question
     from samestep.launcher.recipe_file import trains
-    from samestep.launcher.recipe_options import answer
-    from samestep.launcher.result import as_json
 
     own, words = split(argv)
     options, asked = question(own)  # also what is asked of the recipe, further down
@@ -170,18 +176,25 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _verify(argv: Sequence[str]) -> int:
-    from samestep.launcher.argv import Recipe, split
-    from samestep.launcher.options import load
-    from samestep.launcher.recipe_file import check
     from samestep.launcher.verify import VerifyConfig, verify
 
-    own, words = split(argv, VerifyConfig)
-    config = load(VerifyConfig, own, {}, program="samestep verify")
+    config, recipe = _asked_of_recipe(VerifyConfig, "verify", argv)
+    return verify(config, recipe, os.environ, print)
+
+
+def _asked_of_recipe(cls: type[Config], command: str, argv: Sequence[str]) -> tuple[Config, Recipe]:
+    from samestep.launcher.command_line.argv import Recipe, split
+    from samestep.launcher.command_line.options import load
+    from samestep.launcher.recipe_file import check
+
+    own, words = split(argv, cls)
+    config = load(cls, own, {}, program=f"samestep {command}")
     if not words:
-        raise UsageError("verify is expected to be followed by a recipe, but is not", "samestep verify recipe.py")
+        problem = f"{command} is expected to be followed by a recipe, but is not"
+        raise UsageError(problem, f"samestep {command} recipe.py")
     recipe = Recipe(words[0], tuple(words[1:]))
     check(recipe)
-    return verify(config, recipe, os.environ, print)
+    return config, recipe
 
 
 def _submit(argv: Sequence[str]) -> int:
@@ -197,17 +210,9 @@ def _plan(argv: Sequence[str]) -> int:
 
 
 def _chaos(argv: Sequence[str]) -> int:
-    from samestep.launcher.argv import Recipe, split
     from samestep.launcher.chaos.run import ChaosConfig, chaos
-    from samestep.launcher.options import load
-    from samestep.launcher.recipe_file import check
 
-    own, words = split(argv, ChaosConfig)
-    config = load(ChaosConfig, own, {}, program="samestep chaos")
-    if not words:
-        raise UsageError("chaos is expected to be followed by a recipe, but is not", "samestep chaos recipe.py")
-    recipe = Recipe(words[0], tuple(words[1:]))
-    check(recipe)
+    config, recipe = _asked_of_recipe(ChaosConfig, "chaos", argv)
     return chaos(config, recipe, os.environ, print)
 
 
@@ -230,7 +235,7 @@ def _digest(argv: Sequence[str]) -> int:
 
 
 def _stacks(argv: Sequence[str]) -> int:
-    from samestep.launcher.live import stacks_of_run
+    from samestep.launcher.diagnosis.live import stacks_of_run
 
     if len(argv) == 1 and argv[0] in ("--help", "-h"):
         print(HELP, end="")

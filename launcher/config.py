@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from samestep.launcher.command_line.options import Option
 from samestep.launcher.contract import DEFAULT_GRACE_SECONDS, UsageError
-from samestep.launcher.options import Option
 
 DEFAULT_MAX_RESTARTS = 3  # of a recipe, which resumes; a script that may not is started once
 

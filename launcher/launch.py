@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from samestep.launcher import debugging, evidence, host, manifest, meeting, recipe_file, run_dir
-from samestep.launcher.argv import Recipe
+from samestep.launcher import debugging, host, manifest, meeting, recipe_file, run_dir
 from samestep.launcher.cluster.follower import Follower, FollowerJob
 from samestep.launcher.cluster.head import Head
 from samestep.launcher.cluster.headship import open_head
 from samestep.launcher.cluster.layout import Layout, layout
 from samestep.launcher.cluster.team import LOOPBACK, Alone, NotStartedError, Team
+from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig
 from samestep.launcher.contract import EXIT_MEANING, ExitCode, RunDir, UsageError
-from samestep.launcher.diagnose import Failure, describe, diagnose, hung, is_consequence
+from samestep.launcher.diagnosis import evidence
+from samestep.launcher.diagnosis.diagnose import Failure, describe, diagnose, hung, is_consequence
 from samestep.launcher.lock import RunLock
 from samestep.launcher.plan import Command, Facts, Meeting, fork_server_environment, plan, render
 from samestep.launcher.supervise import policy, terminal

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from samestep.launcher.argv import Kind, Recipe
+from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import (
     DEFAULT_GRACE_SECONDS,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-from samestep.launcher.argv import Kind, Recipe
+from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.contract import UsageError
 
 _TRAINS = re.compile(rb"^[ \t]*(from|import)[ \t]+samestep\b[ \t.\w]*\btrain\b", re.MULTILINE)

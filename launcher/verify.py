@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Annotated
 
 from samestep.launcher import manifest
-from samestep.launcher.argv import Recipe
+from samestep.launcher.command_line.argv import Recipe
+from samestep.launcher.command_line.options import Option
 from samestep.launcher.contract import WEIGHTS, ExitCode, RunDir, UsageError
 from samestep.launcher.digest import file_digest, tensor_digests
-from samestep.launcher.options import Option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from samestep.launcher import cli, contract, options
+from samestep.launcher import cli, contract
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
+from samestep.launcher.command_line import options
 from samestep.launcher.config import LaunchConfig
 from samestep.train import TrainConfig
 

@@ -13,7 +13,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from samestep.launcher.traceback_text import last_exception
+from samestep.launcher.diagnosis.traceback_text import last_exception
 
 _OURS = str(Path(__file__).parent) + os.sep
 _NOTE = "samestep: raised by "

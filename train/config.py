@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from samestep.launcher.command_line.options import Option
 from samestep.launcher.contract import UsageError
-from samestep.launcher.options import Option
 
 DEFAULT_CHECKPOINT_SECONDS = 60.0
 

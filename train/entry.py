@@ -20,8 +20,8 @@ from samestep.launcher.contract import (
     WorkerEnv,
     default_run_dir,
 )
+from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
 from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
-from samestep.launcher.stack_signal import tell_stacks_when_asked
 from samestep.train import environment, leave, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components, check_samples_repeat

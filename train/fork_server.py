@@ -23,7 +23,7 @@ import torch._dynamo
 import torch._inductor.config  # deterministic mode imports it
 
 import samestep.train.entry  # noqa: F401 (all that a recipe needs)
-from samestep.launcher import options
+from samestep.launcher.command_line import options
 from samestep.launcher.liveness import die_with
 from samestep.train.as_main import run_and_leave
 from samestep.train.config import TrainConfig

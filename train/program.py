@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from samestep.launcher import options
+from samestep.launcher.command_line import options
 from samestep.train.config import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)

@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from samestep.launcher import manifest, memory_signs, options
+from samestep.launcher import manifest
+from samestep.launcher.command_line import options
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RankInfo, RunDir, UsageError
+from samestep.launcher.diagnosis import memory_signs
 from samestep.launcher.lock import RunLock
 from samestep.train import environment
 from samestep.train.config import TrainConfig, plain

@@ -15,15 +15,16 @@ from typing import Annotated
 
 import psutil
 
-from samestep.launcher import manifest, memory_signs
-from samestep.launcher.argv import Recipe
+from samestep.launcher import manifest
 from samestep.launcher.chaos.kinds import BY_NAME, KINDS, Kind
 from samestep.launcher.chaos.outcome import Trial, Verdict, table
 from samestep.launcher.chaos.plan import Course, Fault, plan, soak
 from samestep.launcher.chaos.trace import Trace
 from samestep.launcher.chaos.trial import Expected, Subject
+from samestep.launcher.command_line.argv import Recipe
+from samestep.launcher.command_line.options import Option, nearest_hint, peek
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
-from samestep.launcher.options import Option, nearest_hint, peek
+from samestep.launcher.diagnosis import memory_signs
 from samestep.launcher.supervise.process import start_in_session
 
 _FORM = {"module": ["-m"], "command": ["--no-python"]}

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from samestep.launcher import evidence, interfaces, manifest
-from samestep.launcher.argv import Recipe
+from samestep.launcher import interfaces, manifest
 from samestep.launcher.cluster import admission
 from samestep.launcher.cluster.hub import Gone, Hub
 from samestep.launcher.cluster.layout import Layout
+from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
-from samestep.launcher.diagnose import is_consequence
+from samestep.launcher.diagnosis import evidence
+from samestep.launcher.diagnosis.diagnose import is_consequence
 from samestep.launcher.plan import Facts, Meeting, fork_server_environment, plan
 from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console

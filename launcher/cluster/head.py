@@ -19,7 +19,7 @@ from samestep.launcher.cluster.layout import Layout
 from samestep.launcher.cluster.roster import Candidate, choose
 from samestep.launcher.cluster.team import Assembled, NotStartedError
 from samestep.launcher.contract import ExitCode, RunDir
-from samestep.launcher.diagnose import Failure
+from samestep.launcher.diagnosis.diagnose import Failure
 from samestep.launcher.plan import Facts, Meeting
 from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import posixpath
 
-from samestep.launcher.argv import Kind, Recipe
 from samestep.launcher.cluster import pod
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
 from samestep.launcher.cluster.kubernetes_names import check_label, label_of
 from samestep.launcher.cluster.pod import Manifest, Place
+from samestep.launcher.command_line.argv import Kind, Recipe
+from samestep.launcher.command_line.options import peek
 from samestep.launcher.contract import UsageError
-from samestep.launcher.options import peek
 
 _TRAINER = "trainer.kubeflow.org"
 _JOB_IN_SET = "node"  # the name that Kubeflow's Trainer looks for, of the job and of its container

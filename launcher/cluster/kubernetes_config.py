@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from samestep.launcher.cluster import kubernetes_names as names
+from samestep.launcher.command_line.options import Option
 from samestep.launcher.contract import UsageError
-from samestep.launcher.options import Option
 
 Kind = Literal["indexed-job", "jobset", "trainjob"]
 _AT_LEAST_ONE = ("nodes", "nproc_per_node", "user")

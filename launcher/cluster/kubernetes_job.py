@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from samestep.launcher.argv import Kind, Recipe, split_around
 from samestep.launcher.cluster import kubectl, pod
 from samestep.launcher.cluster.kubernetes import manifests, run_name
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
+from samestep.launcher.command_line.argv import Kind, Recipe, split_around
+from samestep.launcher.command_line.options import load
 from samestep.launcher.contract import ExitCode, UsageError
-from samestep.launcher.options import load
 
 
 def submit_kubernetes(argv: Sequence[str], environ: Mapping[str, str], say: Callable[[str], None]) -> int:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from samestep.launcher.argv import Kind, Recipe
 from samestep.launcher.cluster import kubernetes_names as names
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
+from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.contract import ENV_RUN_DIR, ExitCode
 
 Manifest = dict[str, Any]

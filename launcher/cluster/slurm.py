@@ -17,9 +17,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-from samestep.launcher.argv import Kind, Recipe
+from samestep.launcher.command_line.argv import Kind, Recipe
+from samestep.launcher.command_line.options import Option, peek
 from samestep.launcher.contract import ExitCode, UsageError
-from samestep.launcher.options import Option, peek
 
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.,+@:=-]*"
 _PATTERNS = {

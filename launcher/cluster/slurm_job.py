@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from samestep.launcher import recipe_file, run_dir
-from samestep.launcher.argv import Kind, Recipe, split_around
 from samestep.launcher.cluster.slurm import SlurmConfig, script
+from samestep.launcher.command_line.argv import Kind, Recipe, split_around
+from samestep.launcher.command_line.options import load
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
-from samestep.launcher.options import load
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.progress import Progress
 

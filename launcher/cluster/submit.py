@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from samestep.launcher.cluster.kubernetes_job import submit_kubernetes
 from samestep.launcher.cluster.slurm_job import submit_slurm
+from samestep.launcher.command_line.options import nearest_hint
 from samestep.launcher.contract import UsageError
-from samestep.launcher.options import nearest_hint
 
 Say = Callable[[str], None]
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from samestep.launcher import meeting
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import ExitCode
-from samestep.launcher.diagnose import Failure
+from samestep.launcher.diagnosis.diagnose import Failure
 from samestep.launcher.plan import Facts, Meeting
 from samestep.launcher.supervise.outcome import Generation
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from samestep.launcher.command_line.options import Option
 from samestep.launcher.contract import ENV_RUN_DIR, ExitCode, UsageError
 from samestep.launcher.doctor import machine, verdict
 from samestep.launcher.doctor.verdict import Row
-from samestep.launcher.options import Option
 
 _PROGRAM = "samestep.train.doctor"
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

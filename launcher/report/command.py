@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from samestep.launcher.argv import interleaved
+from samestep.launcher.command_line.argv import interleaved
+from samestep.launcher.command_line.options import Option, load
 from samestep.launcher.contract import RunDir, UsageError
-from samestep.launcher.options import Option, load
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from samestep.launcher.argv import interleaved
+from samestep.launcher.command_line.argv import interleaved
+from samestep.launcher.command_line.options import load
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
-from samestep.launcher.options import load
 from samestep.launcher.scale.drawing import write
 from samestep.launcher.scale.measured import Measured, measured
 from samestep.launcher.scale.plan_config import PlanConfig, numbers_of_ranks

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
+from samestep.launcher.command_line.options import Option
 from samestep.launcher.contract import UsageError
-from samestep.launcher.options import Option
 from samestep.launcher.scale.faults import LLAMA3_RANK_HOURS
 from samestep.launcher.scale.network import Link, Machines
 from samestep.launcher.scale.predict import Question, Scaling

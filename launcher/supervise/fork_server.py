@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-from samestep.launcher.argv import Kind
+from samestep.launcher.command_line.argv import Kind
 from samestep.launcher.contract import HANDED_DOWN
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise.events import Stream

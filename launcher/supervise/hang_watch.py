@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from samestep.launcher import stack_probe
 from samestep.launcher.contract import RunDir
+from samestep.launcher.diagnosis import stack_probe
+from samestep.launcher.diagnosis.stacks import render_all
 from samestep.launcher.heartbeat import Beat, Board
-from samestep.launcher.stacks import render_all
 from samestep.launcher.supervise.outcome import Hang
 from samestep.launcher.supervise.watchdog import TICK_SECONDS, Patience, Sample, Watchdog
 

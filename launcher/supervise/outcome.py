@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from samestep.launcher.memory_signs import NOTHING_COUNTED, MemorySigns
+from samestep.launcher.diagnosis.memory_signs import NOTHING_COUNTED, MemorySigns
 
 
 @dataclass(frozen=True, slots=True)

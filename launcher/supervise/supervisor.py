@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from samestep.launcher import memory_signs, temporary
+from samestep.launcher import temporary
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import RunDir
+from samestep.launcher.diagnosis import memory_signs
+from samestep.launcher.diagnosis.memory_signs import NOTHING_COUNTED
 from samestep.launcher.liveness import adopt_orphans
-from samestep.launcher.memory_signs import NOTHING_COUNTED
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise import policy, process
 from samestep.launcher.supervise.console import Console

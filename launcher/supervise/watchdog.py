@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from samestep.launcher.diagnosis.stacks import Stacks
 from samestep.launcher.heartbeat import IN_STEP, PHASES, SPANS, Beat
-from samestep.launcher.stacks import Stacks
 from samestep.launcher.supervise.outcome import Hang
 
 TICK_SECONDS = 0.25

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TextIO
 
-from samestep.launcher.argv import interleaved
+from samestep.launcher.command_line.argv import interleaved
+from samestep.launcher.command_line.options import Option, load
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.lock import Owner
-from samestep.launcher.options import Option, load
 from samestep.launcher.view.follow import Follower
 from samestep.launcher.view.lines import one_line
 from samestep.launcher.view.standing import Standing

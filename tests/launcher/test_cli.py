@@ -39,7 +39,7 @@ def test_help_takes_a_quarter_of_a_second_at_most():
 
 def test_launcher_never_imports_torch_or_numpy():
     code = (
-        "import sys, json; from samestep.launcher import cli, launch, options; "
+        "import sys, json; from samestep.launcher import cli, launch; "
         "print(json.dumps([name for name in ('torch', 'numpy', 'accelerate', 'rich') if name in sys.modules]))"
     )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

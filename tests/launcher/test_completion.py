@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from samestep.launcher import cli
-from samestep.launcher.completion import SHELLS, application, script
+from samestep.launcher.command_line.completion import SHELLS, application, script
 
 ASK = """
 source "$1"; shift

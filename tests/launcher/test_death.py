@@ -6,9 +6,9 @@ import signal
 
 import pytest
 
-from samestep.launcher.death import explain, hint_for, last_words
-from samestep.launcher.diagnose import Evidence, describe, diagnose
-from samestep.launcher.memory_signs import MemorySigns
+from samestep.launcher.diagnosis.death import explain, hint_for, last_words
+from samestep.launcher.diagnosis.diagnose import Evidence, describe, diagnose
+from samestep.launcher.diagnosis.memory_signs import MemorySigns
 from samestep.launcher.supervise.outcome import RankEnd
 
 GIB = 1 << 30

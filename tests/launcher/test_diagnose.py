@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from samestep.launcher.contract import ErrorRecord
-from samestep.launcher.diagnose import Evidence, describe, diagnose, hung
+from samestep.launcher.diagnosis.diagnose import Evidence, describe, diagnose, hung
+from samestep.launcher.diagnosis.traceback_text import last_exception, tells_of_another_rank
 from samestep.launcher.supervise.outcome import Hang, RankEnd
-from samestep.launcher.traceback_text import last_exception, tells_of_another_rank
 
 
 def traceback(text: str, file: str = "user.py") -> tuple[str, ...]:

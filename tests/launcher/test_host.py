@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from samestep.launcher.argv import Kind, Recipe, split
+from samestep.launcher.command_line.argv import Kind, Recipe, split
 from samestep.launcher.contract import UsageError
 from samestep.launcher.host import HostFacts, _visible, count_ranks
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from samestep.launcher import memory_signs
-from samestep.launcher.memory_signs import MemorySigns, footprint, read, size
+from samestep.launcher.diagnosis import memory_signs
+from samestep.launcher.diagnosis.memory_signs import MemorySigns, footprint, read, size
 
 ACTOR = Path(__file__).parent.parent / "workers" / "actor.py"
 V1 = Path("/sys/fs/cgroup/memory")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from samestep.launcher import who_started
-from samestep.launcher.argv import Kind, Recipe
+from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import RunDir
 from samestep.launcher.plan import Facts, Meeting, plan, render

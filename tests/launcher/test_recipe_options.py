@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from samestep.launcher import provenance
+from samestep.launcher.command_line import provenance
 
 # Options as a recipe has them, without the seconds that importing torch takes; tests/train/ asks real recipes.
 RECIPE = '''
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from samestep.launcher.contract import UsageError
-from samestep.launcher.options import Option, load
+from samestep.launcher.command_line.options import Option, load
 
 @dataclass
 class Base:

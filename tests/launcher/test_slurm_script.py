@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from samestep.launcher.argv import Kind, Recipe
 from samestep.launcher.cluster.slurm import SlurmConfig, script
+from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.contract import UsageError
 
 RUN, HERE = Path("/shared/runs/x"), Path("/shared/project")

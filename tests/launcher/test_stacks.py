@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from samestep.launcher import contract, stack_probe
-from samestep.launcher.stacks import Stacks, parse_faulthandler, parse_spy
+from samestep.launcher import contract
+from samestep.launcher.diagnosis import stack_probe
+from samestep.launcher.diagnosis.stacks import Stacks, parse_faulthandler, parse_spy
 
 from .conftest import wait_until
 
@@ -21,7 +22,7 @@ OURS = Path(contract.__file__).resolve().parent.parent / "train"
 PROGRAM = """
 import re, signal, sys, threading, time
 from pathlib import Path
-from samestep.launcher.stack_signal import tell_stacks_when_asked
+from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
 tell_stacks_when_asked()
 def busy(): Path(sys.argv[1]).touch(); {what}
 def loss(): busy()
@@ -112,7 +113,7 @@ def test_a_process_that_is_gone_has_a_problem():
 def test_the_users_signal_handler_is_left_alone():
     code = (
         "import signal; mine = lambda *_: None; signal.signal(signal.SIGUSR2, mine)\n"
-        "from samestep.launcher.stack_signal import tell_stacks_when_asked as tell\n"
+        "from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked as tell\n"
         "tell(); assert signal.getsignal(signal.SIGUSR2) is mine"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from samestep.launcher import contract
+from samestep.launcher.diagnosis.stacks import Frame, Stacks, Thread
 from samestep.launcher.heartbeat import SPANS, Beat
-from samestep.launcher.stacks import Frame, Stacks, Thread
 from samestep.launcher.supervise.watchdog import TICK_SECONDS, Patience, Sample, Watchdog
 
 USER, TORCH = "recipe.py", "/x/site-packages/torch/distributed/distributed_c10d.py"

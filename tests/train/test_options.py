@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from samestep.launcher.command_line.options import Option, load, peek, table
 from samestep.launcher.contract import UsageError
-from samestep.launcher.options import Option, load, peek, table
 from samestep.train import TrainConfig
 
 

@@ -60,50 +60,11 @@ class Reporter(Protocol):
 
     def offset(self) -> int:
         """Bytes of events.jsonl so far: a checkpoint keeps it, a resume cuts there."""
-
-
-class NullReporter:
-    """Says nothing: what every rank but zero has."""
-
-    def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
-        """Nothing."""
-
-    def resumed(self, step: int, epoch: int, source: str) -> None:
-        """Nothing."""
-
-    def steps(self, records: list[StepRecord]) -> None:
-        """Nothing."""
-
-    def epoch(self, epoch: int, sums: EpochSums) -> None:
-        """Nothing."""
-
-    def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
-        """Nothing."""
-
-    def checkpoint(self, step: int, path: Path, seconds: float) -> None:
-        """Nothing."""
-
-    def loader(self, workers: int, prefetch: int, text: str) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def warning(self, text: str, **about: str | int) -> None:
-        """Nothing."""
-
-    def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
-        """Nothing."""
-
-    def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
-        """Nothing."""
-
-    def already_finished(self, digest: str, steps: int) -> None:
-        """Nothing."""
-
-    def offset(self) -> int:
-        """No file, no bytes."""
         return 0
+
+
+class NullReporter(Reporter):
+    """Says nothing: what every rank but zero has."""
 
 
 class EventLog:

@@ -17,8 +17,8 @@ from typing import Any
 
 from accelerate import tracking
 
+from samestep.launcher.command_line.options import nearest_hint
 from samestep.launcher.contract import RankInfo, UsageError
-from samestep.launcher.options import nearest_hint
 from samestep.train.observe.ledger import EpochSums, StepRecord
 from samestep.train.observe.reporter import Reporter
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from samestep.launcher.argv import Recipe
 from samestep.launcher.cluster.kubectl import token_manifest
 from samestep.launcher.cluster.kubernetes import manifests
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
+from samestep.launcher.command_line.argv import Recipe
 
 pytestmark = pytest.mark.slow  # for the packages that it needs: ./scripts/test --slow installs them
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from samestep.launcher.argv import Kind, Recipe, split_around
 from samestep.launcher.cluster import pod
 from samestep.launcher.cluster.kubernetes import manifests, run_name
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
 from samestep.launcher.cluster.submit import submit
+from samestep.launcher.command_line.argv import Kind, Recipe, split_around
 from samestep.launcher.contract import ExitCode, UsageError
 
 IMAGE = "registry.example/samestep:0.1.0"

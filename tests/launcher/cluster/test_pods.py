@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from samestep.launcher.argv import Recipe
 from samestep.launcher.cluster import pod
 from samestep.launcher.cluster.kubernetes import manifests
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
+from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import UsageError
 

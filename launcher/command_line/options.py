@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import cyclopts
 from cyclopts import Parameter
 
-from samestep.launcher import provenance
+from samestep.launcher.command_line import provenance
 from samestep.launcher.contract import UsageError
 
 HELP = ("--help", "-h")

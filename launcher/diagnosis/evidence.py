@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samestep.launcher.contract import ErrorRecord, RunDir, WorkerFailed
-from samestep.launcher.diagnose import Evidence, Failure
+from samestep.launcher.diagnosis.diagnose import Evidence, Failure
 from samestep.launcher.plan import Command
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from samestep.launcher.stack_signal import STACKS_FILE
-from samestep.launcher.stacks import Stacks, Thread, parse_faulthandler, parse_spy
+from samestep.launcher.diagnosis.stack_signal import STACKS_FILE
+from samestep.launcher.diagnosis.stacks import Stacks, Thread, parse_faulthandler, parse_spy
 
 _SECONDS = 8.0  # for all processes of a run together, which are looked at at once
 _SIGNAL_SECONDS = 2.0

@@ -14,9 +14,9 @@ from typing import Any, get_type_hints
 
 from cyclopts import Parameter
 
+from samestep.launcher.command_line.options import HELP, PRINT_CONFIG, nearest_hint, peek
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import ENV_LAUNCHED, ENV_RUN_DIR, UsageError, default_run_dir
-from samestep.launcher.options import HELP, PRINT_CONFIG, nearest_hint, peek
 
 
 class Kind(Enum):

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from samestep.launcher.argv import Kind, Recipe
-from samestep.launcher.options import question
+from samestep.launcher.command_line.argv import Kind, Recipe
+from samestep.launcher.command_line.options import question
 
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 

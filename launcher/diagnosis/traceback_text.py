@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_TRAIN = f"{Path(__file__).parent.with_name('train')}/"  # our own code in a rank
+_TRAIN = f"{Path(__file__).parent.parent.with_name('train')}/"  # our own code in a rank
 _LIBRARIES = ("site-packages", "dist-packages", "/lib/python")
 _RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch's own excepthook
 _FRAME = re.compile(r'^\s+File "(?P<file>.+?)", line (?P<line>\d+),? in (?P<name>.+)$')
 _EXCEPTION = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(: (?P<message>.*))?$")
-_OURS = tuple(str(Path(__file__).resolve().parent.parent / package) + os.sep for package in ("launcher", "train"))
+_OURS = tuple(str(Path(__file__).resolve().parents[2] / package) + os.sep for package in ("launcher", "train"))
 _NOT_A_CAUSE = frozenset({"SystemExit", "KeyboardInterrupt", "SignalException"})
 
 # What a rank says when another one has gone away, or when the group never came together.

@@ -14,10 +14,10 @@ from cyclopts import Parameter
 
 from samestep.launcher.chaos.run import ChaosConfig
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
+from samestep.launcher.command_line.options import command, nearest_hint
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import UsageError
 from samestep.launcher.doctor.examine import DoctorConfig
-from samestep.launcher.options import command, nearest_hint
 from samestep.launcher.scale.plan_config import PlanConfig
 from samestep.launcher.verify import VerifyConfig
 

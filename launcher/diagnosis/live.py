@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from samestep.launcher import stack_probe
 from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.diagnosis import stack_probe
+from samestep.launcher.diagnosis.stacks import render_all
 from samestep.launcher.lock import Owner
-from samestep.launcher.stacks import render_all
 
 _LOG_HEADER = re.compile(rb"^--- rank (\d+), generation \d+, pid (\d+), ", re.MULTILINE)
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from samestep.launcher.memory_signs import NOTHING_COUNTED, MemorySigns, size
+from samestep.launcher.diagnosis.memory_signs import NOTHING_COUNTED, MemorySigns, size
 
 _MUCH = 0.5  # of the memory that there is
 _FULL = 0.9

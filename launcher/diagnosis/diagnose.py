@@ -10,12 +10,18 @@ import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from samestep.launcher import death
 from samestep.launcher.contract import EXIT_MEANING, ErrorRecord, ExitCode
+from samestep.launcher.diagnosis import death
+from samestep.launcher.diagnosis.memory_signs import NOTHING_COUNTED, MemorySigns
+from samestep.launcher.diagnosis.traceback_text import (
+    Said,
+    crash_frame,
+    crash_stack,
+    last_exception,
+    tells_of_another_rank,
+)
 from samestep.launcher.heartbeat import IN_STEP
-from samestep.launcher.memory_signs import NOTHING_COUNTED, MemorySigns
 from samestep.launcher.supervise.outcome import Hang, RankEnd
-from samestep.launcher.traceback_text import Said, crash_frame, crash_stack, last_exception, tells_of_another_rank
 
 _MOST_FRAMES = 5  # of a stack, so that the block stays one look long
 

@@ -1,0 +1,1 @@
+"""Words and settings: from what was typed, the environment and files to values, and what is said of them."""
