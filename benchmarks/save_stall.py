@@ -28,7 +28,7 @@ from torch.utils.data import TensorDataset
 from samestep.launcher import manifest
 from samestep.launcher.contract import RunDir
 from samestep.train import Components, supervised
-from samestep.train.observe.reporter import NullReporter
+from samestep.train.observe.reporter import Reporter
 from samestep.train.parallel.agreement import Agreement
 from samestep.train.parallel.group import SoloGroup
 from samestep.train.state.saver import Clock, Schedule, WritingSaver
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     run_dir = RunDir(folder / "ours")
     agreement = Agreement(SoloGroup(), torch.device("cpu"), lambda: 0, lambda: False)
     saver = WritingSaver(Schedule(None, Clock(None), agreement), run_dir, 0, 2)
-    reporter = NullReporter()
+    reporter = Reporter()
 
     def ours(number: int) -> Callable[[], object]:
         state.step = number + 1

@@ -29,7 +29,7 @@ from samestep.train.observe.guards.check import Subject
 from samestep.train.observe.guards.watch import Guards, guards_for
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.phases import CudaClock, HostClock
-from samestep.train.observe.reporter import EventLog, NullReporter, RankZeroReporter, Reporter
+from samestep.train.observe.reporter import EventLog, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.agreement import PACE_SECONDS, Agreement
@@ -245,7 +245,7 @@ def _loader(
 
 def _reporter(setting: Setting, sampler: SameOrderSampler) -> Reporter:
     if setting.member.group.rank:
-        return NullReporter()
+        return Reporter()
     config = setting.config
     per_epoch = -(-sampler.samples // config.global_batch_size)
     total = per_epoch * config.epochs

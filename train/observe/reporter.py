@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from samestep.launcher.contract import RankInfo
 from samestep.train.observe.bar import Bar, PlainLines, bar
@@ -19,8 +19,8 @@ from samestep.train.observe.ledger import EpochSums, StepRecord, phase_line
 from samestep.train.observe.phases import PHASES
 
 
-class Reporter(Protocol):
-    """Told what happened, in order."""
+class Reporter:
+    """Told what happened, in order. This one says nothing: what every rank but zero has."""
 
     def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
         """All ranks have joined."""
@@ -63,10 +63,6 @@ class Reporter(Protocol):
         return 0
 
 
-class NullReporter(Reporter):
-    """Says nothing: what every rank but zero has."""
-
-
 class EventLog:
     """Appends JSON objects to events.jsonl, one a line; a line is written whole or not at all."""
 
@@ -99,7 +95,7 @@ class EventLog:
 
 
 @dataclass(slots=True)
-class RankZeroReporter:
+class RankZeroReporter(Reporter):
     """Lines for people in the form of a hand-written loop, events for programs."""
 
     log: EventLog

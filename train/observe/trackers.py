@@ -163,7 +163,7 @@ def _describe(name: str, tracker: Any, config: dict[str, Any]) -> None:
 
 
 @dataclass(slots=True)
-class TrackedReporter:
+class TrackedReporter(Reporter):
     """A reporter whose points also go to trackers."""
 
     inner: Reporter
