@@ -8,8 +8,10 @@ then looks at the sum once. With `--precision fp16` the scaler leaves such steps
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -23,21 +25,41 @@ from samestep.train.parallel.shards import StepPlan
 MOST_IN_A_ROW = 10  # a run that leaves out more steps than that one after another learns nothing any more
 _SHOWN = 12  # sample ids in a sentence; the file has all
 
+Rows = Sequence[Sequence[Tensor | float]]  # of this rank's shards in a step, the loss first (see StepTally)
+
 
 def start_of_backward(loss: Tensor) -> Tensor:
     """What backward starts from: exactly one, or NaN where `loss`, a scalar, is not finite."""
-    return loss.detach() * 0 + 1
+    if loss.device.type != "cpu":
+        return loss.detach() * 0 + 1  # without waiting for the device
+    return _filled(1.0 if math.isfinite(loss.item()) else math.nan, loss.dtype, loss.shape)
+
+
+@lru_cache(maxsize=16)
+def _filled(value: float, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.full(shape, value, dtype=dtype)
 
 
 def any_not_finite(gradients: Sequence[Tensor]) -> Tensor:
     """Float32 of shape (1,) on the gradients' device: above 0 if one has a NaN or infinity. They keep their bits."""
-    device = gradients[0].device
-    found, one = torch.zeros(1, device=device), torch.ones(1, device=device)
-    real = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in gradients]
-    for dtype in {gradient.dtype: None for gradient in real}:
-        same = [gradient for gradient in real if gradient.dtype == dtype]
+    found, one = torch.zeros(1, device=gradients[0].device), _one(gradients[0].device)
+    for same in _by_dtype(gradients):
         torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
     return found
+
+
+@lru_cache(maxsize=16)
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, device=device)
+
+
+def _by_dtype(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    dtypes = {gradient.dtype for gradient in gradients}
+    if len(dtypes) == 1 and not gradients[0].is_complex():
+        return [list(gradients)]
+    real = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in gradients]
+    kinds = {gradient.dtype: None for gradient in real}
+    return [[gradient for gradient in real if gradient.dtype == dtype] for dtype in kinds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +98,10 @@ class Investigation:
     sampler: SameOrderSampler
     run_dir: RunDir
 
-    def __call__(self, plan: StepPlan, totals: Sequence[Tensor]) -> BadStep:
+    def __call__(self, plan: StepPlan, rows: Rows) -> BadStep:
         """Look at the losses of this rank's shards, and at what the others found."""
         shards = plan.present(self.sampler.owned)
-        mine = [shard for shard, total in zip(shards, totals, strict=True) if not bool(torch.isfinite(total))]
+        mine = [shard for shard, row in zip(shards, rows, strict=True) if not math.isfinite(float(row[0]))]
         by_rank = [json.loads(part) for part in self.group.gather_bytes(json.dumps(mine).encode())]
         guilty = [shard for found in by_rank for shard in found] or range(plan.shards)
         samples = tuple(sample for shard in guilty for sample in self.sampler.samples_of(plan, shard))
@@ -99,8 +121,8 @@ class FiniteGuard(Protocol):
 
     keeps_buffers: bool  # the model's buffers may have to be brought back to the begin of a step
 
-    def admits(self, plan: StepPlan, gradients: Sequence[Tensor], totals: Sequence[Tensor]) -> bool:
-        """Whether the optimizer may use the gradients; `totals` are the losses of this rank's shards."""
+    def admits(self, plan: StepPlan, gradients: Sequence[Tensor], rows: Rows) -> bool:
+        """Whether the optimizer may use the gradients; `rows` are those of this rank's shards."""
 
     def settle(self) -> None:
         """Judge what was not read from the device yet."""
@@ -111,7 +133,7 @@ class Unguarded:
 
     keeps_buffers = False
 
-    def admits(self, plan: StepPlan, gradients: Sequence[Tensor], totals: Sequence[Tensor]) -> bool:  # noqa: ARG002
+    def admits(self, plan: StepPlan, gradients: Sequence[Tensor], rows: Rows) -> bool:  # noqa: ARG002
         """It may."""
         return True
 
@@ -129,13 +151,15 @@ class Stopper:
 
     investigate: Investigation
     keeps_buffers: bool = False
-    _open: list[tuple[StepPlan, Tensor, Sequence[Tensor]]] = field(default_factory=list)
+    _open: list[tuple[StepPlan, Tensor, Rows]] = field(default_factory=list)
 
-    def admits(self, plan: StepPlan, gradients: Sequence[Tensor], totals: Sequence[Tensor]) -> bool:
+    def admits(self, plan: StepPlan, gradients: Sequence[Tensor], rows: Rows) -> bool:
         """It may, or RefusedStepError is raised now or by `settle`."""
-        self._open.append((plan, any_not_finite(gradients), totals))
-        if gradients[0].device.type == "cpu":
-            self.settle()
+        found = any_not_finite(gradients)
+        if found.device.type == "cpu":
+            self._judge(plan, found.item(), rows)
+        else:
+            self._open.append((plan, found, rows))
         return True
 
     def settle(self) -> None:
@@ -146,9 +170,12 @@ class Stopper:
         """
         opened, self._open = self._open, []
         flags = torch.cat([found for _, found, _ in opened]).tolist() if opened else []
-        for (plan, _, totals), found in zip(opened, flags, strict=True):
-            if found:
-                raise refused(self.investigate(plan, totals), self.investigate.group.rank)
+        for (plan, _, rows), found in zip(opened, flags, strict=True):
+            self._judge(plan, found, rows)
+
+    def _judge(self, plan: StepPlan, found: float, rows: Rows) -> None:
+        if found:
+            raise refused(self.investigate(plan, rows), self.investigate.group.rank)
 
 
 @dataclass(slots=True)
@@ -164,7 +191,7 @@ class Skipper:
     go_back: bool = False
     keeps_buffers: bool = True
 
-    def admits(self, plan: StepPlan, gradients: Sequence[Tensor], totals: Sequence[Tensor]) -> bool:
+    def admits(self, plan: StepPlan, gradients: Sequence[Tensor], rows: Rows) -> bool:
         """False for a step that is left out.
 
         Raises:
@@ -176,7 +203,7 @@ class Skipper:
             return False
         if not bool(any_not_finite(gradients)):
             return True
-        bad = self.investigate(plan, totals)
+        bad = self.investigate(plan, rows)
         if self.passed_over.issuperset(range(step - MOST_IN_A_ROW, step)):
             raise refused(bad, self.investigate.group.rank, f", and neither were the {MOST_IN_A_ROW} steps before it")
         if self.go_back:

@@ -105,7 +105,9 @@ def _report(run: Run) -> None:
     run.step.guard.settle()
     run.ledger.epoch = run.state.sums
     records = run.ledger.flush(run.step.tally.extras or [])
-    run.state.useful_seconds += sum(record.wall_seconds for record in records)
+    if records is None:
+        return
+    run.state.useful_seconds += sum(records.walls)
     run.reporter.steps(records)
     if slow := run.ledger.slow_rank:
         run.reporter.warning(str(slow), rank=slow.rank, phase=slow.phase)

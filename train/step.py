@@ -69,7 +69,7 @@ class OptimizerStep:
 
         self.clock.enter("optimizer")
         if self._divide(gradients, plan):
-            if self.guard.admits(plan, gradients, self.tally.totals):
+            if self.guard.admits(plan, gradients, self.tally.mine):
                 self._update()
             else:
                 self.buffers.undo()

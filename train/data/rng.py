@@ -73,7 +73,5 @@ def _seed_all(value: int) -> None:
 
 def _seed_cpu(value: int) -> None:
     random.seed(value)
-    np.random.seed(
-        value & 0xFFFFFFFF
-    )  # as much of it as torch's own CPU stream takes; the 64-bit form costs 4 times more
+    np.random.seed(value & 0xFFFFFFFF)  # as much as torch's own CPU stream takes; 64 bits cost 4 times more
     torch.default_generator.manual_seed(value - (1 << 64) if value >> 63 else value)

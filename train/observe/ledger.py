@@ -7,14 +7,15 @@ gather.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from samestep.launcher.contract import Spread
 from samestep.train.observe.memory import KINDS, peak_memory
 from samestep.train.observe.phases import PHASES, Reading
 from samestep.train.observe.stragglers import Straggler, StragglerWatch
@@ -23,9 +24,7 @@ from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
 
-_DIGITS = 7  # of reported seconds: a tenth of a microsecond, and half the time and room that all 17 take
-
-Table = npt.NDArray[np.float64]
+Table = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +35,50 @@ class RankLoads:
     memory: dict[str, list[int]]
 
 
-@dataclass(slots=True)
-class StepRecord:
-    """One finished step as it is reported; `loss` is the objective, NaN where the step had no weight."""
+@dataclass(frozen=True, slots=True)
+class StepRecords:
+    """Finished steps as they are reported, a row a step; equal on every rank.
 
-    step: int  # counted from 1
-    epoch: int  # counted from 0
-    loss: float
-    samples: int
-    seconds: dict[str, Spread]
-    wall_seconds: float  # longest of the ranks
-    extra: dict[str, float]
-    loads: RankLoads | None = None  # of the last step before a flush
+    Attributes:
+        plans: which steps they are.
+        losses: the objective, NaN where a step had no weight.
+        extras: further averages that the loss logs, by name.
+        mean, most, slowest: seconds over the ranks, and who took longest; shape (steps, PHASES).
+        walls: seconds of the rank that took longest.
+        loads: of each rank by itself.
+    """
+
+    plans: list[StepPlan]
+    losses: list[float]
+    extras: dict[str, list[float]]
+    mean: Table
+    most: Table
+    slowest: Table
+    walls: list[float]
+    loads: RankLoads
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def due(self, every: int, steps_per_epoch: int) -> Iterator[int]:
+        """Rows of the steps after which something is shown, each `every` steps of an epoch."""
+        return (row for row, plan in enumerate(self.plans) if _position(plan, steps_per_epoch) % every == 0)
+
+    def position(self, row: int, steps_per_epoch: int) -> int:
+        """Steps done in the epoch after that of `row`."""
+        return _position(self.plans[row], steps_per_epoch)
+
+    def logged(self, row: int) -> dict[str, float]:
+        """Further averages of one step."""
+        return {name: values[row] for name, values in self.extras.items()}
+
+    def samples_per_second(self, row: int) -> float:
+        """Of all ranks; 0 where no time has passed."""
+        return self.plans[row].samples / self.walls[row] if self.walls[row] else 0.0
+
+
+def _position(plan: StepPlan, steps_per_epoch: int) -> int:
+    return plan.step + 1 - plan.epoch * steps_per_epoch
 
 
 @dataclass(slots=True)
@@ -59,10 +90,12 @@ class EpochSums:
     samples: int = 0
     seconds: float = 0.0
 
-    def add(self, total: float, weight: float, samples: int, seconds: float) -> None:
-        """Take one step."""
-        self.total, self.weight = self.total + total, self.weight + weight
-        self.samples, self.seconds = self.samples + samples, self.seconds + seconds
+    def add(self, totals: list[float], weights: list[float], plans: list[StepPlan], walls: list[float]) -> None:
+        """Take steps one after another; one whose total is not finite was left out."""
+        for total, weight, plan, seconds in zip(totals, weights, plans, walls, strict=True):
+            if math.isfinite(total):
+                self.total, self.weight = self.total + total, self.weight + weight
+            self.samples, self.seconds = self.samples + plan.samples, self.seconds + seconds
 
     @property
     def loss(self) -> float:
@@ -95,43 +128,35 @@ class Ledger:
         """Drop steps that were not flushed: they will be done again."""
         self._pending.clear()
 
-    def flush(self, extras: list[str]) -> list[StepRecord]:
-        """Records of the steps added since the last flush, equal on every rank. A collective.
+    def flush(self, extras: list[str]) -> StepRecords | None:
+        """The steps added since the last flush, or None where there are none. A collective.
 
         Raises:
             UsageError: a rank holds other weights, or stands at another step (see StateFingerprint.compare).
         """
         if not self._pending:
-            return []
+            return None
         plans = [plan for plan, _, _ in self._pending]
         rows, seconds, memory = self._gather(plans[-1], 2 + len(extras))
         self.slow_rank = self._stragglers.add(seconds)
-        sums = self._sums(plans, rows).tolist()
-        mean, most = seconds.mean(0).round(_DIGITS).tolist(), seconds.max(0).round(_DIGITS).tolist()
-        slowest = seconds.argmax(0).tolist()
-        walls = seconds.sum(2).max(0).tolist()  # before rounding, so that nothing is lost over a run
-        records = []
-        for index, plan in enumerate(plans):
-            total, weight, *more = sums[index]
-            averages = [value / weight if weight else float("nan") for value in (total, *more)]
-            spreads = zip(PHASES, mean[index], most[index], slowest[index], strict=True)
-            records.append(
-                StepRecord(
-                    step=plan.step + 1,
-                    epoch=plan.epoch,
-                    loss=averages[0],
-                    samples=plan.samples,
-                    seconds={name: {"mean": m, "max": x, "slowest_rank": r} for name, m, x, r in spreads},
-                    wall_seconds=walls[index],
-                    extra=dict(zip(extras, averages[1:], strict=True)),
-                )
+        totals, weights, *more = self._sums(plans, rows).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            losses, *averages = (
+                np.where(weights != 0, values / weights, np.nan).tolist() for values in (totals, *more)
             )
-            if not math.isfinite(total):
-                total, weight = 0.0, 0.0  # such a step was left out
-            self.epoch.add(total, weight, plan.samples, walls[index])
+        walls = seconds.sum(2).max(0).tolist()
+        self.epoch.add(totals.tolist(), weights.tolist(), plans, walls)
         self._pending.clear()
-        records[-1] = replace(records[-1], loads=_loads(seconds, memory))
-        return records
+        return StepRecords(
+            plans=plans,
+            losses=losses,
+            extras=dict(zip(extras, averages, strict=True)),
+            mean=seconds.mean(0),
+            most=seconds.max(0),
+            slowest=seconds.argmax(0),
+            walls=walls,
+            loads=_loads(seconds, memory),
+        )
 
     def _gather(self, last: StepPlan, columns: int) -> tuple[Table, Table, Table]:
         """Rows (world_size, steps, width, columns), times (world_size, steps, phases), bytes (world_size, KINDS).
@@ -186,11 +211,12 @@ def _loads(seconds: Table, memory: Table) -> RankLoads:
     )
 
 
-def phase_line(records: list[StepRecord]) -> str:
+def phase_line(several: list[StepRecords]) -> str:
     """Where the time of some steps went on average, and which rank spent most of it, in one line."""
-    means = {phase: sum(record.seconds[phase]["mean"] for record in records) for phase in PHASES}
-    whole = sum(means.values()) or 1.0
-    shares = ", ".join(f"{phase} {100 * seconds / whole:.0f}%" for phase, seconds in means.items())
-    phase = max(PHASES, key=lambda name: sum(r.seconds[name]["max"] - r.seconds[name]["mean"] for r in records))
-    ranks = [record.seconds[phase]["slowest_rank"] for record in records]
-    return f"{shares}; slowest in {phase}: rank {max(set(ranks), key=ranks.count)}"
+    mean, most, slowest = (np.concatenate([getattr(r, name) for r in several]) for name in ("mean", "most", "slowest"))
+    means, late = mean.sum(0), (most - mean).sum(0)
+    shares = ", ".join(
+        f"{phase} {100 * part:.0f}%" for phase, part in zip(PHASES, means / (means.sum() or 1.0), strict=True)
+    )
+    phase = int(late.argmax())
+    return f"{shares}; slowest in {PHASES[phase]}: rank {np.bincount(slowest[:, phase]).argmax()}"

@@ -61,9 +61,9 @@ class StepTally:
             self._complete(names)
 
     @property
-    def totals(self) -> list[Tensor]:
-        """Losses of this rank's shards in this step, as they were added."""
-        return [torch.as_tensor(total) for total, *_ in self._values]
+    def mine(self) -> Values:
+        """Of this rank's shards in this step, as they were added."""
+        return self._values
 
     def rows(self) -> Tensor | Values:
         """For the ledger: this rank's values, or float64 rows of all ranks, (world_size, width, columns)."""

@@ -19,7 +19,7 @@ from accelerate import tracking
 
 from samestep.launcher.command_line.options import nearest_hint
 from samestep.launcher.contract import RankInfo, UsageError
-from samestep.train.observe.ledger import EpochSums, StepRecord
+from samestep.train.observe.ledger import EpochSums, StepRecords
 from samestep.train.observe.reporter import Reporter
 
 PROJECT = "samestep"  # where the tool does not read another name from its own environment variable
@@ -178,14 +178,13 @@ class TrackedReporter(Reporter):
         for feed in self.feeds:
             feed.start(self.config | {"shards": shards})
 
-    def steps(self, records: list[StepRecord]) -> None:
+    def steps(self, records: StepRecords) -> None:
         """Send the steps for which a line is printed."""
         self.inner.steps(records)
-        for record in records:
-            if (record.step - record.epoch * self.steps_per_epoch) % self.log_every == 0:
-                speed = record.samples / record.wall_seconds if record.wall_seconds else 0.0
-                values = {"loss": record.loss, "samples_per_s": speed, "epoch": record.epoch + 1.0, **record.extra}
-                self._send("train", record.step, values)
+        for row in records.due(self.log_every, self.steps_per_epoch):
+            plan, speed = records.plans[row], records.samples_per_second(row)
+            values = {"loss": records.losses[row], "samples_per_s": speed, "epoch": plan.epoch + 1.0}
+            self._send("train", plan.step + 1, values | records.logged(row))
 
     def epoch(self, epoch: int, sums: EpochSums) -> None:
         """Send the average, at the last step of the epoch."""
