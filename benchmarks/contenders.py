@@ -42,12 +42,15 @@ class Workload:
     steps: int  # of a round
 
 
+STEPS_PER_EPOCH = 320  # as in the seed's job
+
+
 def mlp(width: int, depth: int, batch: int) -> Callable[[], Components]:
     def make() -> Components:
         torch.manual_seed(0)
         hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
         model = nn.Sequential(*hidden, nn.Linear(width, 10))
-        data = TensorDataset(torch.randn(64 * batch, width), torch.randn(64 * batch, 10))
+        data = TensorDataset(torch.randn(STEPS_PER_EPOCH * batch, width), torch.randn(STEPS_PER_EPOCH * batch, 10))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         return Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=data)
 

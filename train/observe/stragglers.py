@@ -73,19 +73,21 @@ class StragglerWatch:
 
     shards: Sequence[int]
     _tables: list[Table] = field(default_factory=list)
+    _steps: int = 0
+    _duration: float = 0.0  # seconds that these steps took
     _trained: float = 0.0  # seconds
     _named: dict[tuple[int, str], float] = field(default_factory=dict)
 
     def add(self, seconds: Table) -> Straggler | None:
         """Take the times of some steps, shape (world_size, steps, len(PHASES)); equal arguments, equal answers."""
         self._tables.append(seconds)
-        steps = sum(table.shape[1] for table in self._tables)
-        duration = sum(float(table.sum(2).max(0).sum()) for table in self._tables)
-        if steps < LEAST_STEPS or duration < LEAST_SECONDS:
+        self._steps += seconds.shape[1]
+        self._duration += float(seconds.sum(2).max(0).sum())
+        if self._steps < LEAST_STEPS or self._duration < LEAST_SECONDS:
             return None
         table = np.concatenate(self._tables, axis=1)
-        self._tables.clear()
-        self._trained += duration
+        self._trained += self._duration
+        self._tables, self._steps, self._duration = [], 0, 0.0
         slow = slowest(table, self.shards)
         if slow is None or self._trained < self._named.get((slow.rank, slow.phase), 0.0):
             return None

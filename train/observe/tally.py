@@ -7,9 +7,9 @@ while backward runs.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -109,22 +109,20 @@ def _kept(value: Value) -> Value:
 def table(steps: list[Values], width: int, columns: int, device: torch.device) -> Tensor:
     """float64 of shape (steps, width, columns), zero where a step has fewer shards; reads nothing from the device."""
     missing: list[Value] = [0.0] * columns
-    flat: list[Value] = []
+    flat: list[float] = []
+    by_type: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
     for values in steps:
-        for slot in range(width):
-            flat += values[slot] if slot < len(values) else missing
-    by_type: dict[torch.dtype, list[int]] = {}
-    for place, value in enumerate(flat):
-        if isinstance(value, Tensor):
-            by_type.setdefault(value.dtype, []).append(place)
-    tensors = {dtype: [cast(Tensor, flat[place]) for place in places] for dtype, places in by_type.items()}
-    for places in by_type.values():
-        for place in places:
-            flat[place] = 0.0
+        for value in itertools.chain(*values, *[missing] * (width - len(values))):
+            if isinstance(value, Tensor):
+                places, tensors = by_type.setdefault(value.dtype, ([], []))
+                places.append(len(flat))
+                tensors.append(value)
+                value = 0.0
+            flat.append(value)
     result = torch.tensor(flat, dtype=torch.float64).to(device, non_blocking=True)
-    for dtype, places in by_type.items():
-        stacked = torch.stack(tensors[dtype])
-        result[torch.tensor(places).to(device, non_blocking=True)] = stacked.to(device, torch.float64)
+    for places, tensors in by_type.values():
+        stacked = torch.stack(tensors).to(device, torch.float64)
+        result[torch.tensor(places).to(device, non_blocking=True)] = stacked
     return result.view(len(steps), width, columns)
 
 
