@@ -121,6 +121,11 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def micro_batches(self) -> Path:
+        """Parts of a shard from the next start on, and why: a device ran out of memory."""
+        return self.path / "micro_batches.json"
+
+    @property
     def lock(self) -> Path:
         """Owner of the run directory, and the generation that may publish checkpoints."""
         return self.path / "lock"
@@ -198,6 +203,7 @@ class ErrorRecord:
     hint: str = ""
     accused: int | None = None  # the rank that this one waited for in vain
     final: bool = False  # another start would come to the same end
+    remedied: bool = False  # another start will not, as `hint` says: it is no sign of being stuck
 
     def to_json(self) -> str:
         """One JSON object."""

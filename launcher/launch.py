@@ -170,18 +170,19 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
             continue
         failure = _failure(run, commands, ended)
         memory = memory.after(_committed(run.directory), _signature(failure))
+        remedied = failure is not None and failure.remedied
         final = failure is not None and (failure.final or policy.never_began(failure.cause, failure.phase))
         verdict = policy.decide(
             failure_code=None if failure is None else failure.exit_code,
             stopped=_stopped(run, facts, ended, ended.signum),
-            restarts_left=0 if final else facts.max_restarts - memory.fruitless,
-            fruitless=memory.fruitless,
+            restarts_left=policy.restarts_left(facts.max_restarts, memory, final=final, remedied=remedied),
+            fruitless=0 if remedied else memory.fruitless,
             repeated=memory.repeated and facts.resumes,
         )
         number = facts.generation + 1
         if isinstance(verdict, policy.Restart):
             assert failure is not None
-            memory = memory.restarted()
+            memory = memory.restarted(remedied=remedied)
             _tell_restart(run, facts, failure, memory, verdict.delay)
             stopped = _stopped(run, facts, ended, run.supervisor.pause(verdict.delay) if verdict.delay else None)
             if stopped is not None:
@@ -247,16 +248,16 @@ def _committed(directory: RunDir) -> int:
 
 
 def _signature(failure: Failure | None) -> tuple[object, ...] | None:
-    if failure is None:
+    if failure is None or failure.remedied:
         return None
     return policy.signature(rank=failure.rank, cause=failure.cause, frame=failure.frame, step=failure.step)
 
 
 def _tell_restart(run: _Run, facts: Facts, failure: Failure, memory: policy.Memory, delay: float) -> None:
     evidence.note_failure(failure, failure.exit_code, run.directory)
+    what = f"restart {memory.fruitless} of {facts.max_restarts}" + (f" in {delay:g} s" if delay else "")
     run.console.say(
-        f"samestep: rank {failure.rank} failed: {failure.cause}"
-        f"; restart {memory.fruitless} of {facts.max_restarts}" + (f" in {delay:g} s" if delay else "")
+        f"samestep: rank {failure.rank} failed: {failure.cause}; {failure.hint if failure.remedied else what}"
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from samestep.train.evaluate import Evaluator
 from samestep.train.finite import FiniteGuard, Investigation, Unguarded
 from samestep.train.finite import guard as finite_guard
 from samestep.train.loop import Run
+from samestep.train.micro_batches import Agreed, MicroBatches, largest_count
 from samestep.train.observe.guards.check import Subject
 from samestep.train.observe.guards.watch import Guards, guards_for
 from samestep.train.observe.ledger import Ledger
@@ -60,6 +61,7 @@ class Setting:
     pulse: Pulse = field(default_factory=NoPulse)  # tells the launcher the phase inside a step
     fence: int | None = None  # generation of the run directory's lock that may publish checkpoints
     signals: StopSignals = field(default_factory=StopSignals)
+    micro_batches: Agreed = field(default_factory=Agreed)
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +77,9 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     """
     config, group, device = setting.config, setting.member.group, setting.device
     sampler = _sampler(components.train_data, setting, shuffle=True)
-    check_shard_size(components.model, sampler.samples, config.global_batch_size, setting.shards)
+    check_shard_size(
+        components.model, sampler.samples, config.global_batch_size, setting.shards, setting.micro_batches.count
+    )
     fingerprint = StateFingerprint.of(components.model, group, setting.facts)
     autocast = _autocast(config.precision, device)
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
@@ -159,11 +163,19 @@ def _step(
         buffers=BufferCombiner(components.model, group, exchange, shards, keep=guard.keeps_buffers)
         if has_buffers
         else NoBuffers(),
+        micro_batches=_micro_batches(components, setting),
         tally=StepTally(group, shards, device),
         clock=clock,
         follow=_nobody if ema is None else ema.update_parameters,
         warn=reporter.warning,
     )
+
+
+def _micro_batches(components: Components, setting: Setting) -> MicroBatches:
+    config = setting.config
+    samples = len(cast(Sized, components.train_data))
+    most = largest_count(components.model, samples, config.global_batch_size, setting.shards)
+    return MicroBatches(setting.micro_batches, config.micro_batches == "auto", most, setting.run_dir.micro_batches)
 
 
 def _evaluator(

@@ -81,8 +81,10 @@ def check_samples_repeat(dataset: Any, seed: int, seen: str) -> None:
         )
 
 
-def check_shard_size(model: nn.Module, samples: int, global_batch_size: int, shards: int) -> None:
-    """Refuse one-sample shards under BatchNorm1d over plain features, where a single sample has no variance.
+def check_shard_size(
+    model: nn.Module, samples: int, global_batch_size: int, shards: int, micro_batches: int = 1
+) -> None:
+    """Refuse shards, or parts, of one sample under BatchNorm1d over plain features, where one sample has no variance.
 
     Layers that see more than one value a channel and sample (images, sequences) are fine, so their input decides: a
     hook looks at the first forward and then goes.
@@ -90,7 +92,8 @@ def check_shard_size(model: nn.Module, samples: int, global_batch_size: int, sha
     Raises:
         UsageError: from the first forward.
     """
-    if smallest_shard(samples, global_batch_size, shards) > 1:
+    smallest = smallest_shard(samples, global_batch_size, shards)
+    if smallest >= 2 * micro_batches:
         return
 
     def judge(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -99,10 +102,10 @@ def check_shard_size(model: nn.Module, samples: int, global_batch_size: int, sha
         if inputs[0].dim() == 2 and module.training:
             tail = samples % global_batch_size
             raise UsageError(
-                f"{type(module).__name__} is expected to get at least 2 samples a shard, but with {samples} samples, "
-                f"--global-batch-size {global_batch_size} and {shards} shards "
-                f"{'the last batch of ' + str(tail) + ' samples' if tail else 'a batch'} leaves a shard with 1",
-                "choose another --global-batch-size or fewer --shards, or use GroupNorm or LayerNorm",
+                f"{type(module).__name__} is expected to get at least 2 samples at a time, but with {samples} samples, "
+                f"--global-batch-size {global_batch_size}, {shards} shards and {micro_batches} micro-batches "
+                f"{'the last batch of ' + str(tail) + ' samples' if tail else 'a batch'} leaves it 1",
+                "choose another --global-batch-size, fewer --shards or --micro-batches, or use GroupNorm or LayerNorm",
             )
 
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

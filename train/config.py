@@ -27,6 +27,10 @@ class TrainConfig:
     shards: Annotated[
         int | None, Option("logical shards of a global batch; default: world size of the first launch", "shards")
     ] = None
+    micro_batches: Annotated[
+        int | Literal["auto"],
+        Option("parts of a shard that run one after the other; auto: 1, doubled when CUDA runs out of memory", "parts"),
+    ] = "auto"
     reduction: Annotated[
         Literal["exact", "fast"], Option("exact: same bits on any world size; fast: the backend's all-reduce")
     ] = "exact"
@@ -105,6 +109,7 @@ class TrainConfig:
             "max_steps": 0,
             "global_batch_size": 1,
             "shards": 1,
+            "micro_batches": 1,
             "threads": 1,
             "num_workers": 0,
             "log_every": 1,

@@ -22,7 +22,7 @@ from samestep.launcher.contract import (
 )
 from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
 from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
-from samestep.train import environment, leave, post_mortem, preemption, program, replay, rewind, start
+from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components, check_samples_repeat
 from samestep.train.compilation import compile_in_place
@@ -31,6 +31,7 @@ from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run
+from samestep.train.micro_batches import Agreed, MicroBatches
 from samestep.train.observe import profile, trackers
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.parallel.group import JoinTimeoutError, Membership, join, pick_device
@@ -65,6 +66,7 @@ class _Progress:
     step: int = 0
     phase: str = "joining"
     clock: PhaseClock | None = None  # knows the phase inside a step
+    micro_batches: MicroBatches | None = None  # know what to do about a lack of memory in a step
     pulse: Pulse = field(default_factory=NoPulse)
 
     def __call__(self, step: int, phase: str) -> None:
@@ -123,9 +125,7 @@ def train(
         raise
     except Exception as seen:
         reason = post_mortem.look(leave.loader_death(seen), os.environ, env.rank)
-        accused = reason.missing[0] if isinstance(reason, JoinTimeoutError) else None
-        place = (env.rank, generation, progress.step, progress.exact_phase)
-        leave.write_record(leave.error_record(reason, *place, accused), run_dir)
+        _record(reason, env, run_dir, generation, progress)
         if leave.is_consequence(reason):
             print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
             raise SystemExit(1) from reason
@@ -134,6 +134,16 @@ def train(
         raise
     finally:
         progress.pulse.at(progress.step, "")
+
+
+def _record(reason: Exception, env: WorkerEnv, run_dir: RunDir, generation: int, progress: _Progress) -> None:
+    accused = reason.missing[0] if isinstance(reason, JoinTimeoutError) else None
+    record = leave.error_record(reason, env.rank, generation, progress.step, progress.exact_phase, accused)
+    if progress.micro_batches is not None:
+        record = progress.micro_batches.after(reason, record)
+    leave.write_record(record, run_dir)
+    if record.remedied and env.started_by != "samestep run":  # which says so itself
+        print(f"rank {env.rank} ran out of memory: {record.hint}", file=sys.stderr, flush=True)
 
 
 def _replay(
@@ -176,7 +186,9 @@ def _train(
     leave.end_hard(member)
     progress.pulse.count_by(member.group.collectives)
     with start.owned(run_dir, member) as fence:
-        return _train_joined(build, _Joined(config, member, run_dir, shards, generation, fence, stored), progress)
+        agreed = micro_batches.agree(config.micro_batches, stored, run_dir.micro_batches, member.group)
+        joined = _Joined(config, member, run_dir, shards, generation, fence, stored, agreed)
+        return _train_joined(build, joined, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +202,7 @@ class _Joined:
     generation: int
     fence: int
     stored: dict[str, Any]
+    micro_batches: Agreed
 
 
 def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress: _Progress) -> Result:
@@ -209,12 +222,13 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     progress.pulse = profile.around(
         progress.pulse, config.profile, member.group, run_dir.path, lambda text: run.reporter.note(text)
     )
-    setting = Setting(config, member, run_dir, shards, joined.generation, facts, progress.pulse, joined.fence, signals)
+    place = (config, member, run_dir, shards, joined.generation)
+    setting = Setting(*place, facts, progress.pulse, joined.fence, signals, joined.micro_batches)
     run = assemble(components, setting, progress)
-    progress.clock = run.step.clock
+    progress.clock, progress.micro_batches = run.step.clock, run.step.micro_batches
     leave.end_hard(run)
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
-    warnings = list(found.warnings)
+    warnings = [*found.warnings, *micro_batches.warnings(joined.micro_batches, joined.stored, components.model)]
     if found.snapshot is not None:
         start.restore(run, found.snapshot, found.source)
         warnings += start.changes(config, joined.stored, environment.record(member.device))
@@ -250,6 +264,7 @@ def _facts(components: Components, joined: _Joined) -> dict[str, Any]:
     if joined.config.check != "never":
         check_samples_repeat(components.train_data, seed, dataset)
     known = {"seed": seed, "shards": joined.shards, "order": SPEC, "dataset": dataset}
+    known["micro_batches"] = joined.micro_batches.count
     return known | environment.record(joined.member.device)
 
 

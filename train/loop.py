@@ -74,9 +74,8 @@ def _rest_of_epoch(run: Run) -> None:
     run.progress(state.step, "loading")
     batches = iter(run.loader)
     run.components.model.train()
-    plans = epoch_plans(
-        run.sampler.samples, config.global_batch_size, run.sampler.shards, state.epoch, state.cursor, state.step
-    )
+    cut = (config.global_batch_size, run.sampler.shards, state.epoch, state.cursor, state.step)
+    plans = epoch_plans(run.sampler.samples, *cut, run.step.micro_batches.agreed.count)
     for plan in plans:
         # --- one step
         run.progress(plan.step, "step")

@@ -30,7 +30,8 @@ from samestep.train.state import checkpoint
 # Options that may change between two starts of a run without anybody noticing.
 _FREE = frozenset(
     "epochs max_steps log_every eval_every checkpoint_every checkpoint_seconds keep_checkpoints "
-    "resume run_dir num_workers config shards threads weights best check trackers replay debug profile".split()
+    "resume run_dir num_workers config shards threads micro_batches weights best check trackers replay debug "
+    "profile".split()
 )
 # Events that describe starts and faults, not training: they stay when a resume cuts what is done again.
 _LIFECYCLE = frozenset({"run_started", "restarted", "resumed", "preempted", "worker_failed", "warning"})
@@ -65,7 +66,7 @@ def stored_config(run_dir: RunDir, resume: str) -> dict[str, Any]:
     for folder in folders:
         with contextlib.suppress(ValueError):
             facts = manifest.read(folder)
-            return {name: facts[name] for name in ("shards", "threads") if name in facts}
+            return {name: facts[name] for name in ("shards", "threads", "micro_batches") if name in facts}
     return {}
 
 
@@ -279,6 +280,7 @@ def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generat
         content = {
             "config": plain(run.config),
             "shards": shards,
+            "micro_batches": run.step.micro_batches.agreed.count,
             "total_steps": run.max_steps,
             "samples": run.sampler.samples,
             "threads": torch.get_num_threads(),

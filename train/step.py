@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from samestep.train.data.rng import seed_shard
 from samestep.train.finite import FiniteGuard, start_of_backward
+from samestep.train.micro_batches import MicroBatches
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.observe.tally import StepTally, Values
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
@@ -34,6 +35,7 @@ class OptimizerStep:
     reducer: GradientReducer
     guard: FiniteGuard
     buffers: BufferCombiner | NoBuffers
+    micro_batches: MicroBatches
     tally: StepTally
     clock: PhaseClock
     follow: Callable[[nn.Module], None]  # the moving average of the weights, told after each update
@@ -49,19 +51,22 @@ class OptimizerStep:
             self.clock.enter("data")
             batch = next(batches)
 
-            self.clock.enter("forward")
-            seed_shard(self.seed, plan.step, shard)
-            self.buffers.before_shard()
-            with self.autocast:
-                outcome = weigh(self.components.loss(self.reducer.module(shard), batch), plan.size(shard))
-                target = objective(outcome, plan.samples)
-            require_gradient(target)
-            self.tally.add(outcome)
+            for part in plan.parts(shard):
+                self.clock.enter("forward")
+                if part.first:
+                    seed_shard(self.seed, plan.step, shard)
+                self.buffers.before(part)
+                inputs = self.micro_batches.cut(batch, part, plan.size(shard))
+                with self.autocast:
+                    outcome = weigh(self.components.loss(self.reducer.module(part), inputs), part.samples)
+                    target = objective(outcome, plan.samples)
+                require_gradient(target)
+                self.tally.add(outcome, part)
 
-            self.clock.enter("backward")
-            scaled = self.scaler.scale(target)
-            self.reducer.backward(shard, scaled, start_of_backward(scaled))
-            self.buffers.after_shard(shard)
+                self.clock.enter("backward")
+                scaled = self.scaler.scale(target)
+                self.reducer.backward(part, scaled, start_of_backward(scaled))
+                self.buffers.after(part)
 
         self.clock.enter("sync")
         gradients = self.reducer.finish()

@@ -51,6 +51,7 @@ class Failure:
     others_stopped: int = 0
     hint: str = ""
     final: bool = False  # another start would come to the same end
+    remedied: bool = False  # the rank has changed what led to it, as `hint` says
     told: bool = False  # rank zero has printed the reason itself
     stack: tuple[str, ...] = ()  # of a crash in native code, innermost frame first
 
@@ -89,6 +90,7 @@ def diagnose(ranks: Sequence[Evidence], memory: MemorySigns = NOTHING_COUNTED) -
         others_stopped=sum(item.end.returncode != 0 for item in ranks if item is not culprit),
         hint=killed.hint if killed else _hint(culprit, said, memory),
         final=record is not None and record.final,
+        remedied=record is not None and record.remedied,
         told=_is_told(ranks),
         stack=crash_stack(culprit.end.stderr) if crash else (),
     )

@@ -148,9 +148,9 @@ class Memory:
             return Memory(committed, 0, signature)
         return Memory(committed, self.fruitless, signature, signature is not None and signature == self.signature)
 
-    def restarted(self) -> Memory:
-        """Another generation is started."""
-        return replace(self, fruitless=self.fruitless + 1)
+    def restarted(self, *, remedied: bool = False) -> Memory:
+        """Another generation is started; one that will not fail in the same way is no try in vain."""
+        return self if remedied else replace(self, fruitless=self.fruitless + 1)
 
 
 def signature(*, rank: int, cause: str, frame: str, step: int | None) -> tuple[object, ...] | None:
@@ -174,6 +174,14 @@ def devices_left(visible: str, world_size: int, local_rank: int) -> str:
     """CUDA_VISIBLE_DEVICES without the device of a local rank; `visible` is empty where all are."""
     entries = [entry.strip() for entry in visible.split(",") if entry.strip()] or [str(n) for n in range(world_size)]
     return ",".join(entry for number, entry in enumerate(entries) if number != local_rank)
+
+
+def restarts_left(max_restarts: int, memory: Memory, *, final: bool, remedied: bool) -> int:
+    """How many starts are still allowed after a failure that is `final`, or the reason of which is out of the way."""
+    if final:
+        return 0
+    left = max_restarts - memory.fruitless
+    return max(left, min(1, max_restarts)) if remedied else left
 
 
 def decide(

@@ -18,6 +18,7 @@ from samestep.launcher.supervise.policy import (
     fewer_ranks,
     grace,
     never_began,
+    restarts_left,
     signature,
 )
 
@@ -142,6 +143,16 @@ def test_the_budget_begins_anew_with_every_new_checkpoint():
     for committed, fruitless in ((10, 1), (10, 2), (20, 1), (20, 2), (15, 3), (21, 1)):
         memory = memory.after(committed, None).restarted()
         assert memory.fruitless == fruitless
+
+
+def test_what_is_remedied_costs_no_try_but_asks_whether_there_are_any():
+    memory = Memory(committed=10).restarted().restarted(remedied=True)
+    assert memory.fruitless == 1
+    assert restarts_left(3, memory, final=False, remedied=False) == 2
+    assert restarts_left(1, memory, final=False, remedied=False) == 0
+    assert restarts_left(1, memory, final=False, remedied=True) == 1
+    assert restarts_left(0, memory, final=False, remedied=True) == 0
+    assert restarts_left(3, memory, final=True, remedied=True) == 0
 
 
 def test_only_the_same_place_twice_without_a_checkpoint_in_between_repeats():

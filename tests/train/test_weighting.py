@@ -85,6 +85,15 @@ def test_one_rank_weighs_as_the_whole_batch_does_for_every_number_of_shards(
             assert relative_error(ended, expected) <= 1e-12, (samples, batch, shards)
 
 
+@pytest.mark.parametrize("case", ["mean", "none", "tokens", "classes"])
+def test_shards_in_parts_weigh_as_the_whole_batch_does(trained: Any, slow_order: Order, case: str) -> None:
+    for samples, batch, ranks, shards, parts in ((23, 5, 1, 1, 2), (22, 7, 2, 2, 3), (13, 64, 2, 3, 4)):
+        expected = oracle(case, samples, batch, torch.float64, slow_order)
+        flags = ("--case", case, "--samples", samples, "--global-batch-size", batch, "--shards", shards)
+        ended = trained("oracle", *flags, "--micro-batches", parts, ranks=ranks, cwd=f"{samples}")
+        assert relative_error(ended, expected) <= 1e-12, (samples, batch, ranks, shards, parts)
+
+
 @pytest.mark.parametrize("case", ["mean", "tokens", "classes"])
 def test_several_ranks_weigh_as_the_whole_batch_does(trained: Any, slow_order: Order, case: str) -> None:
     for samples, batch, ranks, shards in ((23, 5, 2, 2), (22, 7, 3, 5), (9, 2, 3, 3)):

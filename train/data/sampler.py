@@ -24,12 +24,12 @@ class ShardSamples(list[int]):
 
 
 def epoch_plans(
-    samples: int, global_batch_size: int, shards: int, epoch: int, cursor: int, step: int
+    samples: int, global_batch_size: int, shards: int, epoch: int, cursor: int, step: int, micro_batches: int = 1
 ) -> Iterator[StepPlan]:
     """The remaining steps of an epoch, from position `cursor` and after `step` completed optimizer steps."""
     while cursor < samples:
         end = min(cursor + global_batch_size, samples)
-        yield StepPlan(step, epoch, cursor, end, shards)
+        yield StepPlan(step, epoch, cursor, end, shards, micro_batches)
         cursor, step = end, step + 1
 
 

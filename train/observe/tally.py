@@ -16,7 +16,7 @@ from torch import Tensor
 
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.group import Group
-from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
+from samestep.train.parallel.shards import MicroBatch, StepPlan, owned_span, tree_sum
 from samestep.train.recipe import SampleWeighted, Weighted
 
 Value = Tensor | float
@@ -24,7 +24,7 @@ Values = list[list[Value]]  # of one rank: a list for each shard, of equally man
 
 
 class StepTally:
-    """Used as begin, add for each owned shard, rows; `weight_sum` only where `own_weights`."""
+    """Used as begin, add for each part of each owned shard, rows; `weight_sum` only where `own_weights`."""
 
     def __init__(self, group: Group, shards: int, device: torch.device) -> None:
         self.group = group
@@ -44,8 +44,8 @@ class StepTally:
         if not self._expected:
             self._complete([])
 
-    def add(self, outcome: Weighted) -> None:
-        """Take one shard's loss."""
+    def add(self, outcome: Weighted, part: MicroBatch) -> None:
+        """Take the loss of a shard, or of a part of it."""
         brings_weights = not isinstance(outcome, SampleWeighted)
         if brings_weights and self.extras is not None and not self.own_weights:
             raise UsageError(
@@ -56,8 +56,12 @@ class StepTally:
         self._brings_weights |= brings_weights
         names = list(outcome.log) if self.extras is None else self.extras
         extras = [outcome.log[name] * outcome.weight for name in names]
-        self._values.append([_kept(outcome.total), _kept(outcome.weight), *map(_kept, extras)])
-        if len(self._values) == self._expected:
+        values = [_kept(outcome.total), _kept(outcome.weight), *map(_kept, extras)]
+        if part.first:
+            self._values.append(values)
+        else:
+            self._values[-1] = [_plus(*pair, self.device) for pair in zip(self._values[-1], values, strict=True)]
+        if part.last and len(self._values) == self._expected:
             self._complete(names)
 
     @property
@@ -104,6 +108,12 @@ def _kept(value: Value) -> Value:
         return value
     value = value.detach() if value.requires_grad else value
     return value.reshape(()) if value.dim() else value
+
+
+def _plus(left: Value, right: Value, device: torch.device) -> Value:
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return scalar(left, device) + scalar(right, device)
+    return left + right
 
 
 def table(steps: list[Values], width: int, columns: int, device: torch.device) -> Tensor:

@@ -1,8 +1,9 @@
 """Buffers that the forward of a shard changes (BatchNorm's running statistics) come out the same on any world size.
 
-Every shard starts from the step's buffers. Afterwards only buffers that some shard changed are combined: floating-point
-ones to their sample-weighted mean over the shards, summed in float64 along the tree; integer ones have to agree. A step
-of a single shard keeps what that shard left. Unchanged buffers are not touched: a mean of equal values can alter bits.
+Every shard, and every micro-batch of one, starts from the step's buffers. Afterwards only buffers that some shard
+changed are combined: floating-point ones to their sample-weighted mean over the shards, summed in float64 along the
+tree; integer ones have to agree. A step of a single shard in one part keeps what that shard left. Unchanged buffers are
+not touched: a mean of equal values can alter bits.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.exchange import Exchange, present_roots
 from samestep.train.parallel.group import Group
-from samestep.train.parallel.shards import Fold, Span, StepPlan, owned_span
+from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
 
 
 class BufferCombiner:
-    """Used as begin, (before_shard, after_shard) for each shard, finish."""
+    """Used as begin, (before, after) for each micro-batch, finish."""
 
     def __init__(self, model: nn.Module, group: Group, exchange: Exchange, shards: int, *, keep: bool = False) -> None:
         # Where each buffer is kept, not the tensor: wrapping the model, and user code, can put another one there.
@@ -34,18 +35,19 @@ class BufferCombiner:
         self.changing: list[str] | None = None  # agreed by all ranks in the first step
         self._base: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
+        self._leaf: Tensor | None = None  # of the shard's parts so far, weighed by their samples
 
     def begin(self, plan: StepPlan) -> None:
         """Remember the step's buffers where a later shard has to start from them."""
         self._plan = plan
         self._read()
         self._present = min(plan.samples, self.shards)
-        self._single = self._present == 1
+        self._single = self._present == 1 and len(plan.parts(0)) == 1
         spans = present_roots(self.group.world_size, self.shards, self._present)[self.group.rank]
         self._folds: dict[Span, Fold[Tensor]] = {span: Fold(span, torch.add) for span in spans}
         self._changed: set[str] = set()
         self._names = list(self.buffers) if self.changing is None else self.changing
-        if self.changing is None or self.keep or len(plan.present(self.owned)) > 1:
+        if self.changing is None or self.keep or len(plan.present(self.owned)) > 1 or plan.micro_batches > 1:
             for name in self._names:
                 if name in self._base:
                     self._base[name].copy_(self.buffers[name])
@@ -53,7 +55,7 @@ class BufferCombiner:
                     self._base[name] = self.buffers[name].clone()
         self._first = True
 
-    def before_shard(self) -> None:
+    def before(self, part: MicroBatch) -> None:  # noqa: ARG002 (the same for all parts)
         """Bring the step's buffers back."""
         if not self._first:
             for name, value in self._base.items():
@@ -61,8 +63,8 @@ class BufferCombiner:
         self._first = False
         self._versions = {name: buffer._version for name, buffer in self.buffers.items()}
 
-    def after_shard(self, shard: int) -> None:
-        """Take what the shard left in the buffers that it changed."""
+    def after(self, part: MicroBatch) -> None:
+        """Take what a part of a shard left in the buffers that it changed."""
         if self.changing is None:
             # By value: batch_norm writes running statistics without raising the tensor's version.
             self._changed |= {
@@ -72,9 +74,13 @@ class BufferCombiner:
             self._refuse_new()
         if self._single:
             return
-        leaf = self._flat() if self._names else None
-        fold = next(fold for span, fold in self._folds.items() if span[0] <= shard < span[1])
-        fold.push(shard, None if leaf is None else leaf * self._plan.size(shard))
+        if self._names:
+            weighed = self._flat() * part.samples
+            self._leaf = weighed if part.first or self._leaf is None else self._leaf + weighed
+        if part.last:
+            fold = next(fold for span, fold in self._folds.items() if span[0] <= part.shard < span[1])
+            fold.push(part.shard, self._leaf)
+            self._leaf = None
 
     def finish(self) -> None:
         """Leave the combined buffers on every rank."""
@@ -164,10 +170,10 @@ class NoBuffers:
     def begin(self, plan: StepPlan) -> None:
         """Nothing to remember."""
 
-    def before_shard(self) -> None:
+    def before(self, part: MicroBatch) -> None:
         """Nothing to bring back."""
 
-    def after_shard(self, shard: int) -> None:
+    def after(self, part: MicroBatch) -> None:
         """Nothing to take."""
 
     def finish(self) -> None:

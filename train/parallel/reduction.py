@@ -3,7 +3,8 @@
 Earlier shards of a rank run on the raw module through `torch.autograd.grad`, which leaves `p.grad` alone and DDP
 asleep. The last one runs through DistributedDataParallel, whose communication hook adds the pending partial sums and
 exchanges bucket by bucket while backward goes on. Where one shard is all there is, its gradient is the sum and plain
-backward leaves it. Where some rank has nothing to do in a step, and in the first step
+backward leaves it. A shard that runs in several parts adds up their gradients from left to right, in the same ways.
+Where some rank has nothing to do in a step, and in the first step
 (which finds out whether parameters stay unused), all shards take the first way and the exchange follows backward; the
 bits are the same.
 """
@@ -22,7 +23,7 @@ from samestep.launcher.contract import UsageError
 from samestep.train.parallel.exchange import Exchange, Flight, present_roots
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import CompressionHook
-from samestep.train.parallel.shards import Fold, Span, StepPlan, owned_span
+from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
 
 Gradients = list[Tensor]
 
@@ -36,7 +37,7 @@ def _add(left: Gradients, right: Gradients) -> Gradients:
 
 
 class GradientReducer:
-    """Sums gradients of all shards of a step; used as begin, (module, backward) for each shard, finish.
+    """Sums gradients of all shards of a step; used as begin, (module, backward) for each part of each shard, finish.
 
     After `finish`, `p.grad` of every trainable parameter is the sum over all shards, or None where no shard used it.
     """
@@ -85,14 +86,15 @@ class GradientReducer:
         self._used = [False] * len(self.parameters)  # by some shard of this rank
         self._skipped = False  # some shard of this rank left a parameter unused
         self._results: list[tuple[list[Tensor], Tensor]] = []
+        self._leaf: Gradients | None = None  # of the parts so far of the shard that runs
 
-    def module(self, shard: int) -> nn.Module:
-        """What the loss of `shard` has to call: DDP for the last one where all ranks work, else the raw module."""
-        return self._replica if self._replica is not None and self._through_ddp(shard) else self.raw
+    def module(self, part: MicroBatch) -> nn.Module:
+        """What the loss of `part` has to call: DDP for the last one where all ranks work, else the raw module."""
+        return self._replica if self._replica is not None and self._through_ddp(part) else self.raw
 
-    def backward(self, shard: int, total: Tensor, start: Tensor | None = None) -> None:
-        """Take the gradient of one shard's unnormalised loss; backward starts from `start`, or from one."""
-        if self._alone or self._through_ddp(shard):
+    def backward(self, part: MicroBatch, total: Tensor, start: Tensor | None = None) -> None:
+        """Take the gradient of one part's unnormalised loss; backward starts from `start`, or from one."""
+        if self._alone or self._through_ddp(part):
             total.backward(start)
             return
         gradients: Sequence[Tensor | None] = torch.autograd.grad(total, self.parameters, start, allow_unused=True)
@@ -100,8 +102,11 @@ class GradientReducer:
         for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             self._used[index] |= gradient is not None
             self._skipped |= gradient is None
-            leaf.append(torch.zeros_like(parameter) if gradient is None else self._dense(index, gradient))
-        self._fold_of(shard).push(shard, leaf)
+            leaf.append(self._absent(parameter) if gradient is None else self._dense(index, gradient))
+        self._leaf = leaf if self._leaf is None else _add(self._leaf, leaf)
+        if part.last:
+            self._fold_of(part.shard).push(part.shard, self._leaf)
+            self._leaf = None
 
     def finish(self) -> Gradients:
         """Leave the sums in `p.grad` and return those that are not None."""
@@ -113,7 +118,11 @@ class GradientReducer:
             self._assign_solo()
         else:
             self._exchange_all()
-        self._folds, self._results = {}, []  # gradients of this step must be free when the next ones are made
+        self._folds, self._results, self._leaf = (
+            {},
+            [],
+            None,
+        )  # gradients of this step must be free when the next ones are made
         if self._replica is None and self.group.world_size > 1:
             self._wrap()
         return [p.grad for p in self.parameters if p.grad is not None]
@@ -166,15 +175,16 @@ class GradientReducer:
         replica.register_comm_hook(self, _communication_hook)
         self._replica = replica
 
-    def _through_ddp(self, shard: int) -> bool:
-        return self._overlap and shard == self.mine[-1]
+    def _through_ddp(self, part: MicroBatch) -> bool:
+        return self._overlap and part.last and part.shard == self.mine[-1]
 
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Add this rank's partial sums to the last shard's bucket and send it; advance the one before."""
         parameters, buffer = bucket.parameters(), bucket.buffer()
         positions = [self._position[id(p)] for p in parameters]
         last = self.mine[-1]
-        for partial in reversed(self._fold_of(last).pending(last)):
+        partials = self._fold_of(last).pending(last) + ([self._leaf] if self._leaf is not None else [])
+        for partial in reversed(partials):
             torch._foreach_add_(bucket.gradients(), [partial[i] for i in positions])
         if self._compress is not None:
             return self._compressed(bucket, parameters, self._compress)
@@ -249,6 +259,10 @@ class GradientReducer:
 
     def _fold_of(self, shard: int) -> Fold[Gradients]:
         return next(fold for span, fold in self._folds.items() if span[0] <= shard < span[1])
+
+    def _absent(self, parameter: Tensor) -> Tensor:
+        """What stands for no gradient. With one shard plain backward adds nothing at all, and -0.0 keeps every bit."""
+        return torch.full_like(parameter, -0.0) if self.shards == 1 else torch.zeros_like(parameter)
 
     def _dense(self, index: int, gradient: Tensor) -> Tensor:
         if gradient.layout != torch.strided:

@@ -105,6 +105,22 @@ class Fold(Generic[Value]):
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Samples [begin, end) of a shard, whose forward and backward run by themselves: all, unless memory is short."""
+
+    shard: int
+    begin: int
+    end: int
+    first: bool
+    last: bool
+
+    @property
+    def samples(self) -> int:
+        """How many."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One optimizer step as every rank can compute it: positions [begin, end) of an epoch, cut into `shards`."""
 
@@ -113,6 +129,7 @@ class StepPlan:
     begin: int
     end: int
     shards: int
+    micro_batches: int = 1  # parts of a shard that run one after the other; fewer where it has fewer samples
 
     @property
     def samples(self) -> int:
@@ -128,9 +145,20 @@ class StepPlan:
         """The shards of `span` that are not empty: the first ones, where there are fewer samples than shards."""
         return list(range(span[0], min(span[1], self.end - self.begin)))
 
+    def parts(self, shard: int) -> tuple[MicroBatch, ...]:
+        """The near-equal micro-batches of a shard that is not empty, in their order."""
+        return _parts(shard, self.size(shard), self.micro_batches)
+
     def everyone_works(self, world_size: int) -> bool:
         """Whether each rank has at least one sample."""
         return self.end - self.begin >= _samples_for_everyone(world_size, self.shards)
+
+
+@lru_cache(maxsize=4096)
+def _parts(shard: int, size: int, count: int) -> tuple[MicroBatch, ...]:
+    count = min(count, size)
+    cuts = [slice_of(0, size, part, count) for part in range(count)]
+    return tuple(MicroBatch(shard, begin, end, begin == 0, end == size) for begin, end in cuts)
 
 
 @lru_cache(maxsize=64)

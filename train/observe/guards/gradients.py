@@ -14,17 +14,24 @@ PATIENCE = 20  # steps without gradient after which a parameter that had one is 
 
 
 class ClearedGradients(Check):
-    """`p.grad` is None from zero_grad to backward: whatever is there would be added to the step's gradient."""
+    """`p.grad` is None from zero_grad to the first backward: what is there would be added to the step's gradient."""
 
     def __init__(self, subject: Subject) -> None:
         self._held = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
         self._trained = [(n, p) for n, p in subject.model.named_parameters() if p.requires_grad]
         self._dirty: set[str] = set()
+        self._first = True
+
+    def before_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
+        """Expect the first loss."""
+        self._first = True
+        return ()
 
     def before_loss(self, batch: Any, samples: int) -> Iterator[Finding]:  # noqa: ARG002
-        """Look at what zero_grad has left."""
+        """Look at what zero_grad has left; later in a step there may be what backward of another part has."""
         self._dirty = {name for name, p in self._trained if p.grad is not None and id(p) in self._held}
-        if self._dirty:
+        first, self._first = self._first, False
+        if self._dirty and first:
             yield Finding(
                 f"gradients are expected to be cleared before each step, but {listed(sorted(self._dirty))} still "
                 "had one when the loss was called",

@@ -87,7 +87,7 @@ class WatchingGuards:
     steps: int | None
     warn: Callable[[str], None]
     _seen: int = 0
-    _sizes: list[int] = field(default_factory=list)  # samples of this rank's shards to come, in this step
+    _sizes: list[int] = field(default_factory=list)  # samples of this rank's losses to come, in this step
     _found: list[Finding] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
 
@@ -125,7 +125,7 @@ class WatchingGuards:
             for check in self.checks:
                 self._note(check.before_step(plan))
             mine = owned_span(self.group.rank, self.group.world_size, self.shards)
-            self._sizes = [plan.size(shard) for shard in plan.present(mine)]
+            self._sizes = [part.samples for shard in plan.present(mine) for part in plan.parts(shard)]
 
     def after_step(self, plan: StepPlan) -> None:
         """Look; while all checks are on, tell all ranks what each has found."""
