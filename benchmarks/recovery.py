@@ -1,10 +1,12 @@
 """How long from the death of a rank to the next step, under samestep and under what others use.
 
-    python benchmarks/recovery.py [--rounds 20] [--ranks 2] [--launchers samestep,torchrun,accelerate] [--ignore-term]
+    python benchmarks/recovery.py [--rounds 20] [--ranks 2] [--launchers samestep,torchrun,accelerate]
+        [--by kill|exit] [--ignore-term]
 
-Kills a random rank with SIGKILL, and waits until a rank of the next start has done a step. Prints one row a launcher,
-as JSON: how many restarts came back at all (of the tried ones), seconds to the next step, until all old ranks were
-gone, and where the time went. torchrun and accelerate run a hand-written script with checkpoints and resume.
+Ends a random rank, and waits until a rank of the next start has done a step. Prints one row a launcher, as JSON: how
+many restarts came back at all (of the tried ones), seconds from the rank's end until the launcher saw it (samestep
+tells), until all old ranks were gone, to the next step, and where the time went. torchrun and accelerate run a
+hand-written script with checkpoints and resume.
 """
 
 from __future__ import annotations
@@ -95,16 +97,23 @@ def pids(found: list[Stamp]) -> dict[int, int]:
     return {item.rank: item.pid for item in found}
 
 
-def strike(path: Path, ranks: int, choose: random.Random) -> dict[str, float] | None:
-    """Kill one rank; None if no step follows."""
+def strike(path: Path, ranks: int, choose: random.Random, by: str) -> dict[str, float] | None:
+    """End one rank; None if no step follows."""
     offset = path.stat().st_size
     before = wait(path, offset, lambda found: working(found, ranks, SETTLE_STEPS), LOST_SECONDS)
     if before is None:
         return None
     old = pids(before)
     olds = [psutil.Process(pid) for pid in old.values() if psutil.pid_exists(pid)]
-    offset, killed = path.stat().st_size, time.time()
-    os.kill(old[choose.randrange(ranks)], signal.SIGKILL)
+    offset, killed, struck = path.stat().st_size, time.time(), choose.randrange(ranks)
+    if by == "kill":
+        os.kill(old[struck], signal.SIGKILL)
+    else:
+        path.with_name(f"leave-{struck}").touch()
+        left = wait(path, offset, lambda found: any(item.what == "exit" for item in found), LOST_SECONDS)
+        if left is None:
+            return None
+        killed = next(item.at for item in left if item.what == "exit")
     _, alive = psutil.wait_procs(olds, timeout=LOST_SECONDS)
     gone = time.time() - killed
     known = frozenset(old.values())
@@ -116,13 +125,21 @@ def strike(path: Path, ranks: int, choose: random.Random) -> dict[str, float] | 
     first = {what: max(min(i.at for i in new if i.what == what and i.rank == rank) for rank in every) for what in PARTS}
     second = max(sorted(i.at for i in new if i.what == "loss" and i.rank == rank)[1] for rank in every)
     parts = {"ranks start": first["script"], "model is built": first["build"], "first step begins": first["loss"]}
-    return {"gone": gone, "step": second - killed, **{name: at - killed for name, at in parts.items()}}
+    seen = seen_after(path.with_name("run") / "events.jsonl", killed)
+    told = {} if seen is None else {"seen": seen - killed}
+    return {**told, "gone": gone, "step": second - killed, **{name: at - killed for name, at in parts.items()}}
+
+
+def seen_after(events: Path, killed: float) -> float | None:
+    """When samestep first saw that a rank had ended, after that moment; of other launchers nobody knows."""
+    rows = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+    return next((row["seen"] for row in rows if row["event"] == "worker_failed" and row["time"] > killed), None)
 
 
 PARTS = ("script", "build", "loss")
 
 
-def measure(launcher: str, ranks: int, rounds: int, *, ignore_term: bool) -> dict[str, object]:
+def measure(launcher: str, ranks: int, rounds: int, by: str, *, ignore_term: bool) -> dict[str, object]:
     """One row. A launcher whose restart never comes is ended and started anew."""
     choose, lost = random.Random(1), 0
     results: list[dict[str, float]] = []
@@ -137,14 +154,20 @@ def measure(launcher: str, ranks: int, rounds: int, *, ignore_term: bool) -> dic
             try:
                 wait(folder / "stamps", 0, lambda found: working(found, ranks, 1), 4 * LOST_SECONDS)
                 while len(results) + lost < rounds:
-                    result = strike(folder / "stamps", ranks, choose)
+                    result = strike(folder / "stamps", ranks, choose, by)
                     if result is None:
                         lost += 1
                         break
                     results.append(result)
             finally:
                 _end(started)
-    row: dict[str, object] = {"launcher": launcher, "ranks": ranks, "tried": rounds, "came back": len(results)}
+    row: dict[str, object] = {
+        "launcher": launcher,
+        "ranks": ranks,
+        "by": by,
+        "tried": rounds,
+        "came back": len(results),
+    }
     for name in results[0] if results else ():
         values = sorted(result[name] for result in results)
         row[name] = {"median": round(statistics.median(values), 3), "max": round(values[-1], 3)}
@@ -169,10 +192,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--launchers", default="samestep,torchrun,accelerate")
+    parser.add_argument("--by", choices=("kill", "exit"), default="kill", help="SIGKILL, or an exit of its own")
     parser.add_argument("--ignore-term", action="store_true", help="ranks ignore SIGTERM")
     options = parser.parse_args()
     for launcher in options.launchers.split(","):
-        row = measure(launcher, options.ranks, options.rounds, ignore_term=options.ignore_term)
+        row = measure(launcher, options.ranks, options.rounds, options.by, ignore_term=options.ignore_term)
         print(json.dumps(row), flush=True)
 
 

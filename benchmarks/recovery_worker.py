@@ -4,7 +4,8 @@
     recovery_worker.py script FOLDER
 
 Each rank appends `time pid rank what` to the file that STAMPS names: `script` when its program begins, `build` when the
-model is made, `loss` whenever a step begins. IGNORE_TERM=1 makes ranks ignore SIGTERM.
+model is made, `loss` whenever a step begins, `exit` when it leaves because there is a file `leave-RANK` beside STAMPS.
+IGNORE_TERM=1 makes ranks ignore SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,11 +18,20 @@ from pathlib import Path
 
 STAMPS = os.open(os.environ["STAMPS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 RANK = os.environ.get("RANK", "0")
+LEAVE = Path(os.environ["STAMPS"]).with_name(f"leave-{RANK}")
 STEPS, SAVE_EVERY, BATCH = 10**9, 20, 32
 
 
 def stamp(what: str) -> None:
     os.write(STAMPS, f"{time.time()} {os.getpid()} {RANK} {what}\n".encode())
+
+
+def begin_step() -> None:
+    if LEAVE.exists():
+        LEAVE.unlink()
+        stamp("exit")
+        os._exit(3)
+    stamp("loss")
 
 
 stamp("script")
@@ -50,7 +60,7 @@ def recipe() -> None:
     squared = supervised(nn.MSELoss())
 
     def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> object:
-        stamp("loss")
+        begin_step()
         return squared(net, batch)
 
     def build(config: object) -> Components:
@@ -81,7 +91,7 @@ def script(folder: Path) -> None:
     while step < STEPS:
         sampler.set_epoch(epoch)
         for x, y in loader:
-            stamp("loss")
+            begin_step()
             optimizer.zero_grad()
             nn.functional.mse_loss(net(x), y).backward()
             optimizer.step()

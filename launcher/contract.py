@@ -315,10 +315,11 @@ class Preempted(TypedDict):
 
 
 class WorkerFailed(TypedDict):
-    """Written by the launcher; `rank` is the culprit."""
+    """Written by the launcher once all ranks have ended; `rank` is the culprit, `seen` when its end was noticed."""
 
     event: Literal["worker_failed"]
     time: float
+    seen: float
     rank: int
     step: int | None
     phase: str

@@ -23,10 +23,11 @@ PHASES = (
     *("data", "forward", "backward", "sync", "optimizer", "closing"),
 )
 IN_STEP = frozenset({"data", "forward", "backward", "sync", "optimizer"})
+_AFTER_FORWARD = frozenset({"backward", "sync", "optimizer"})
 _NUMBER = {phase: number for number, phase in enumerate(PHASES)}
 
-# beats, step, collectives, phase, edge, time of the change, and the longest of each SPAN so far in seconds
-_RECORD = struct.Struct("<QqQHHxxxxdddddd")
+# beats, step, collectives, phase, edge, idle, time of the change, and the longest of each SPAN so far in seconds
+_RECORD = struct.Struct("<QqQHHHxxdddddd")
 _COUNT = struct.Struct("<Q")
 # A slot: the number of beats, which says which of two records is the newest; the other one is being written.
 _RECORD_BYTES = 128
@@ -47,6 +48,7 @@ class Beat:
         collectives: entered by this rank before the change.
         since: `time.monotonic()` of the last change.
         longest: seconds of the longest finished edge, step, evaluation and so on; 0.0 before the first.
+        idle: past the forward pass of this step without one: it has no sample in this batch.
     """
 
     beats: int = 0
@@ -56,6 +58,7 @@ class Beat:
     collectives: int = 0
     since: float = 0.0
     longest: tuple[float, ...] = (0.0,) * len(SPANS)
+    idle: bool = False
 
 
 class Board:
@@ -80,9 +83,9 @@ class Board:
             if count == before:
                 break
             raw = again
-        beats, step, collectives, phase, edge, since, *longest = raw
+        beats, step, collectives, phase, edge, idle, since, *longest = raw
         name = PHASES[phase] if phase < len(PHASES) else ""
-        return Beat(beats, step, name, bool(edge), collectives, since, tuple(longest))
+        return Beat(beats, step, name, bool(edge), collectives, since, tuple(longest), bool(idle))
 
     def _copy(self, rank: int) -> tuple[int, tuple[Any, ...]]:
         begin = rank * SLOT_BYTES
@@ -144,7 +147,7 @@ class Heartbeat:
         self._offset = rank * SLOT_BYTES
         self._now = now
         self._beats = int(_COUNT.unpack_from(memory, self._offset)[0])  # of an earlier run in this process
-        self._step, self._edge = 0, False
+        self._step, self._edge, self._worked = 0, False, False
         self._span, self._begun = "", now()
         self._longest = [0.0] * len(SPANS)
         self._collectives: Callable[[], int] = int
@@ -162,16 +165,18 @@ class Heartbeat:
         in_step = phase == "step"
         self._edge = in_step and self._span not in ("edge", "step")
         self._span, self._begun = ("edge" if self._edge else phase), moment
-        self._step = step
+        self._step, self._worked = step, False
         self._write("data" if in_step else phase, moment)
 
     def enter(self, phase: str) -> None:
         """A phase inside a step begins."""
+        self._worked = self._worked or phase == "forward"
         self._write(phase, self._now())
 
     def _write(self, phase: str, moment: float) -> None:
         self._beats += 1
-        where = (self._beats, self._step, self._collectives(), _NUMBER[phase], self._edge, moment)
+        idle = not self._worked and phase in _AFTER_FORWARD
+        where = (self._beats, self._step, self._collectives(), _NUMBER[phase], self._edge, idle, moment)
         _RECORD.pack_into(self._memory, _newest(self._offset, self._beats), *where, *self._longest)
         # one store of 8 bytes: pack_into would write zeros first
         self._memory[self._offset : self._offset + _COUNT.size] = self._beats.to_bytes(_COUNT.size, "little")

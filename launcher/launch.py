@@ -279,6 +279,8 @@ def _one_generation(run: _Run, facts: Facts) -> tuple[tuple[Command, ...], Gener
             ended = run.supervisor.run(
                 facts.generation, commands, run.environ, started=store.close, is_victim=is_victim
             )
+        except TimeoutError:
+            raise  # ranks that can't be ended: nobody's wrong option
         except OSError as error:
             raise UsageError(
                 f"{commands[0].argv[0]} is expected to start, but: {error.strerror or error}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -68,6 +68,22 @@ def soak(seed: int, every: float, kinds: Sequence[Kind], world_size: int) -> Ite
         number += 1
         delay = every * choose.uniform(0.5, 1.5)
         yield Fault(number, next(deck), Moment.MID_EPOCH, choose.randrange(world_size), 0, delay)
+
+
+def over_runs(faults: Iterator[Fault], stop: float, now: Callable[[], float]) -> Iterator[Iterable[Fault]]:
+    """The faults of one run after the other, until `stop`; for which a run was too short, those strike the next one."""
+    fault = next(faults)
+    due = now() + fault.delay
+
+    def of_one() -> Iterator[Fault]:
+        nonlocal fault, due
+        while now() < stop:
+            yield replace(fault, delay=max(0.0, due - now()))
+            fault = next(faults)  # asked for the next one: this one has struck
+            due = now() + fault.delay
+
+    while now() < stop:
+        yield of_one()
 
 
 def _deck(cards: Sequence[Card], choose: random.Random) -> Iterator[Card]:

@@ -18,7 +18,7 @@ import psutil
 from samestep.launcher import manifest
 from samestep.launcher.chaos.kinds import BY_NAME, KINDS, Kind
 from samestep.launcher.chaos.outcome import Trial, Verdict, table
-from samestep.launcher.chaos.plan import Course, Fault, plan, soak
+from samestep.launcher.chaos.plan import Course, Fault, over_runs, plan, soak
 from samestep.launcher.chaos.trace import Trace
 from samestep.launcher.chaos.trial import Expected, Subject
 from samestep.launcher.command_line.argv import Recipe
@@ -165,8 +165,10 @@ def _trials(stage: _Stage, course: Course, expected: Expected, flags: tuple[str,
             config.seed, config.faults, config.per_run, kinds, course, config.nproc_per_node
         )
     else:
-        plans = _soaking(config, kinds)
-    for number, faults in enumerate(plans, start=1):
+        # the last run is left to end by itself
+        faults = soak(config.seed, config.every, kinds, config.nproc_per_node)
+        plans = over_runs(faults, time.monotonic() + 60 * config.minutes, time.monotonic)
+    for number, of_one in enumerate(plans, start=1):
         run_dir = RunDir(stage.folder / f"run-{number}")
         subject = Subject(
             start=lambda stderr, where=run_dir: stage.start(where, flags, stderr),  # type: ignore[misc]
@@ -174,17 +176,9 @@ def _trials(stage: _Stage, course: Course, expected: Expected, flags: tuple[str,
             said=stage.folder / f"run-{number}.err",
             patience=config.stuck_seconds,
         )
-        trial = subject.play(number, faults, expected)
+        trial = subject.play(number, of_one, expected)
         _tell(f"run {number}: {len(trial.strikes)} faults, {trial.difference or 'the same bits'}")
         yield trial
-
-
-def _soaking(config: ChaosConfig, kinds: tuple[Kind, ...]) -> Iterator[Iterable[Fault]]:
-    """Runs until the time is over; the last one is left to end by itself."""
-    stop = time.monotonic() + 60 * (config.minutes or 0)
-    faults = soak(config.seed, config.every, kinds, config.nproc_per_node)
-    while time.monotonic() < stop:
-        yield (next(faults) for _ in iter(lambda: time.monotonic() < stop, False))
 
 
 def _host(folder: Path) -> dict[str, int]:

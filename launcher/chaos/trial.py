@@ -194,7 +194,9 @@ class Subject:
         with contextlib.suppress(psutil.Error):
             launcher = psutil.Process(self.launcher.pid)
             self.seen |= {process.pid: process for process in (launcher, *launcher.children(recursive=True))}
-            if not self.pending and self.trace.started_since(self._launched) is not None:  # at work
+            # at work: its report, once the run is over, takes the memory of a library for plots
+            at_work = self.trace.started_since(self._launched) is not None and not self.trace.last("run_finished")
+            if not self.pending and at_work:
                 sample = launcher.num_fds(), launcher.memory_info().rss
                 self.growth.setdefault(launcher.pid, []).append(sample)
 

@@ -39,7 +39,10 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a generation failed. `exit_code` is the culprit's own, negative for a signal."""
+    """Why a generation failed. `exit_code` is the culprit's own, negative for a signal.
+
+    `seen_ns` is when the launcher saw that the culprit had ended, on the wall clock; 0 where it ended it.
+    """
 
     rank: int
     cause: str
@@ -54,6 +57,7 @@ class Failure:
     remedied: bool = False  # the rank has changed what led to it, as `hint` says
     told: bool = False  # rank zero has printed the reason itself
     stack: tuple[str, ...] = ()  # of a crash in native code, innermost frame first
+    seen_ns: int = 0
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -93,6 +97,7 @@ def diagnose(ranks: Sequence[Evidence], memory: MemorySigns = NOTHING_COUNTED) -
         remedied=record is not None and record.remedied,
         told=_is_told(ranks),
         stack=crash_stack(culprit.end.stderr) if crash else (),
+        seen_ns=0 if culprit.end.signalled else culprit.end.ended_ns,
     )
 
 
@@ -233,6 +238,7 @@ def _early(item: Evidence, victim: Evidence, ranks: Sequence[Evidence]) -> Failu
         log=item.log,
         step=_place(victim, ranks)[0],
         others_stopped=sum(other.end.returncode != 0 for other in ranks),
+        seen_ns=item.end.ended_ns,
         hint="every rank must take part in every step: look for an early exit or return",
     )
 

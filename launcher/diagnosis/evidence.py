@@ -50,6 +50,7 @@ def note_failure(failure: Failure, exit_code: int, run_dir: RunDir) -> None:
     event = WorkerFailed(
         event="worker_failed",
         time=time.time(),
+        seen=failure.seen_ns / 1e9 or time.time(),
         rank=failure.rank,
         step=failure.step,
         phase=failure.phase,

@@ -82,6 +82,8 @@ class Worker:
         except psutil.NoSuchProcess:
             children = []
         self._signal_group(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)  # a rank that was forked this moment leads no group yet
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()

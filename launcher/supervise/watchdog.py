@@ -24,18 +24,20 @@ class Patience:
     """How long a rank may go without a sign of life, in seconds.
 
     Attributes:
-        step: inside a step, once one was measured.
+        step: inside a step, once one was measured: until the rank is named.
         seldom: in an evaluation or a checkpoint, once one was measured.
         unmeasured: in what has not happened before.
         factor: of the longest time before.
+        naming: what noticing, taking stacks and judging need of the time inside a step.
         working: times as long in what has not happened before, while the rank computes; a build may go on for ever.
         strict: the numbers are the user's own: a busy start is not excused.
     """
 
-    step: float = 4.5
+    step: float = 5.0
     seldom: float = 30.0
     unmeasured: float = 600.0
     factor: float = 10.0
+    naming: float = 1.0
     working: float = 6.0
     strict: bool = False
 
@@ -47,7 +49,7 @@ class Patience:
         if text == "off":
             return None
         seconds = float(text)
-        return cls(step=seconds, seldom=seconds, unmeasured=seconds, strict=True)
+        return cls(step=seconds, seldom=seconds, unmeasured=seconds, naming=0.0, strict=True)
 
     def limit(self, beat: Beat, longest: Mapping[str, float]) -> float:
         """Seconds that the rank may spend where it is; infinite outside training."""
@@ -56,11 +58,16 @@ class Patience:
             return float("inf")
         if beat.phase in IN_STEP and not beat.edge and (edge or step):
             # a step may be compiled anew for another shape: that takes about as long as the first one
-            return max(self.step, self.factor * (step or edge), 2 * edge)
+            return max(self.step, self.factor * (step or edge), 2 * edge) - self.naming
         if (beat.phase in IN_STEP or beat.phase == "loading") and edge:
-            return max(self.step, self.factor * max(edge, step))
+            return max(self.step, self.factor * max(edge, step)) - self.naming
         known = longest.get(beat.phase, 0.0)
         return max(self.seldom, self.factor * known) if known else self.unmeasured
+
+    @property
+    def stopped(self) -> float:
+        """Seconds that a rank may be stopped by a signal, wherever it is."""
+        return self.step - self.naming
 
     def excuse(self, beat: Beat, longest: Mapping[str, float]) -> float:
         """How many times as long it may take while the rank computes: only where there is nothing to compare with."""
@@ -120,7 +127,7 @@ class Watchdog:
         return self._suspicion()
 
     def _suspicion(self) -> Suspicion | None:
-        stopped = tuple(rank for rank, still in self._still.items() if still.stopped > self.patience.step)
+        stopped = tuple(rank for rank, still in self._still.items() if still.stopped > self.patience.stopped)
         if stopped:
             return Suspicion(stopped, stopped=True)
         training = {rank: still for rank, still in self._still.items() if still.sample.beat.phase}
@@ -187,8 +194,10 @@ class Watchdog:
         """Ranks that entered a collective, and ranks that passed it by; the second is empty where that can't be told.
 
         Who is furthest behind and waits there is in a collective that those ahead have passed, or have been through:
-        then they have entered more of them than those that passed it by.
+        then they have entered more of them than those that passed it by. A rank without samples in this step was never
+        asked to: it counts as one that passed it by only where nobody else did.
         """
+        ahead = [rank for rank in ahead if not self._still[rank].sample.beat.idle] or ahead
         group = ahead or behind
         counts = {rank: self._still[rank].sample.beat.collectives for rank in group}
         same_place = len({position(self._still[rank].sample.beat) for rank in group}) == 1

@@ -71,7 +71,7 @@ def test_a_soak_stays_flat(tmp_path):
     assert verdict["host_growth"]["temporary files"] == 0
     assert abs(verdict["host_growth"]["own descriptors"]) <= 1
     assert all(run["growth"].get("launcher descriptors", 0) <= 2 for run in verdict["runs"])
-    assert all(run["growth"].get("launcher KiB", 0) < 20_000 for run in verdict["runs"])
+    assert all(run["growth"].get("launcher KiB", 0) < 2_000 for run in verdict["runs"])
 
 
 @pytest.mark.slow

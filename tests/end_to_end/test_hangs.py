@@ -96,11 +96,11 @@ def run(start, tmp_path):
     `slow` gives seconds by number of the call, or for every loss, item, build, evaluation.
     """
 
-    def start_one(fault, *flags, rank=1, call=7, slow=None, world_size=2, always=False, **more):
+    def start_one(fault, *flags, rank=1, call=7, slow=None, world_size=2, shards=None, always=False, **more):
         name = f"{fault}-{rank}-{world_size}"
         recipe = tmp_path / f"{name}.py"
         recipe.write_text(RECIPE.format(fault=fault, rank=rank, call=call, slow=slow or {}, always=always))
-        flags = (*FLAGS, "--shards", str(world_size), *flags)
+        flags = (*FLAGS, "--shards", str(shards or world_size), *flags)
         return start("samestep", world_size, str(recipe), *flags, run_dir=name, **more)
 
     return start_one
@@ -123,8 +123,8 @@ def restarted_with_the_bits_of(outcome, reference, rank, phase):
 def reference(run):
     """The undisturbed run."""
 
-    def undisturbed(*flags, world_size=2):
-        outcome = run("none", *flags, world_size=world_size)
+    def undisturbed(*flags, **more):
+        outcome = run("none", *flags, **more)
         assert outcome.of("worker_failed") == []
         return outcome
 
@@ -176,6 +176,15 @@ def test_a_rank_that_hangs_before_training_is_named(run, reference, monkeypatch)
 def test_the_rank_with_another_collective_is_named(run, reference, fault, rank):
     outcome = run(fault, rank=rank, world_size=3)
     assert outcome.digest == reference(world_size=3).digest
+    (failed,) = outcome.of("worker_failed")
+    assert failed["rank"] == rank, outcome.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 2])
+def test_with_more_ranks_than_shards_the_one_that_idles_is_not_to_blame_for_it(run, reference, rank):
+    outcome = run("skip", rank=rank, world_size=3, shards=2)  # rank 0 has no samples
+    assert outcome.digest == reference(world_size=3, shards=2).digest
     (failed,) = outcome.of("worker_failed")
     assert failed["rank"] == rank, outcome.stderr
 

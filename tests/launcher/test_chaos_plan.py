@@ -10,7 +10,7 @@ import pytest
 
 from samestep.launcher.chaos.kinds import KINDS, Aim, Moment
 from samestep.launcher.chaos.outcome import Strike, Trial, Verdict, table
-from samestep.launcher.chaos.plan import Course, Fault, plan, soak
+from samestep.launcher.chaos.plan import Course, Fault, over_runs, plan, soak
 from samestep.launcher.chaos.run import ChaosConfig, chosen
 from samestep.launcher.chaos.trace import Trace
 from samestep.launcher.contract import RunDir, UsageError
@@ -82,6 +82,22 @@ def test_a_soak_strikes_about_as_often_as_asked():
     faults = list(islice(soak(3, 15.0, ALL, 2), 200))
     assert 14 < sum(fault.delay for fault in faults) / 200 < 16
     assert {fault.kind for fault in faults} == set(ALL)
+
+
+@pytest.mark.parametrize("length", [4.0, 10.0, 40.0, 500.0])
+def test_runs_that_are_shorter_than_the_time_between_faults_are_struck_as_often(length):
+    clock, struck = [0.0], []
+    for run in over_runs(soak(3, 15.0, ALL, 2), 3000.0, lambda: clock[0]):
+        end = clock[0] + length
+        for fault in run:
+            if clock[0] + fault.delay >= end:
+                break
+            clock[0] += fault.delay
+            struck.append(fault.number)
+        clock[0] = end
+    assert struck == list(range(1, len(struck) + 1))
+    assert 180 < len(struck) < 215
+    assert 3000 <= clock[0] < 3000 + length
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,15 @@ def test_a_step_after_something_else_is_an_edge(board):
     assert seen == [False, True, False, False, True, False]
 
 
+def test_a_rank_that_comes_to_sync_without_a_forward_pass_is_idle_in_that_step(board):
+    heart, seen = beating(board), []
+    heart.at(0, "step")
+    for phase in ("sync", "optimizer", "step", "data", "forward", "data", "forward", "sync", "step", "data", "sync"):
+        heart.at(1, "step") if phase == "step" else heart.enter(phase)
+        seen.append(board.read(1).idle)
+    assert seen == [True, True, False, False, False, False, False, False, False, False, True]
+
+
 def test_a_second_run_of_a_process_goes_on_counting(board):
     beating(board).at(0, "build")
     beating(board).at(0, "build")

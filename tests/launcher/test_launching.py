@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import stat
+import time
 
 import psutil
 import pytest
@@ -274,9 +275,11 @@ def test_failure_is_noted_among_the_events_of_a_recipe(samestep):
     samestep.act("1=raise", "0=wait")
     assert not events.exists()  # a script without events is none of ours
     events.write_text('{"event": "run_started"}\n')
+    begin = time.time()
     samestep.act("1=record:KeyError,exit:1", "0=wait")
     last = json.loads(events.read_text().splitlines()[-1])
     assert (last["event"], last["rank"], last["step"], last["phase"]) == ("worker_failed", 1, 40, "forward")
+    assert begin < last["seen"] <= last["time"]
 
 
 def test_old_error_records_accuse_nobody(samestep):

@@ -1,0 +1,262 @@
+"""Which faults a run survives, in its own bits: samestep beside torchrun with a careful script.
+
+    python benchmarks/fault_matrix.py [--trials 1] [--kinds rank-kill,…] [--launchers samestep,torchrun] [--chaos FILE]
+
+Each trial strikes one run of fault_matrix_worker.py once, at one of the six moments of `samestep chaos`. Launchers may
+restart three times; one that was hit itself is started again by hand. Survived: the run ends in the digest of the
+launcher's own undisturbed run. Prints markdown: a row a kind, then everything that was not survived. `--chaos` adds the
+rows of what `samestep chaos --json` has printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from samestep.launcher.chaos.kinds import BY_NAME, Aim, Kind, Moment
+from samestep.launcher.chaos.plan import Course, Fault, plan
+from samestep.launcher.chaos.strike import strike
+from samestep.launcher.chaos.trace import Trace
+from samestep.launcher.contract import RunDir
+
+HERE = Path(__file__).resolve().parent
+WORKER, BIN = str(HERE / "fault_matrix_worker.py"), Path(sys.executable).parent
+RANKS, STEPS, IN_EPOCH, SAVE_EVERY = 2, 100, 25, 5
+QUIET_SECONDS = 40.0  # without a step, after which a run counts as lost
+INSIDE = ("exception", "exit-0", "segfault")
+OUTSIDE = ("rank-kill", "rank-term", "rank-abrt", "rank-pause", "rank-stop", "all-kill", "loader-kill")
+OF_LAUNCHER = ("launcher-kill", "launcher-term", "launcher-int")
+KINDS = (*(Kind(name, Aim.RANK) for name in INSIDE), *(BY_NAME[name] for name in (*OUTSIDE, *OF_LAUNCHER)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one fault."""
+
+    fault: Fault
+    hit: bool
+    trouble: str  # empty: survived
+    seconds: float | None  # from the strike to the next step of a restarted rank
+
+
+class Run:
+    """One launcher with its job, in a folder of its own."""
+
+    def __init__(self, launcher: str, folder: Path) -> None:
+        self.name, self.folder, self.trace = launcher, folder, Trace(RunDir(folder / "run"))
+        self.begin()
+
+    def begin(self) -> None:
+        environ = os.environ | {"STAMPS": str(self.folder / "stamps"), "ACCELERATE_USE_CPU": "true"}
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(self.command(), env=environ, stdin=quiet, stdout=quiet, stderr=quiet)
+
+    def command(self) -> list[str]:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = str(probe.getsockname()[1])
+        if self.name == "torchrun":
+            options = [f"--nproc-per-node={RANKS}", "--master-port", port, "--max-restarts=3", "--monitor-interval=0.1"]
+            return [str(BIN / "torchrun"), *options, WORKER, "script", str(self.folder)]
+        options = ["--quiet", "--nproc-per-node", str(RANKS), "--max-restarts", "3", WORKER, "recipe"]
+        flags = ["--epochs", str(STEPS // IN_EPOCH), "--checkpoint-every", str(SAVE_EVERY), "--log-every", "1"]
+        words = [*options, *flags, "--num-workers", "1", "--device", "cpu", "--run-dir", str(self.folder / "run")]
+        return [str(BIN / "samestep"), "run", *words]
+
+    def stamps(self) -> list[tuple[float, int, int, str, int]]:
+        path = self.folder / "stamps"
+        rows = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        return [(float(row[0]), int(row[1]), int(row[2]), row[3], int(row[4])) for row in rows if len(row) == 5]
+
+    def ranks(self, since: float = 0.0) -> dict[int, int]:
+        return {rank: pid for at, pid, rank, what, _ in self.stamps() if what == "script" and at >= since}
+
+    @property
+    def step(self) -> int:
+        if self.name == "torchrun":
+            return max((step for *_, what, step in self.stamps() if what == "step"), default=0)
+        self.trace.update()
+        return self.trace.step
+
+    @property
+    def digest(self) -> str:
+        if self.name == "torchrun":
+            path = self.folder / "digest"
+            return path.read_text() if path.exists() else ""
+        self.trace.update()
+        return str(self.trace.last("run_finished").get("digest", ""))
+
+    def until(self, condition: Callable[[], bool]) -> bool:
+        """Whether it came true, before the launcher ended and before nothing moved any more."""
+        moved, before = time.monotonic(), -1
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            size = (self.folder / "stamps").stat().st_size if (self.folder / "stamps").exists() else 0
+            if size != before:
+                moved, before = time.monotonic(), size
+            elif time.monotonic() - moved > QUIET_SECONDS:
+                return False
+            time.sleep(0.003)
+        return True
+
+    def family(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
+
+    def end(self) -> None:
+        below = [*self.family(), *(psutil.Process(pid) for pid in self.ranks().values() if psutil.pid_exists(pid))]
+        self.process.kill()
+        self.process.wait()
+        for process in below:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(below, timeout=10)
+
+
+def trial(launcher: str, fault: Fault, expected: str) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+        run = Run(launcher, Path(temporary))
+        try:
+            return struck(run, fault, expected)
+        finally:
+            run.end()
+
+
+def struck(run: Run, fault: Fault, expected: str) -> Outcome:
+    if not run.until(lambda: reached(run, fault)):
+        return Outcome(fault, False, "it never got there", None)
+    time.sleep(fault.delay)
+    family, wall = run.family(), time.time()
+    if fault.kind.name in INSIDE:
+        (run.folder / f"fault-{fault.rank}").write_text(fault.kind.name)
+        hit = True
+    else:
+        hit = strike(fault.kind, fault.rank, run.process, run.ranks(), RunDir(run.folder / "run"))
+    left = ""
+    if fault.kind.aim is Aim.LAUNCHER:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(35)
+        _, alive = psutil.wait_procs(family, timeout=2)
+        if alive:
+            left = f"{len(alive)} processes outlived the launcher"
+        if run.process.poll() != 0:
+            run.begin()
+    run.until(bool)  # until it ends
+    again = [at for at, _, _, what, _ in run.stamps() if what == "loss" and at > began_again(run, wall)]
+    seconds = sorted(again)[RANKS] - wall if len(again) > RANKS else None
+    return Outcome(fault, hit, left or trouble(run, expected), seconds)
+
+
+def reached(run: Run, fault: Fault) -> bool:
+    if fault.moment is Moment.JOINING:
+        return bool(run.ranks())
+    if fault.moment is Moment.FIRST_STEP:
+        return len({rank for _, _, rank, what, _ in run.stamps() if what == "build"}) == RANKS
+    return fault.after_step is not None and run.step >= fault.after_step
+
+
+def began_again(run: Run, wall: float) -> float:
+    """When ranks were started after the strike."""
+    return min((at for at, _, _, what, _ in run.stamps() if what == "script" and at > wall), default=float("inf"))
+
+
+def trouble(run: Run, expected: str) -> str:
+    code = run.process.poll()
+    if code is None:
+        return f"no step for {QUIET_SECONDS:.0f} s"
+    if code:
+        return f"ended with {code if code > 0 else signal.Signals(-code).name}"
+    return (
+        "" if run.digest == expected else "ended in other bits" if run.digest else "ended with 0 before the last step"
+    )
+
+
+def undisturbed(launcher: str) -> str:
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+        run = Run(launcher, Path(temporary))
+        try:
+            run.until(bool)
+            return run.digest
+        finally:
+            run.end()
+
+
+def row(name: str, outcomes: list[Outcome]) -> str:
+    seconds = [one.seconds for one in outcomes if one.seconds is not None and not one.trouble]
+    median = f"{statistics.median(seconds):.2f} s" if seconds else "-"
+    return f"{sum(not one.trouble for one in outcomes)} of {len(outcomes)}, {median}" if outcomes else "-"
+
+
+def chaos_rows(verdict: dict[str, Any]) -> list[str]:
+    """A row a kind of what `samestep chaos --json` printed."""
+    lines = ["", "| `samestep chaos` | Injected | Survived in the same bits | Recovery, median |", "|---|---|---|---|"]
+    hits = [fault for fault in verdict["faults"] if fault["hit"]]
+    for key in ("kind", "moment"):
+        for name in sorted({fault[key] for fault in hits}):
+            own = [fault for fault in hits if fault[key] == name]
+            seconds = [fault["seconds"] for fault in own if fault["seconds"] is not None]
+            good = sum(fault["survived"] and fault["same"] for fault in own)
+            lines.append(
+                f"| {name} | {len(own)} | {good} | {f'{statistics.median(seconds):.2f} s' if seconds else '-'} |"
+            )
+    return [*lines, "", *(f"* {f['kind']} at {f['moment']}: {f['trouble']}" for f in hits if not f["survived"])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--trials", type=int, default=1, help="of each kind at each moment")
+    parser.add_argument("--kinds", default=",".join(kind.name for kind in KINDS))
+    parser.add_argument("--launchers", default="samestep,torchrun")
+    parser.add_argument("--chaos", type=Path, help="what `samestep chaos --json` has printed")
+    given = parser.parse_args()
+    kinds = [kind for kind in KINDS if kind.name in given.kinds.split(",")]
+    found: dict[str, list[Outcome]] = {}
+    for launcher in given.launchers.split(","):
+        expected = undisturbed(launcher)
+        join = 0.15 if launcher == "samestep" else 1.5  # from a rank's first line to its first step, about
+        course = Course(
+            STEPS, tuple(range(IN_EPOCH, STEPS, IN_EPOCH)), tuple(range(SAVE_EVERY, STEPS, SAVE_EVERY)), join
+        )
+        count = given.trials * len(kinds) * len(Moment)
+        for (fault,) in plan(1, count, 1, kinds, course, RANKS):
+            outcome = trial(launcher, fault, expected)
+            print(
+                launcher,
+                fault.kind.name,
+                fault.moment.value,
+                outcome.trouble or "survived",
+                file=sys.stderr,
+                flush=True,
+            )
+            found.setdefault(launcher, []).extend([outcome] if outcome.hit else [])
+    print(f"| Fault | {' | '.join(found)} |", "|" + "---|" * (1 + len(found)), sep="\n")
+    for kind in kinds:
+        cells = [row(kind.name, [o for o in outcomes if o.fault.kind == kind]) for outcomes in found.values()]
+        print(f"| {kind.name} | {' | '.join(cells)} |")
+    print(f"| all | {' | '.join(row('all', outcomes) for outcomes in found.values())} |", "", sep="\n")
+    for launcher, outcomes in found.items():
+        for one in outcomes:
+            if one.trouble:
+                print(f"* {launcher}, {one.fault.kind.name} at {one.fault.moment.value}: {one.trouble}")
+    if given.chaos:
+        print("\n".join(chaos_rows(json.loads(given.chaos.read_text()))))
+
+
+if __name__ == "__main__":
+    main()
