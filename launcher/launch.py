@@ -14,6 +14,7 @@ from samestep.launcher.cluster.head import Head
 from samestep.launcher.cluster.headship import open_head
 from samestep.launcher.cluster.layout import Layout, layout
 from samestep.launcher.cluster.team import LOOPBACK, Alone, NotStartedError, Team
+from samestep.launcher.cluster.wide_watch import FarRanks, Reporting, watch_all
 from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig
 from samestep.launcher.contract import EXIT_MEANING, ExitCode, RunDir, UsageError
@@ -23,7 +24,7 @@ from samestep.launcher.lock import RunLock
 from samestep.launcher.plan import Command, Facts, Meeting, fork_server_environment, plan, render
 from samestep.launcher.supervise import policy, terminal
 from samestep.launcher.supervise.console import Console
-from samestep.launcher.supervise.hang_watch import NoWatch, watch_over
+from samestep.launcher.supervise.hang_watch import NoWatch
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.signals import SignalSocket
 from samestep.launcher.supervise.supervisor import Supervisor
@@ -70,14 +71,13 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
     console = Console(stdout=sys.stderr.fileno() if config.json else None)  # stdout then holds the answer alone
-    alone = place is None  # of other machines' ranks nothing is known here: whoever waits for them would be blamed
-    publishes = facts.resumes and alone
-    watch = watch_over(facts.world_size, config.hang_timeout, directory) if publishes else NoWatch()
+    far, times = FarRanks(), place.timeouts if place else None
+    watch = watch_all(facts.world_size, config.hang_timeout, directory, times, far) if facts.resumes else NoWatch()
     facts = replace(facts, heartbeat_fd=watch.fd)
     try:
         with SignalSocket() as signals, terminal.kept(lent=config.pdb is not None):
             supervisor = Supervisor(config, directory, console, signals, watch, facts.grace, saves=facts.resumes)
-            head = Head(place, listener, directory, supervisor, console, environ) if place and listener else None
+            head = Head(place, listener, directory, supervisor, console, environ, far) if place and listener else None
             team = head or Alone(config)
             try:
                 result = _generations(_Run(config, recipe, directory, environ, supervisor, console, lock, team), facts)
@@ -102,13 +102,18 @@ def _follow(
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
     console, directory = Console(), RunDir(path)
+    reporting = Reporting(facts.world_size, directory) if facts.resumes else None
+    watch = reporting or NoWatch()
+    facts = replace(facts, heartbeat_fd=watch.fd)
     with SignalSocket() as signals:
-        supervisor = Supervisor(config, directory, console, signals, NoWatch(), facts.grace, saves=facts.resumes)
-        follower = Follower(FollowerJob(config, recipe, directory, environ, supervisor, console), place, facts)
+        supervisor = Supervisor(config, directory, console, signals, watch, facts.grace, saves=facts.resumes)
+        job = FollowerJob(config, recipe, directory, environ, supervisor, console, reporting)
+        follower = Follower(job, place, facts)
         try:
             return LaunchResult(follower.obey(), path, follower.generations)
         finally:
             supervisor.close()
+            watch.close()
             console.close()
 
 

@@ -28,9 +28,9 @@ ABOUT = {
     "scripts/test": "installs, checks and tests",
     "scripts/check": "what CI checks: format, lint, types, spelling, tests",
     "scripts/install": "makes .venv with the tested versions",
-    "docker/Dockerfile": "the demo's job as an image",
-    "docker/Dockerfile.cuda": "the same on NVIDIA GPUs",
-    "docker/compose.yaml": "two nodes on one machine",
+    "scripts/install-system": "what the slow tests take from Debian: a Slurm, MPIs, an image builder",
+    "scripts/recipes/": "examples, each under 60 lines",
+    "docker/": "the demo's job as an image, also with CUDA, and compose for two nodes",
     "tests/launcher/": "the launcher, with real ranks that need no torch",
     "tests/train/": "the worker, file by file",
     "tests/end_to_end/": "a file a promise",
@@ -58,7 +58,13 @@ def options_table(config_type: type, prefix: str) -> str:
 
 
 def exit_table() -> str:
-    rows = [f"| {int(code)} | {cell(meaning)} |" for code, meaning in contract.EXIT_MEANING.items()]
+    meanings = {
+        meaning: [c for c, said in contract.EXIT_MEANING.items() if said == meaning]
+        for meaning in contract.EXIT_MEANING.values()
+    }
+    rows = [
+        f"| {', '.join(str(int(code)) for code in codes)} | {cell(meaning)} |" for meaning, codes in meanings.items()
+    ]
     return "\n".join(["| Code | Meaning |", "|---|---|", *rows])
 
 
@@ -86,11 +92,14 @@ def tree() -> str:
         if path.stat().st_size:
             about[name] = first_words(path)
     assert all(about.values()), "every module says in its first line what it is"
-    about = {name: words for name, words in about.items() if name.endswith("/") or name in TOUR or "recipes" in name}
+    about = {name: words for name, words in about.items() if name.endswith("/") or name in TOUR}
     folders = sorted({name.rpartition("/")[0].partition("/")[0] for name in (*about, *ABOUT)})
     lines = []
     for folder in folders:
         names = sorted(name for name in (*about, *ABOUT) if name.startswith(f"{folder}/"))
+        if len(names) == 1:
+            lines.append(f"{names[0]:<29} {(about | ABOUT)[names[0]]}")
+            continue
         lines += [
             f"{folder}/",
             *(

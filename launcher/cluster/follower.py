@@ -14,6 +14,7 @@ from samestep.launcher import interfaces, manifest
 from samestep.launcher.cluster import admission
 from samestep.launcher.cluster.hub import Gone, Hub
 from samestep.launcher.cluster.layout import Layout
+from samestep.launcher.cluster.wide_watch import Reporting
 from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
@@ -41,6 +42,7 @@ class FollowerJob:
     environ: Mapping[str, str]
     supervisor: Supervisor
     console: Console
+    reporting: Reporting | None  # None: a script that publishes nothing
 
 
 class Follower:
@@ -98,6 +100,9 @@ class Follower:
                 self._halted = int(item.message["generation"])
                 if self._halted == self._generation:
                     found.append(Halt(float(item.message["wait"]), float(item.message["grace"])))
+            elif item.message.get("kind") == "stacks":
+                if self._job.reporting and item.message["generation"] == self._generation:
+                    self._job.reporting.answer()
             else:
                 self._inbox.append(item.message)
         return found
@@ -123,6 +128,8 @@ class Follower:
 
     def _one_generation(self, message: dict[str, Any]) -> Generation:
         job = self._job
+        if job.reporting:
+            job.reporting.wanted, job.reporting.tell = bool(message.get("watch")), self._say
         self._generation = int(message["generation"])
         self.generations += 1
         facts = replace(
@@ -240,6 +247,8 @@ def _words(end: RankEnd) -> dict[str, Any]:
         "returncode": end.returncode,
         "signalled": end.signalled,
         "ended_ns": end.ended_ns,
+        "step": end.step,
+        "phase": end.phase,
         "stderr": [line[:_LINE_CHARACTERS] for line in end.stderr[-_LINES:]],
     }
 

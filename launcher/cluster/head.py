@@ -18,6 +18,7 @@ from samestep.launcher.cluster.hub import Gone, Hub, Peer, Said
 from samestep.launcher.cluster.layout import Layout
 from samestep.launcher.cluster.roster import Candidate, choose
 from samestep.launcher.cluster.team import Assembled, NotStartedError
+from samestep.launcher.cluster.wide_watch import FarRanks
 from samestep.launcher.contract import ExitCode, RunDir
 from samestep.launcher.diagnosis.diagnose import Failure
 from samestep.launcher.plan import Facts, Meeting
@@ -42,7 +43,9 @@ class Head:
         supervisor: Supervisor,
         console: Console,
         environ: Mapping[str, str],
+        far: FarRanks,
     ) -> None:
+        self._far = far
         self._place, self._run_dir, self._supervisor, self._console = place, run_dir, supervisor, console
         self._address, port = listener.getsockname()[:2]
         key = admission.publish(run_dir, environ, self._address, port).key
@@ -79,8 +82,10 @@ class Head:
         first = sizes[0]
         for node_rank, peer in enumerate(self._members, 1):
             peer.facts |= {"first_rank": first, "rank_of_node": node_rank, "ended": None}
-            self._hub.say(peer, _start(facts, place, world_size, first, node_rank, nnodes))
+            start = _start(facts, place, world_size, first, node_rank, nnodes)
+            self._hub.say(peer, start | {"watch": self._far.wanted})
             first += sizes[node_rank]
+        self._far.begin(range(sizes[0], world_size), self._ask_for_stacks)
         self._running, self._halted = True, False
         self._console.say(
             _who(
@@ -100,7 +105,7 @@ class Head:
     def finish(self, generation: Generation) -> Generation:
         """See Team."""
         if generation.stopped_by is not None or any(end.returncode for end in generation.ends):
-            self._halt_others(policy.Patience(0.0, 5.0))
+            self._halt_others(policy.after_hang() if generation.hang else policy.Patience(0.0, 5.0))
         end = time.monotonic() + _END_SECONDS
         halted_at, asked = time.monotonic() if self._halted else None, generation.signum
         while pending := [peer for peer in self._members if peer.facts["ended"] is None]:
@@ -171,6 +176,11 @@ class Head:
                 code = policy.after_stop(signum, (), forced=False, saves=facts.resumes, committed=False)
                 raise NotStartedError("stopped while waiting for other machines", code)
 
+    def _ask_for_stacks(self) -> None:
+        for peer in self._members:
+            if peer in self._callers:
+                self._hub.say(peer, {"kind": "stacks", "generation": self._generation})
+
     def _all_told(self) -> bool:
         return all(peer.facts["ended"] is not None for peer in self._members)
 
@@ -183,6 +193,8 @@ class Head:
                 patience = policy.after_exit(int(message["exit_code"]), is_victim=bool(message["is_victim"]))
                 self._halt_others(patience, but=peer)
                 return [Halt(patience.wait, patience.grace)]
+            case "ranks" if message.get("generation") == self._generation and peer in self._members:
+                self._far.hear(message)
             case "ended" if message.get("generation") == self._generation:
                 peer.facts["ended"] = message
                 if message.get("stopped_by") is not None or any(end["returncode"] for end in message["ends"]):

@@ -131,7 +131,9 @@ while [ -n "$again" ]; do
   [ "$status" = 127 ] || code=$status
 done
 if [ "$code" = {saved} ] || [ "$code" = {kept} ]; then
-  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ]; then
+  # a job that somebody has cancelled would be started again, too
+  running=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -c ' JobState=RUNNING ')
+  if [ "$running" = 1 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ]; then
     echo "samestep: exit code $code${{asked:+, asked to save}}: job $SLURM_JOB_ID is started again"
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
   fi

@@ -21,11 +21,11 @@ import psutil
 from samestep.launcher.diagnosis.stack_signal import STACKS_FILE
 from samestep.launcher.diagnosis.stacks import Stacks, Thread, parse_faulthandler, parse_spy
 
-_SECONDS = 8.0  # for all processes of a run together, which are looked at at once
+SECONDS = 8.0  # for all processes of a run together, which are looked at at once
 _SIGNAL_SECONDS = 2.0
 
 
-def take(pids: Sequence[int], seconds: float = _SECONDS) -> dict[int, Stacks]:
+def take(pids: Sequence[int], seconds: float = SECONDS) -> dict[int, Stacks]:
     """Stacks of these processes and the Python processes they started, all at once; never raises for a dead one."""
     parents = dict.fromkeys(pids, 0) | {child: pid for pid in pids for child in _children(pid)}
     found = _spied(parents, seconds)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from samestep.launcher.contract import RunDir
 from samestep.launcher.diagnosis import stack_probe
-from samestep.launcher.diagnosis.stacks import render_all
+from samestep.launcher.diagnosis.stacks import Stacks, render_all
 from samestep.launcher.heartbeat import Beat, Board
 from samestep.launcher.supervise.outcome import Hang
-from samestep.launcher.supervise.watchdog import TICK_SECONDS, Patience, Sample, Watchdog
+from samestep.launcher.supervise.watchdog import TICK_SECONDS, Patience, Sample, Still, Suspicion, Watchdog
 
 _AGAIN_SECONDS = 5.0  # until a suspicion that came to nothing is looked into once more
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -69,8 +69,9 @@ class Listener(NoWatch):
     """For `--hang-timeout off`: knows where the ranks of a recipe are, whose memory it shares, and judges nobody."""
 
     def __init__(self, world_size: int) -> None:
-        """Raises OSError where the system has no memory left to share."""
+        """For the ranks of this machine. Raises OSError where the system has no memory left to share."""
         self._board = Board(world_size)
+        self._slots = world_size
         self.fd = self._board.fd
 
     def clear(self) -> None:
@@ -79,11 +80,37 @@ class Listener(NoWatch):
 
     def beat(self, rank: int) -> Beat:
         """What the rank has published last; of one that never did, no beats."""
-        return self._board.read(rank)
+        return self._board.read(rank % self._slots)  # as the rank itself counts, wherever its machine's ranks begin
 
     def close(self) -> None:
         """Let go of the shared memory."""
         self._board.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Taken once there is a suspicion, by rank.
+
+    Attributes:
+        stacks: of the ranks.
+        children: frames of the user in processes that a rank has started.
+        by_pid: stacks of all processes of this machine.
+        files: that hold the stacks already.
+    """
+
+    stacks: Mapping[int, Stacks]
+    children: Mapping[int, str]
+    by_pid: Mapping[int, Stacks] = field(default_factory=dict)
+    files: Mapping[int, str] = field(default_factory=dict)
+
+    def __or__(self, other: Look) -> Look:
+        """With what another machine has seen."""
+        return Look(
+            {**self.stacks, **other.stacks},
+            {**self.children, **other.children},
+            self.by_pid,
+            {**self.files, **other.files},
+        )
 
 
 class HangWatch(Listener):
@@ -109,28 +136,46 @@ class HangWatch(Listener):
 
     def tick(self) -> Hang | None:
         """The rank that hangs, once its stack and those of the others are on disk; None almost always."""
-        now = time.monotonic()
-        self._samples = {rank: self._sample(rank, pid) for rank, pid in self._pids.items()}
-        suspicion = self._watchdog.observe(self._samples, now - self._last, _crowding())
+        suspicion = self._observe({})
+        return self._verdict(suspicion, self._look()) if suspicion and self._may_look() else None
+
+    def _observe(self, elsewhere: Mapping[int, Still]) -> Suspicion | None:
+        now, before = time.monotonic(), self._last
         self._last = now
-        if suspicion is None or now < self._not_before or any(map(_is_traced, self._pids.values())):
-            return None
-        self._not_before = now + _AGAIN_SECONDS
-        by_pid = stack_probe.take(list(self._pids.values()))
-        stacks = {rank: by_pid[pid] for rank, pid in self._pids.items()}
+        self._samples = {rank: self._sample(rank, pid) for rank, pid in self._pids.items()}
+        return self._watchdog.observe(self._samples, now - before, _crowding(), elsewhere)
+
+    def _may_look(self) -> bool:
+        return self._last >= self._not_before and not self._traced()
+
+    def _traced(self) -> bool:
+        return any(map(_is_traced, self._pids.values()))
+
+    def _look(self, seconds: float = stack_probe.SECONDS) -> Look:
+        self._not_before = self._last + _AGAIN_SECONDS
+        by_pid = stack_probe.take(list(self._pids.values()), seconds)
         children = {
-            pid: next((s.user_frame for s in by_pid.values() if s.parent == pid and s.user_frame), "")
-            for pid in self._pids.values()
+            rank: next((s.user_frame for s in by_pid.values() if s.parent == pid and s.user_frame), "")
+            for rank, pid in self._pids.items()
         }
-        hang = self._watchdog.judge(suspicion, stacks, time.monotonic())
-        if hang is None or self._board.read(hang.rank).beats != self._samples[hang.rank].beat.beats:
+        return Look({rank: by_pid[pid] for rank, pid in self._pids.items()}, children, by_pid)
+
+    def _verdict(self, suspicion: Suspicion, look: Look) -> Hang | None:
+        hang = self._watchdog.judge(suspicion, look.stacks, time.monotonic())
+        if hang is None or (hang.rank in self._pids and self.beat(hang.rank).beats != self._beats(hang.rank)):
             return None
-        if not stacks[hang.rank].user_frame and children[self._pids[hang.rank]]:
-            hang = replace(hang, frame=children[self._pids[hang.rank]])  # a process that loads its data
-        return replace(hang, stacks=self._write(render_all(by_pid, self._pids, self._about())))
+        if not look.stacks[hang.rank].user_frame and look.children[hang.rank]:
+            hang = replace(hang, frame=look.children[hang.rank])  # a process that loads its data
+        return replace(hang, stacks=look.files.get(hang.rank) or self._write(self._rendered(look)))
+
+    def _beats(self, rank: int) -> int:
+        return self._samples[rank].beat.beats
+
+    def _rendered(self, look: Look) -> str:
+        return render_all(look.by_pid, self._pids, self._about())
 
     def _sample(self, rank: int, pid: int) -> Sample:
-        beat = self._board.read(rank)
+        beat = self.beat(rank)
         before = self._samples.get(rank)
         if before is not None and before.beat.beats != beat.beats:
             return Sample(beat)  # it moves: nothing else is asked
@@ -146,8 +191,8 @@ class HangWatch(Listener):
             for rank, sample in self._samples.items()
         }
 
-    def _write(self, text: str) -> str:
-        path = self._run_dir.stacks(self._generation)
+    def _write(self, text: str, path: Path | None = None) -> str:
+        path = path or self._run_dir.stacks(self._generation)
         try:
             path.write_text(text)
         except OSError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from samestep.launcher.diagnosis.stacks import Stacks
 from samestep.launcher.heartbeat import IN_STEP, PHASES, SPANS, Beat
@@ -31,6 +32,8 @@ class Patience:
         naming: what noticing, taking stacks and judging need of the time inside a step.
         working: times as long in what has not happened before, while the rank computes; a build may go on for ever.
         strict: the numbers are the user's own: a busy start is not excused.
+        network: for ranks of several machines that all wait for one another: TCP sends again ever more seldom after a
+            fault of the network, so they may go on long after it.
     """
 
     step: float = 5.0
@@ -40,6 +43,7 @@ class Patience:
     naming: float = 1.0
     working: float = 6.0
     strict: bool = False
+    network: float = 30.0
 
     @classmethod
     def of(cls, text: str) -> Patience | None:
@@ -87,8 +91,8 @@ class Sample:
 
 
 @dataclass(slots=True)
-class _Still:
-    """How long a rank has not moved, in the seconds of this file's first lines."""
+class Still:
+    """How long a rank has not moved, in the seconds of this file's first lines. Told between machines as it is."""
 
     sample: Sample
     quiet: float = 0.0
@@ -110,19 +114,38 @@ class Watchdog:
 
     patience: Patience
     longest: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPANS, 0.0))
-    _still: dict[int, _Still] = field(default_factory=dict)
+    _still: dict[int, Still] = field(default_factory=dict)
+    _elsewhere: frozenset[int] = frozenset()
 
     def begin(self) -> None:
         """Other ranks than before."""
         self._still.clear()
+        self._elsewhere = frozenset()
 
-    def observe(self, samples: Mapping[int, Sample], seconds: float, crowding: float = 1.0) -> Suspicion | None:
-        """Take samples of all ranks, `seconds` after the last ones, with `crowding` tasks ready to run a processor."""
+    @property
+    def stills(self) -> Mapping[int, Still]:
+        """Of all ranks."""
+        return self._still
+
+    def observe(
+        self,
+        samples: Mapping[int, Sample],
+        seconds: float,
+        crowding: float = 1.0,
+        elsewhere: Mapping[int, Still] = MappingProxyType({}),
+    ) -> Suspicion | None:
+        """Take samples of all ranks, `seconds` after the last ones, with `crowding` tasks ready to run a processor.
+
+        Of ranks `elsewhere` another launcher has taken them: nothing is counted here, so late news make no hang.
+        """
         seconds = min(seconds, 2 * TICK_SECONDS)
         crowding = min(max(crowding, 1.0), _MOST_CROWDED)
         for rank, sample in samples.items():
             self._still[rank] = _after(self._still.get(rank), sample, seconds, crowding)
-            for span, measured in zip(SPANS, sample.beat.longest, strict=True):
+        self._still |= elsewhere
+        self._elsewhere = frozenset(elsewhere)
+        for still in self._still.values():
+            for span, measured in zip(SPANS, still.sample.beat.longest, strict=True):
                 self.longest[span] = max(self.longest[span], measured)
         return self._suspicion()
 
@@ -169,7 +192,14 @@ class Watchdog:
         free = [rank for rank in suspicion.ranks if rank in known and not known[rank].waits_for_others]
         if free or not known:
             return self._longest_quiet(free or suspicion.ranks), ""
+        if self._network_may_recover(suspicion.ranks):
+            return None
         return self._odd_one(suspicion.ranks, stacks)
+
+    def _network_may_recover(self, waiting: Sequence[int]) -> bool:
+        if not self._elsewhere or self.patience.strict:
+            return False
+        return min(self._still[rank].quiet for rank in waiting) < self.patience.network
 
     def _odd_one(self, behind: Sequence[int], stacks: Mapping[int, Stacks]) -> tuple[int, str] | None:
         """All that are furthest behind wait for others: who is not where they wait?"""
@@ -214,13 +244,13 @@ class Watchdog:
         return max(ranks, key=lambda rank: self._still[rank].sample.beat.since)
 
 
-def _after(before: _Still | None, sample: Sample, seconds: float, crowding: float) -> _Still:
+def _after(before: Still | None, sample: Sample, seconds: float, crowding: float) -> Still:
     if before is None or before.sample.beat.beats != sample.beat.beats:
-        return _Still(sample)
+        return Still(sample)
     fair = seconds / crowding
     starved = sample.starved - before.sample.starved
     works = sample.busy > before.sample.busy
-    return _Still(
+    return Still(
         sample,
         quiet=before.quiet + max(0.0, min(fair, seconds - starved)),
         idle=0.0 if works else before.idle + fair,

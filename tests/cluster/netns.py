@@ -54,10 +54,17 @@ class Host:
     def plug(self) -> None:
         ip("link", "set", self.link, "up")
 
-    def slow_down(self, megabits: int) -> None:
-        """So many a second leave the host, and what does not fit waits up to 0.4 s."""
+    def slow_down(self, megabits: float) -> None:
+        """So many a second leave the host, and what does not fit waits up to 0.4 s: what is said comes late, too."""
         limit = ["tbf", "rate", f"{megabits}mbit", "burst", "16kb", "latency", "400ms"]
-        words = ["ip", "netns", "exec", self.name, "tc", "qdisc", "add", "dev", "eth0", "root", *limit]
+        self._tc("replace", *limit)
+
+    def speed_up(self) -> None:
+        """The cable is as fast as before."""
+        self._tc("del")
+
+    def _tc(self, verb: str, *limit: str) -> None:
+        words = ["ip", "netns", "exec", self.name, "tc", "qdisc", verb, "dev", "eth0", "root", *limit]
         subprocess.run(words, check=True, capture_output=True, timeout=30)
 
 

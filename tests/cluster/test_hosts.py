@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +18,7 @@ import pytest
 from tests.cluster.conftest import DIGITS, PYTHON, SAMESTEP, call
 from tests.cluster.netns import Host, available, hosts, listening
 from tests.end_to_end.conftest import Outcome
+from tests.end_to_end.test_hangs import RECIPE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 FLAGS = ["--shards", "3", "--threads", "1", "--epochs", "20", "--checkpoint-every", "15"]
@@ -67,6 +71,10 @@ class Run:
             return self.launchers[number].wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"host {number} does not end: {self.said(number)[-3000:]}") from None
+
+    def pid_of(self, rank: int) -> int:
+        """In the first generation."""
+        return int(self.outcome.of("run_started")[0]["ranks"][rank]["pid"])
 
     def worlds(self) -> list[int]:
         found = [event for event in self.outcome.events if event["event"] in ("run_started", "restarted")]
@@ -132,12 +140,46 @@ def test_a_rendezvous_endpoint_numbers_hosts_as_they_come(run, reference):
 def test_a_rank_that_dies_on_another_host_is_named_and_costs_no_bit(run, reference):
     start_all(run, "3")
     run.wait_for_checkpoint()
-    pid = next(rank["pid"] for rank in run.outcome.of("run_started")[0]["ranks"] if rank["rank"] == 2)
-    subprocess.run(["kill", "-KILL", str(pid)], check=True)
+    os.kill(run.pid_of(2), signal.SIGKILL)
     assert [run.code(number) for number in range(3)] == [0, 0, 0]
     run.check(reference)
     assert [event["rank"] for event in run.outcome.of("worker_failed")] == [2]
     assert "rank 2 failed: killed by SIGKILL" in run.said(0)
+
+
+def test_a_rank_that_is_stopped_on_another_host_is_named_and_costs_no_bit(run, reference):
+    start_all(run, "3")
+    run.wait_for_checkpoint()
+    os.kill(run.pid_of(1), signal.SIGSTOP)
+    assert [run.code(number) for number in range(3)] == [0, 0, 0], run.said(0)
+    run.check(reference)
+    (failed,) = run.outcome.of("worker_failed")
+    assert failed["rank"] == 1, failed
+    assert re.match(r"hang: \d+ s in .*: stopped by a signal", failed["cause"])
+    assert re.search(r"rank 1 failed: hang: .*; restart 1 of 3", run.said(0))
+    assert run.worlds() == [3, 3]
+    for rank in (1, 2):  # each machine has looked at its own
+        text = (run.cwd / "run" / "errors" / f"stacks-0-from-rank-{rank}.txt").read_text()
+        assert re.findall(r"^rank (\d), pid \d+", text, re.MULTILINE) == [str(rank)]
+
+
+def test_a_rank_that_sleeps_in_its_recipe_is_named_with_its_line_from_the_head(run, tmp_path):
+    recipe = tmp_path / "sleeps.py"
+    recipe.write_text(RECIPE.format(fault="sleep", rank=2, call=7, slow={}, always=False))
+    flags = ["--max-steps", "12", "--checkpoint-every", "4", "--global-batch-size", "64", "--shards", "3"]
+    for number in range(3):
+        words = [SAMESTEP, "run", "--nnodes", "3", "--node-rank", number, "--rdzv-conf", CONF, recipe, *flags]
+        output = run.cwd / f"host-{number}.out"
+        run.launchers.append(run.hosts[number].start([*words, "--run-dir", "run"], run.cwd, output))
+    assert [run.code(number) for number in range(3)] == [0, 0, 0], run.said(0)
+    (failed,) = run.outcome.of("worker_failed")
+    line = recipe.read_text().splitlines().index("    time.sleep(3600)") + 1
+    assert (failed["rank"], failed["step"]) == (2, 6), failed
+    assert f"sleeps.py:{line} in never_returns" in failed["cause"]
+    alone = call([PYTHON, recipe, *flags, "--run-dir", "alone"], run.cwd)
+    finished = [json.loads(text) for text in (run.cwd / "alone" / "events.jsonl").read_text().splitlines()][-1]
+    assert alone.returncode == 0, alone.stderr
+    assert run.outcome.digest == finished["digest"]
 
 
 def test_a_host_that_is_switched_off_is_done_without(run, reference):
@@ -196,7 +238,7 @@ def test_when_a_cable_is_cut_one_side_goes_on_and_the_other_says_run_again(run, 
     assert run.worlds()[-1] == 2
 
 
-def test_a_slow_cable_changes_no_bit(run, reference):
+def test_a_slow_cable_changes_no_bit_and_is_no_hang(run, reference):
     try:
         run.hosts[1].slow_down(megabits=40)
     except (subprocess.CalledProcessError, FileNotFoundError):
@@ -204,6 +246,26 @@ def test_a_slow_cable_changes_no_bit(run, reference):
     start_all(run, "3")
     assert [run.code(number, 300) for number in range(3)] == [0, 0, 0]
     run.check(reference)
+    assert (run.worlds(), run.outcome.of("worker_failed")) == ([3], [])
+
+
+def test_a_cable_that_becomes_slow_in_the_middle_is_no_hang(run, reference):
+    """Steps take many times as long from one moment to the next, and so does what is said of ranks."""
+    start_all(run, "3")
+    run.wait_for_checkpoint()
+    try:
+        run.hosts[1].slow_down(megabits=0.5)
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        pytest.skip("needs tc and the kernel's tbf")
+    time.sleep(20)  # the fault itself
+    run.hosts[1].speed_up()
+    assert [run.code(number) for number in range(3)] == [0, 0, 0]
+    run.check(reference)
+    assert (run.worlds(), run.outcome.of("worker_failed")) == ([3], [])
+    seconds = [
+        sum(event["seconds"][phase]["max"] for phase in ("backward", "sync")) for event in run.outcome.of("step")
+    ]
+    assert max(seconds) > 10 * sorted(seconds)[len(seconds) // 2], "the cable was never slow"
 
 
 def test_hosts_that_do_not_share_the_run_directory_are_told_so(run):

@@ -118,9 +118,11 @@ def test_secrets_are_refused_on_the_command_line(word):
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True), (76, True), (77, False)])
-@pytest.mark.parametrize("restarts", [0, 3])
-def test_only_run_again_requeues_and_not_for_ever(tmp_path, code, again, restarts):
-    tools = {"srun": f"exit {code}", "scontrol": f"echo $* > {tmp_path}/asked; exit 1", "scancel": "exit 0"}
+@pytest.mark.parametrize(("state", "restarts"), [("RUNNING", 0), ("RUNNING", 3), ("COMPLETING", 0), ("CANCELLED", 0)])
+def test_only_run_again_requeues_and_not_for_ever_nor_what_was_cancelled(tmp_path, code, again, state, restarts):
+    scontrol = f"echo $* > {tmp_path}/asked; exit 1"
+    tools = {"srun": f"exit {code}", "scancel": "exit 0"}
+    tools["scontrol"] = f'[ "$2" = show ] || {{ {scontrol}; }}\necho "JobId=7 JobState={state} Reason=None"'
     for name, body in tools.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -128,8 +130,8 @@ def test_only_run_again_requeues_and_not_for_ever(tmp_path, code, again, restart
     env["SLURM_JOB_NUM_NODES"] = "2"
     ended = subprocess.run(["sh", "-c", made(max_requeues=3)], env=env, capture_output=True, text=True, timeout=30)
     assert ended.returncode == code
-    asked = tmp_path / "asked"
-    assert (asked.read_text().split() if asked.exists() else []) == (["requeue", "7"] if again and restarts < 3 else [])
+    asked = (tmp_path / "asked").read_text().split() if (tmp_path / "asked").exists() else []
+    assert asked == (["requeue", "7"] if again and restarts < 3 and state == "RUNNING" else [])
 
 
 def test_the_status_of_srun_survives_a_signal_to_the_script(tmp_path):
@@ -137,7 +139,7 @@ def test_the_status_of_srun_survives_a_signal_to_the_script(tmp_path):
     tools = {
         "srun": f"trap 'exit 75' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done",
         "scancel": f"echo $* > {tmp_path}/told; kill -TERM $(cat {tmp_path}/pid)",
-        "scontrol": "exit 1",
+        "scontrol": '[ "$2" = show ] && echo "JobId=7 JobState=RUNNING Reason=None" || exit 1',
     }
     for name, body in tools.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
