@@ -16,7 +16,7 @@ from torch import Tensor
 
 from samestep.launcher.contract import Spread
 from samestep.train.observe.memory import KINDS, peak_memory
-from samestep.train.observe.phases import PHASES, Reading
+from samestep.train.observe.phases import BETWEEN, PHASES, Reading
 from samestep.train.observe.stragglers import Straggler, StragglerWatch
 from samestep.train.observe.tally import Values, table
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -30,7 +30,7 @@ Table = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RankLoads:
-    """Each rank by itself: mean seconds of PHASES since the last flush, peak bytes of memory since its start."""
+    """Each rank by itself: mean seconds of PHASES and BETWEEN since the last flush, peak bytes since its start."""
 
     seconds: dict[str, list[float]]
     memory: dict[str, list[int]]
@@ -45,7 +45,7 @@ class StepRecord:
     loss: float
     samples: int
     seconds: dict[str, Spread]
-    wall_seconds: float  # longest of the ranks
+    wall_seconds: float  # longest of the ranks, with the time since the step before
     extra: dict[str, float]
     loads: RankLoads | None = None  # of the last step before a flush
 
@@ -104,12 +104,13 @@ class Ledger:
         if not self._pending:
             return []
         plans = [plan for plan, _, _ in self._pending]
-        rows, seconds, memory = self._gather(plans[-1], 2 + len(extras))
+        rows, times, memory = self._gather(plans[-1], 2 + len(extras))
+        seconds = times[:, :, : len(PHASES)]
         self.slow_rank = self._stragglers.add(seconds)
         sums = self._sums(plans, rows).tolist()
         mean, most = seconds.mean(0).round(_DIGITS).tolist(), seconds.max(0).round(_DIGITS).tolist()
         slowest = seconds.argmax(0).tolist()
-        walls = seconds.sum(2).max(0).tolist()  # before rounding, so that nothing is lost over a run
+        walls = times.sum(2).max(0).tolist()  # before rounding, so that nothing is lost over a run
         records = []
         for index, plan in enumerate(plans):
             total, weight, *more = sums[index]
@@ -130,13 +131,13 @@ class Ledger:
                 total, weight = 0.0, 0.0  # such a step was left out
             self.epoch.add(total, weight, plan.samples, walls[index])
         self._pending.clear()
-        records[-1] = replace(records[-1], loads=_loads(seconds, memory))
+        records[-1] = replace(records[-1], loads=_loads(times, memory))
         return records
 
     def _gather(self, last: StepPlan, columns: int) -> tuple[Table, Table, Table]:
         """Rows (world_size, steps, width, columns), times (world_size, steps, phases), bytes (world_size, KINDS).
 
-        Of all ranks, on the host.
+        Of all ranks, on the host; phases are PHASES and BETWEEN.
         """
         rows = self._rows(columns)
         seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)
@@ -178,10 +179,10 @@ class Ledger:
 
 
 def _loads(seconds: Table, memory: Table) -> RankLoads:
-    """Times (world_size, steps, phases) and bytes (world_size, KINDS) as they are reported."""
+    """Times (world_size, steps, PHASES and BETWEEN) and bytes (world_size, KINDS) as they are reported."""
     of_ranks = seconds.mean(1).T.tolist()
     return RankLoads(
-        seconds=dict(zip(PHASES, of_ranks, strict=True)),
+        seconds=dict(zip((*PHASES, BETWEEN), of_ranks, strict=True)),
         memory={kind: [int(held) for held in column] for kind, column in zip(KINDS, memory.T.tolist(), strict=True)},
     )
 
