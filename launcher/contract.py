@@ -264,14 +264,14 @@ class Step(TypedDict):
     loss_hex: str  # float.hex() of the objective, for comparing bits
     samples: int
     samples_per_s: float
-    seconds: dict[str, Spread]  # data, forward, backward, sync, optimizer
+    seconds: dict[str, Spread]  # data, forward, backward, sync, optimizer; `rank_seconds` also has `between` steps
     extra: NotRequired[dict[str, float]]
-    rank_seconds: NotRequired[dict[str, list[float]]]  # at log intervals: mean of a phase since the last one, by rank
+    rank_seconds: NotRequired[dict[str, list[float]]]  # at log intervals: means since the last one, by rank
     memory: NotRequired[dict[str, list[int]]]  # at log intervals: peak bytes on host and device, by rank
 
 
 class Epoch(TypedDict):
-    """A finished epoch; `loss` is weighted by samples (or tokens), `seconds` is wall time on rank zero."""
+    """A finished epoch; `loss` is weighted by samples (or tokens), `seconds` are those in steps and between them."""
 
     event: Literal["epoch"]
     time: float

@@ -101,11 +101,14 @@ def check_shard_size(
             handle.remove()
         if inputs[0].dim() == 2 and module.training:
             tail = samples % global_batch_size
+            whole = micro_batches == 1
+            unit = "shard" if whole else "micro-batch"
+            cut = f"{shards} shards" if whole else f"{shards} shards of {micro_batches} micro-batches"
             raise UsageError(
-                f"{type(module).__name__} is expected to get at least 2 samples at a time, but with {samples} samples, "
-                f"--global-batch-size {global_batch_size}, {shards} shards and {micro_batches} micro-batches "
-                f"{'the last batch of ' + str(tail) + ' samples' if tail else 'a batch'} leaves it 1",
-                "choose another --global-batch-size, fewer --shards or --micro-batches, or use GroupNorm or LayerNorm",
+                f"{type(module).__name__} is expected to get at least 2 samples a {unit}, but with {samples} samples, "
+                f"--global-batch-size {global_batch_size} and {cut} "
+                f"{'the last batch of ' + str(tail) + ' samples' if tail else 'a batch'} leaves a {unit} with 1",
+                "choose another --global-batch-size or fewer --shards, or use GroupNorm or LayerNorm",
             )
 
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

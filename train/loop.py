@@ -72,6 +72,7 @@ def run_to_the_end(run: Run) -> None:
 def _rest_of_epoch(run: Run) -> None:
     config, state, max_steps = run.config, run.state, run.max_steps
     run.progress(state.step, "loading")
+    run.step.clock.skip()
     batches = iter(run.loader)
     run.components.model.train()
     cut = (config.global_batch_size, run.sampler.shards, state.epoch, state.cursor, state.step)
@@ -96,6 +97,7 @@ def _rest_of_epoch(run: Run) -> None:
         if due or better:
             run.progress(state.step, "checkpoint")
             run.saver.save(state, run.reporter)
+            run.step.clock.skip()
         if last or run.agreement.stop:
             break
 
@@ -127,6 +129,7 @@ def _evaluate(run: Run) -> bool:
     begin = time.perf_counter()
     state.metrics = evaluator(run.evaluated_model)
     seconds = time.perf_counter() - begin
+    run.step.clock.skip()
     run.reporter.evaluated(state.step, state.epoch, state.metrics, evaluator.sampler.samples, seconds)
     scheduler = run.components.scheduler
     if isinstance(scheduler, ReduceLROnPlateau):

@@ -135,3 +135,16 @@ def test_fast_reduction_keeps_order_and_weighting_but_is_not_promised_the_bits(t
         for name, weight in exact.weights.items():
             other = fast.weights[name].double()
             assert (other - weight.double()).norm() <= 1e-3 * (weight.double().norm() + 1e-9), name
+
+
+def test_no_bit_depends_on_the_size_of_buckets(trained: Any) -> None:
+    """Roots are added element by element in one order, however many elements are sent at once."""
+    flags = ("--shards", 4, "--micro-batches", 2)
+    reference = trained("buckets", *flags, cwd="one", env={"BUCKET_MB": "25"})
+    for ranks in (2, 3):
+        counts = []
+        for size in ("0.001", "0.03", "25"):
+            ended = trained("buckets", *flags, ranks=ranks, cwd=f"{ranks}-{size}", env={"BUCKET_MB": size})
+            assert ended.bits == reference.bits, (ranks, size)
+            counts.append(int(ended.stdout.split("buckets: ")[1]))
+        assert counts[0] > counts[1] > counts[2] > 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from samestep.train.observe.memory import KINDS, peak_memory
-from samestep.train.observe.phases import PHASES, Reading
+from samestep.train.observe.phases import BETWEEN, PHASES, Reading
 from samestep.train.observe.stragglers import Straggler, StragglerWatch
 from samestep.train.observe.tally import Values, table
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -29,7 +29,7 @@ Table = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class RankLoads:
-    """Each rank by itself: mean seconds of PHASES since the last flush, peak bytes of memory since its start."""
+    """Each rank by itself: mean seconds of PHASES and BETWEEN since the last flush, peak bytes since its start."""
 
     seconds: dict[str, list[float]]
     memory: dict[str, list[int]]
@@ -44,7 +44,7 @@ class StepRecords:
         losses: the objective, NaN where a step had no weight.
         extras: further averages that the loss logs, by name.
         mean, most, slowest: seconds over the ranks, and who took longest; shape (steps, PHASES).
-        walls: seconds of the rank that took longest.
+        walls: seconds of the rank that took longest, with the time since the step before.
         loads: of each rank by itself.
     """
 
@@ -137,14 +137,15 @@ class Ledger:
         if not self._pending:
             return None
         plans = [plan for plan, _, _ in self._pending]
-        rows, seconds, memory = self._gather(plans[-1], 2 + len(extras))
+        rows, times, memory = self._gather(plans[-1], 2 + len(extras))
+        seconds = times[:, :, : len(PHASES)]
         self.slow_rank = self._stragglers.add(seconds)
         totals, weights, *more = self._sums(plans, rows).T
         with np.errstate(divide="ignore", invalid="ignore"):
             losses, *averages = (
                 np.where(weights != 0, values / weights, np.nan).tolist() for values in (totals, *more)
             )
-        walls = seconds.sum(2).max(0).tolist()
+        walls = times.sum(2).max(0).tolist()
         self.epoch.add(totals.tolist(), weights.tolist(), plans, walls)
         self._pending.clear()
         return StepRecords(
@@ -155,13 +156,13 @@ class Ledger:
             most=seconds.max(0),
             slowest=seconds.argmax(0),
             walls=walls,
-            loads=_loads(seconds, memory),
+            loads=_loads(times, memory),
         )
 
     def _gather(self, last: StepPlan, columns: int) -> tuple[Table, Table, Table]:
         """Rows (world_size, steps, width, columns), times (world_size, steps, phases), bytes (world_size, KINDS).
 
-        Of all ranks, on the host.
+        Of all ranks, on the host; phases are PHASES and BETWEEN.
         """
         rows = self._rows(columns)
         seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)
@@ -203,10 +204,10 @@ class Ledger:
 
 
 def _loads(seconds: Table, memory: Table) -> RankLoads:
-    """Times (world_size, steps, phases) and bytes (world_size, KINDS) as they are reported."""
+    """Times (world_size, steps, PHASES and BETWEEN) and bytes (world_size, KINDS) as they are reported."""
     of_ranks = seconds.mean(1).T.tolist()
     return RankLoads(
-        seconds=dict(zip(PHASES, of_ranks, strict=True)),
+        seconds=dict(zip((*PHASES, BETWEEN), of_ranks, strict=True)),
         memory={kind: [int(held) for held in column] for kind, column in zip(KINDS, memory.T.tolist(), strict=True)},
     )
 

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import torch
 
 PHASES = ("data", "forward", "backward", "sync", "optimizer")
-
-
+BETWEEN = "between"  # what the loop does from the end of one step to the begin of the next
 Reading = Callable[[], list[float]]
 
 
@@ -33,7 +32,13 @@ class PhaseClock(Protocol):
         """End the running phase and begin `phase`."""
 
     def take(self) -> Reading:
-        """Close a step; the reading gives its seconds of PHASES, and may wait for the device when it is read."""
+        """Close a step; the reading gives its seconds of PHASES and BETWEEN, and may wait for the device.
+
+        BETWEEN is the time before the step.
+        """
+
+    def skip(self) -> None:
+        """Between two steps: the time since the last one was for something that is reported by itself."""
 
 
 @dataclass(slots=True)
@@ -43,8 +48,9 @@ class HostClock:
     now: Callable[[], float]
     tell: Callable[[str], None] = _nobody
     current: str = "optimizer"
+    _counted: str = BETWEEN
     _since: float = 0.0
-    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PHASES, BETWEEN), 0.0))
 
     def __post_init__(self) -> None:
         self._since = self.now()
@@ -52,16 +58,22 @@ class HostClock:
     def enter(self, phase: str) -> None:
         """Attribute the time since the last call to the phase that ends."""
         moment = self.now()
-        self._seconds[self.current] += moment - self._since
-        self.current, self._since = phase, moment
+        self._seconds[self._counted] += moment - self._since
+        self.current, self._counted, self._since = phase, phase, moment
         self.tell(phase)
 
     def take(self) -> Reading:
         """Seconds by phase; starts again at zero."""
-        self.enter(self.current)
+        moment = self.now()
+        self._seconds[self._counted] += moment - self._since
+        self._counted, self._since = BETWEEN, moment
         seconds = list(self._seconds.values())
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds = dict.fromkeys((*PHASES, BETWEEN), 0.0)
         return lambda: seconds
+
+    def skip(self) -> None:
+        """Count from here on."""
+        self._since = self.now()
 
 
 @dataclass(slots=True)
@@ -76,30 +88,36 @@ class CudaClock:
 
     def __post_init__(self) -> None:
         self._host = HostClock(self.now, self.tell)
-        self._mark(self.current)
+        self._mark(BETWEEN)
 
     def enter(self, phase: str) -> None:
         """Record an event; nothing waits for it."""
         self._host.enter(phase)
+        self.current = phase
         self._mark(phase)
 
     def take(self) -> Reading:
         """Events of the step that ends; read them where losses are read anyway."""
         data_seconds = self._host.take()()[0]
-        self._mark(self.current)
+        self._mark(BETWEEN)
         marks, self._marks = self._marks, self._marks[-1:]
         return lambda: _elapsed(marks, data_seconds)
+
+    def skip(self) -> None:
+        """Count from here on."""
+        self._host.skip()
+        self._marks.clear()
+        self._mark(BETWEEN)
 
     def _mark(self, phase: str) -> None:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append((phase, event))
-        self.current = phase
 
 
 def _elapsed(marks: list[tuple[str, Any]], data_seconds: float) -> list[float]:
     marks[-1][1].synchronize()
-    seconds = dict.fromkeys(PHASES, 0.0)
+    seconds = dict.fromkeys((*PHASES, BETWEEN), 0.0)
     for (phase, begin), (_, end) in itertools.pairwise(marks):
         seconds[phase] += begin.elapsed_time(end) / 1000
     seconds["data"] = data_seconds
