@@ -36,7 +36,7 @@ from samestep.launcher.contract import RunDir
 HERE = Path(__file__).resolve().parent
 WORKER, BIN = str(HERE / "fault_matrix_worker.py"), Path(sys.executable).parent
 RANKS, STEPS, IN_EPOCH, SAVE_EVERY = 2, 100, 25, 5
-QUIET_SECONDS = 40.0  # without a step, after which a run counts as lost
+QUIET_SECONDS = 90.0  # without a step, after which a run counts as lost
 INSIDE = ("exception", "exit-0", "segfault")
 OUTSIDE = ("rank-kill", "rank-term", "rank-abrt", "rank-pause", "rank-stop", "all-kill", "loader-kill")
 OF_LAUNCHER = ("launcher-kill", "launcher-term", "launcher-int")
