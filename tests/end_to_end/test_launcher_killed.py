@@ -59,8 +59,9 @@ def taken():
 
 def shared(pids):
     """Names in shared memory that tell of a process of the run."""
-    folder = Path("/dev/shm")
-    return [path.name for path in folder.iterdir() if {str(pid) for pid in pids} & set(re.findall(r"\d+", path.name))]
+    own = {str(pid) for pid in pids}
+    names = [path.name for path in Path("/dev/shm").iterdir()]
+    return [name for name in names if own & set(re.findall(r"\d+", name))]
 
 
 def wait_until_gone(pids, ports, run_dir):
