@@ -4,8 +4,8 @@
 
 Each trial strikes one run of fault_matrix_worker.py once, at one of the six moments of `samestep chaos`. Launchers may
 restart three times; one that was hit itself is started again by hand. Survived: the run ends in the digest of the
-launcher's own undisturbed run. Prints markdown: a row a kind, then everything that was not survived. `--chaos` adds the
-rows of what `samestep chaos --json` has printed.
+launcher's own undisturbed run. Prints a JSON line a trial to stderr, and markdown to stdout: a row a kind with survived
+of injected and median recovery, then all that was not survived. `--chaos` adds what `samestep chaos --json` said.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,14 @@ from samestep.launcher.contract import RunDir
 HERE = Path(__file__).resolve().parent
 WORKER, BIN = str(HERE / "fault_matrix_worker.py"), Path(sys.executable).parent
 RANKS, STEPS, IN_EPOCH, SAVE_EVERY = 2, 100, 25, 5
-QUIET_SECONDS = 40.0  # without a step, after which a run counts as lost
+QUIET_SECONDS = 90.0  # without a step, after which a run counts as lost
 INSIDE = ("exception", "exit-0", "segfault")
 OUTSIDE = ("rank-kill", "rank-term", "rank-abrt", "rank-pause", "rank-stop", "all-kill", "loader-kill")
 OF_LAUNCHER = ("launcher-kill", "launcher-term", "launcher-int")
 KINDS = (*(Kind(name, Aim.RANK) for name in INSIDE), *(BY_NAME[name] for name in (*OUTSIDE, *OF_LAUNCHER)))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one fault."""
-
-    fault: Fault
-    hit: bool
-    trouble: str  # empty: survived
-    seconds: float | None  # from the strike to the next step of a restarted rank
+Row = dict[str, Any]
 
 
 class Run:
@@ -129,7 +121,7 @@ class Run:
         psutil.wait_procs(below, timeout=10)
 
 
-def trial(launcher: str, fault: Fault, expected: str) -> Outcome:
+def trial(launcher: str, fault: Fault, expected: str) -> Row:
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         run = Run(launcher, Path(temporary))
         try:
@@ -138,9 +130,9 @@ def trial(launcher: str, fault: Fault, expected: str) -> Outcome:
             run.end()
 
 
-def struck(run: Run, fault: Fault, expected: str) -> Outcome:
+def struck(run: Run, fault: Fault, expected: str) -> Row:
     if not run.until(lambda: reached(run, fault)):
-        return Outcome(fault, False, "it never got there", None)
+        return {"hit": False, "trouble": "it never got there", "seconds": None}
     time.sleep(fault.delay)
     family, wall = run.family(), time.time()
     if fault.kind.name in INSIDE:
@@ -160,7 +152,7 @@ def struck(run: Run, fault: Fault, expected: str) -> Outcome:
     run.until(bool)  # until it ends
     again = [at for at, _, _, what, _ in run.stamps() if what == "loss" and at > began_again(run, wall)]
     seconds = sorted(again)[RANKS] - wall if len(again) > RANKS else None
-    return Outcome(fault, hit, left or trouble(run, expected), seconds)
+    return {"hit": hit, "trouble": left or trouble(run, expected), "seconds": seconds}
 
 
 def reached(run: Run, fault: Fault) -> bool:
@@ -197,10 +189,23 @@ def undisturbed(launcher: str) -> str:
             run.end()
 
 
-def row(name: str, outcomes: list[Outcome]) -> str:
-    seconds = [one.seconds for one in outcomes if one.seconds is not None and not one.trouble]
+def cell(rows: list[Row]) -> str:
+    seconds = [row["seconds"] for row in rows if row["seconds"] is not None and not row["trouble"]]
     median = f"{statistics.median(seconds):.2f} s" if seconds else "-"
-    return f"{sum(not one.trouble for one in outcomes)} of {len(outcomes)}, {median}" if outcomes else "-"
+    return f"{sum(not row['trouble'] for row in rows)} of {len(rows)}, {median}" if rows else "-"
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Survived of injected and median recovery by kind and launcher, then what was not survived."""
+    hits, launchers = [row for row in rows if row["hit"]], list(dict.fromkeys(row["launcher"] for row in rows))
+    lines = [f"| Fault | {' | '.join(launchers)} |", "|" + "---|" * (1 + len(launchers))]
+    for name in (*(kind.name for kind in KINDS), "all"):
+        own = [row for row in hits if name in (row["kind"], "all")]
+        if own:
+            cells = [cell([row for row in own if row["launcher"] == launcher]) for launcher in launchers]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    wrong = [row for row in hits if row["trouble"]]
+    return [*lines, "", *(f"* {row['launcher']}, {row['kind']} at {row['moment']}: {row['trouble']}" for row in wrong)]
 
 
 def chaos_rows(verdict: dict[str, Any]) -> list[str]:
@@ -218,42 +223,32 @@ def chaos_rows(verdict: dict[str, Any]) -> list[str]:
     return [*lines, "", *(f"* {f['kind']} at {f['moment']}: {f['trouble']}" for f in hits if not f["survived"])]
 
 
+def measure(launcher: str, kinds: list[Kind], trials: int) -> Iterator[Row]:
+    """Each kind at each moment, in a seeded order."""
+    expected = undisturbed(launcher)
+    join = 0.15 if launcher == "samestep" else 1.5  # from a rank's first line to its first step, about
+    ends, saves = tuple(range(IN_EPOCH, STEPS, IN_EPOCH)), tuple(range(SAVE_EVERY, STEPS, SAVE_EVERY))
+    count = trials * len(kinds) * len(Moment)
+    for (fault,) in plan(1, count, 1, kinds, Course(STEPS, ends, saves, join), RANKS):
+        row = {"launcher": launcher, "kind": fault.kind.name, "moment": fault.moment.value}
+        yield {**row, **trial(launcher, fault, expected)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--trials", type=int, default=1, help="of each kind at each moment")
     parser.add_argument("--kinds", default=",".join(kind.name for kind in KINDS))
     parser.add_argument("--launchers", default="samestep,torchrun")
+    parser.add_argument("--rows", type=Path, nargs="*", help="rows that were measured before, in place of new ones")
     parser.add_argument("--chaos", type=Path, help="what `samestep chaos --json` has printed")
     given = parser.parse_args()
     kinds = [kind for kind in KINDS if kind.name in given.kinds.split(",")]
-    found: dict[str, list[Outcome]] = {}
-    for launcher in given.launchers.split(","):
-        expected = undisturbed(launcher)
-        join = 0.15 if launcher == "samestep" else 1.5  # from a rank's first line to its first step, about
-        course = Course(
-            STEPS, tuple(range(IN_EPOCH, STEPS, IN_EPOCH)), tuple(range(SAVE_EVERY, STEPS, SAVE_EVERY)), join
-        )
-        count = given.trials * len(kinds) * len(Moment)
-        for (fault,) in plan(1, count, 1, kinds, course, RANKS):
-            outcome = trial(launcher, fault, expected)
-            print(
-                launcher,
-                fault.kind.name,
-                fault.moment.value,
-                outcome.trouble or "survived",
-                file=sys.stderr,
-                flush=True,
-            )
-            found.setdefault(launcher, []).extend([outcome] if outcome.hit else [])
-    print(f"| Fault | {' | '.join(found)} |", "|" + "---|" * (1 + len(found)), sep="\n")
-    for kind in kinds:
-        cells = [row(kind.name, [o for o in outcomes if o.fault.kind == kind]) for outcomes in found.values()]
-        print(f"| {kind.name} | {' | '.join(cells)} |")
-    print(f"| all | {' | '.join(row('all', outcomes) for outcomes in found.values())} |", "", sep="\n")
-    for launcher, outcomes in found.items():
-        for one in outcomes:
-            if one.trouble:
-                print(f"* {launcher}, {one.fault.kind.name} at {one.fault.moment.value}: {one.trouble}")
+    rows = [json.loads(line) for path in given.rows or () for line in path.read_text().splitlines()]
+    for launcher in given.launchers.split(",") if given.rows is None else ():
+        for row in measure(launcher, kinds, given.trials):
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            rows.append(row)
+    print("\n".join(table(rows)))
     if given.chaos:
         print("\n".join(chaos_rows(json.loads(given.chaos.read_text()))))
 

@@ -48,12 +48,20 @@ suffer()
 import torch  # noqa: E402 (a part of joining)
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset  # noqa: E402
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset  # noqa: E402
 
 
-def data() -> TensorDataset:
-    x = torch.randn(SAMPLES, 20, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(x, x.sum(1, keepdim=True))
+class Lines(Dataset[tuple[Tensor, Tensor]]):
+    """Samples one by one, from a process that loads them: tensors as a whole would need none."""
+
+    def __init__(self) -> None:
+        self.x = torch.randn(SAMPLES, 20, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.x[index].sum().unsqueeze(0)
 
 
 def model() -> nn.Module:
@@ -74,7 +82,7 @@ def recipe() -> None:
         stamp("build")
         net = model()
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-        return Components(model=net, loss=loss, optimizer=optimizer, train_data=data())  # type: ignore[arg-type]
+        return Components(model=net, loss=loss, optimizer=optimizer, train_data=Lines())  # type: ignore[arg-type]
 
     train(build, argv=sys.argv[2:])
 
@@ -95,7 +103,7 @@ def script(folder: Path) -> None:
     net = nn.parallel.DistributedDataParallel(model())
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     torch.manual_seed(dist.get_rank())
-    dataset, newest, random, step = data(), folder / "snapshot.pt", None, 0
+    dataset, newest, random, step = Lines(), folder / "snapshot.pt", None, 0
     if newest.exists():
         state = torch.load(newest, weights_only=True)
         net.module.load_state_dict(state["model"])

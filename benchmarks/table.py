@@ -29,6 +29,7 @@ LOOPS = ("hand-written", "samestep", "accelerate", "fabric")
 WORKLOADS = ("MLP 0.2 ms", "MLP 1 ms", "MLP 5 ms", "digits CNN", "char LM")
 COSTS = (("small", 2, 2), ("small", 4, 4), ("heavy", 2, 2), ("large", 2, 2), ("large", 4, 4), ("large", 1, 8))
 SECONDS = 900  # a row may take
+MATRIX_SECONDS = 7200
 Lines = list[str]
 
 
@@ -136,14 +137,36 @@ def checkpoint_stall(quick: bool) -> Lines:
     return lines
 
 
+def deaths(_quick: bool) -> Lines:
+    lines = ["Seconds from the end of a rank: median (most). `Seen`: by the launcher; `gone`: all other ranks too.", ""]
+    lines += ["| A rank | Came back | Seen | All ranks gone | Next step |", "|---|---|---|---|---|"]
+    ways = {"is killed": (), "is killed, all ignore SIGTERM": ("--ignore-term",), "exits": ("--by", "exit")}
+    for name, options in ways.items():
+        row = script("recovery", "--launchers", "samestep", "--rounds", 50, *options)
+        cells = [f"{row[key]['median']} ({row[key]['max']})" for key in ("seen", "gone", "step")]
+        lines.append(f"| {name} | {row['came back']} of {row['tried']} | {' | '.join(cells)} |")
+    return lines
+
+
+def faults(_quick: bool) -> Lines:
+    command = [sys.executable, str(HERE / "fault_matrix.py")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=MATRIX_SECONDS)
+    about = "One fault a run at each of six moments, two ranks: ended in its own undisturbed digest, median recovery."
+    return [about, "", *done.stdout.splitlines()]
+
+
 PARTS: dict[str, Callable[[bool], Lines]] = {
     "Seed job": seed_job,
     "Loop overhead": loop_overhead,
     "Exact and fast": exact_and_fast,
     "Launch and recovery": starts,
+    "A rank's end": deaths,
+    "Faults": faults,
     "Loader workers": worker_choice,
     "Checkpoint": checkpoint_stall,
 }
+
+LONG = ("A rank's end", "Faults")  # not among the quick ones
 
 
 def _ratio(value: dict[str, Any], digits: int = 2) -> str:
@@ -167,11 +190,11 @@ def main(only: list[str], *, quick: bool) -> int:
     print(lines[0], flush=True)
     failed = 0
     for title, part in PARTS.items():
-        if only and title not in only:
+        if (only and title not in only) or (quick and title in LONG):
             continue
         try:
             made = part(quick)
-        except (RuntimeError, ValueError, LookupError, subprocess.TimeoutExpired) as error:
+        except (RuntimeError, ValueError, LookupError, subprocess.SubprocessError) as error:
             failed, made = failed + 1, [f"not measured: {' '.join(str(error).split())[:300]}"]
         made = ["", f"## {title}", "", *made]
         print("\n".join(made), flush=True)

@@ -68,7 +68,7 @@ def cpu_quota(cgroup: Path) -> float | None:
 
 def numa_nodes(folder: Path) -> int:
     """NUMA nodes with a CPU that this process may use; 1 where the system does not tell."""
-    allowed = os.sched_getaffinity(0)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     nodes = 0
     for path in folder.glob("node[0-9]*/cpulist"):
         with contextlib.suppress(OSError, ValueError):

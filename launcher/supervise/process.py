@@ -53,7 +53,7 @@ class Worker:
         """Take the status if the process has ended, and end what it left in its process group."""
         if self.returncode is not None:
             return True
-        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if not _has_ended(self.pid):
             return False
         self.ended_ns = time.time_ns()
         # before the status is taken: until then the number can't belong to another group
@@ -91,6 +91,13 @@ class Worker:
     def _signal_group(self, signum: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; macOS says EPERM for a zombie group
             os.killpg(self.pid, signum)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended; its status stays to be taken. On macOS Python has no waitid before 3.13."""
+    if hasattr(os, "waitid"):
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 class Program(Worker):
