@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from samestep.launcher import manifest, who_started
 from samestep.launcher.contract import (
     ENV_GENERATION,
+    ENV_LAUNCHED,
     ENV_RUN_DIR,
     ExitCode,
     RunDir,
@@ -114,7 +115,7 @@ def train(
         if run_dir.path.is_dir():
             leave.write_record(record, run_dir)
         if env.rank == 0 or not leave.said_by_rank_zero(record, run_dir):
-            print(error if env.rank == 0 else f"[rank {env.rank}] {error}", file=sys.stderr, flush=True)
+            print(_prefix(env.rank) + str(error), file=sys.stderr, flush=True)
         raise SystemExit(int(error.exit_code)) from None
     except SystemExit as leaving:
         early = leave.early_exit(leaving, env.rank, generation, progress.step, progress.exact_phase)
@@ -134,6 +135,11 @@ def train(
         raise
     finally:
         progress.pulse.at(progress.step, "")
+
+
+def _prefix(rank: int) -> str:
+    """Who speaks; the launcher puts that before what it passes on."""
+    return "" if rank == 0 or ENV_LAUNCHED in os.environ else f"[rank {rank}] "
 
 
 def _replay(

@@ -22,13 +22,13 @@ class ClearedGradients(Check):
         self._dirty: set[str] = set()
 
     def before_loss(self, batch: Any, samples: int) -> Iterator[Finding]:  # noqa: ARG002
-        """Look at what zero_grad has left."""
+        """Look at what was set since the step began, which clears all."""
         self._dirty = {name for name, p in self._trained if p.grad is not None and id(p) in self._held}
         if self._dirty:
             yield Finding(
                 f"gradients are expected to be cleared before each step, but {listed(sorted(self._dirty))} still "
                 "had one when the loss was called",
-                "something sets p.grad, or the optimizer's zero_grad does not clear it",
+                "something sets p.grad while a batch is made, such as collate_fn: leave gradients to the step",
                 fatal=True,
             )
 
@@ -38,7 +38,7 @@ class ClearedGradients(Check):
         if set(made) - self._dirty:
             yield Finding(
                 f"the loss is expected to leave gradients alone, but {listed(made)} had one when it returned",
-                "the loss must not call backward(): return it, and the step does the rest",
+                "the loss must neither call backward() nor set p.grad: return it, and the step does the rest",
                 fatal=True,
             )
 
