@@ -151,7 +151,7 @@ def _replay(
     progress: _Progress,
 ) -> Result:
     step = config.replay or 0
-    with replay.shadow(run_dir, step, env.world_size) as replica:
+    with replay.shadow(run_dir, step, env.world_size) as replica, replay.terminal_for_debugger(config.debug):
         if config.debug:
             progress.pulse = replay.Debugger(step, progress.pulse)
         result = _train(build, replay.settings(config), env, replica, generation, progress)
@@ -223,6 +223,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     warnings = list(found.warnings)
     if found.snapshot is not None:
         start.restore(run, found.snapshot, found.source)
+    if found.snapshot is not None or config.replay is not None:
         warnings += start.changes(config, joined.stored, environment.record(member.device))
 
     run.state.restarts = max(run.state.restarts, joined.generation)  # also those before the first checkpoint

@@ -90,7 +90,7 @@ def question(tokens: Sequence[str]) -> tuple[list[str], str]:
 def _app(config_type: type[Any], program: str, operands: str, chain: Sequence[Any]) -> cyclopts.App:
     app = cyclopts.App(
         name=program,
-        usage=f"Usage: {program} [OPTIONS] {operands}".rstrip() + "\n",
+        usage=f"Usage: {program} [OPTIONS] {operands}".rstrip(),
         help_format="plaintext",
         config=chain,
         help_flags=[],

@@ -74,7 +74,7 @@ class LiveView:
 
     def print(self, line: str, stream: TextIO) -> None:  # noqa: ARG002 (the view owns the terminal)
         """Print above the view."""
-        self._live.console.print(line, markup=False, highlight=False)
+        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Remove the view."""
