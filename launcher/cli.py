@@ -150,7 +150,14 @@ def _run(argv: Sequence[str]) -> int:
     options, asked = question(own)  # also what is asked of the recipe, further down
 
     def configure(more: Sequence[str] = ()) -> LaunchConfig:
-        return load(LaunchConfig, [*options, *more], os.environ, prefixes=("PET_",), program="samestep run")
+        return load(
+            LaunchConfig,
+            [*options, *more],
+            os.environ,
+            prefixes=("PET_",),
+            program="samestep run",
+            operands="recipe.py [RECIPE OPTIONS]",
+        )
 
     config = configure()
     if not words:
@@ -188,7 +195,7 @@ def _asked_of_recipe(cls: type[Config], command: str, argv: Sequence[str]) -> tu
     from samestep.launcher.recipe_file import check
 
     own, words = split(argv, cls)
-    config = load(cls, own, {}, program=f"samestep {command}")
+    config = load(cls, own, {}, program=f"samestep {command}", operands="recipe.py [RECIPE OPTIONS]")
     if not words:
         problem = f"{command} is expected to be followed by a recipe, but is not"
         raise UsageError(problem, f"samestep {command} recipe.py")

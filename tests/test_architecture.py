@@ -66,6 +66,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "finite": {"data", "parallel"},
     "fused": set(),
     "preemption": {"loop"},
+    "progress": {"leave", "micro_batches", "observe", "parallel"},
     "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "state", "step"},
 }
 PURE = {"data.order", "parallel.shards"}  # integers in, integers out: import no other part, so every part may use them

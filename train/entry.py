@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from samestep.launcher import manifest, who_started
 from samestep.launcher.contract import (
     ENV_GENERATION,
+    ENV_LAUNCHED,
     ENV_RUN_DIR,
     ExitCode,
     RunDir,
@@ -21,7 +22,7 @@ from samestep.launcher.contract import (
     default_run_dir,
 )
 from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
-from samestep.launcher.heartbeat import NoPulse, Pulse, pulse
+from samestep.launcher.heartbeat import pulse
 from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.checks import check_components, check_samples_repeat
@@ -31,10 +32,10 @@ from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.loop import Run
-from samestep.train.micro_batches import Agreed, MicroBatches
+from samestep.train.micro_batches import Agreed
 from samestep.train.observe import profile, trackers
-from samestep.train.observe.phases import PhaseClock
-from samestep.train.parallel.group import JoinTimeoutError, Membership, join, pick_device
+from samestep.train.parallel.group import Membership, join, pick_device
+from samestep.train.progress import Progress
 from samestep.train.recipe import Components
 from samestep.train.signals import StopSignals
 from samestep.train.state.export import export_weights
@@ -59,26 +60,6 @@ class Result:
     run_dir: Path
 
 
-@dataclass(slots=True)
-class _Progress:
-    """Where this rank is, for its error record."""
-
-    step: int = 0
-    phase: str = "joining"
-    clock: PhaseClock | None = None  # knows the phase inside a step
-    micro_batches: MicroBatches | None = None  # know what to do about a lack of memory in a step
-    pulse: Pulse = field(default_factory=NoPulse)
-
-    def __call__(self, step: int, phase: str) -> None:
-        self.step, self.phase = step, phase
-        self.pulse.at(step, phase)
-
-    @property
-    def exact_phase(self) -> str:
-        """Inside a step the phase that its clock is in."""
-        return self.clock.current if self.phase == "step" and self.clock is not None else self.phase
-
-
 def train(
     build: Callable[[Config], Components],
     config_type: type[Config] = TrainConfig,  # type: ignore[assignment]
@@ -98,7 +79,7 @@ def train(
             signals do what they always do there: an interrupt is a KeyboardInterrupt, and the last checkpoint stays.
         Exception: whatever user code raised, after it was recorded for the launcher.
     """
-    env, progress = WorkerEnv(), _Progress()
+    env, progress = WorkerEnv(), Progress()
     run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())))
     generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
@@ -116,7 +97,7 @@ def train(
         if run_dir.path.is_dir():
             leave.write_record(record, run_dir)
         if env.rank == 0 or not leave.said_by_rank_zero(record, run_dir):
-            print(error if env.rank == 0 else f"[rank {env.rank}] {error}", file=sys.stderr, flush=True)
+            print(_prefix(env.rank) + str(error), file=sys.stderr, flush=True)
         raise SystemExit(int(error.exit_code)) from None
     except SystemExit as leaving:
         early = leave.early_exit(leaving, env.rank, generation, progress.step, progress.exact_phase)
@@ -125,7 +106,7 @@ def train(
         raise
     except Exception as seen:
         reason = post_mortem.look(leave.loader_death(seen), os.environ, env.rank)
-        _record(reason, env, run_dir, generation, progress)
+        progress.failed(reason, env, run_dir, generation)
         if leave.is_consequence(reason):
             print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
             raise SystemExit(1) from reason
@@ -136,14 +117,9 @@ def train(
         progress.pulse.at(progress.step, "")
 
 
-def _record(reason: Exception, env: WorkerEnv, run_dir: RunDir, generation: int, progress: _Progress) -> None:
-    accused = reason.missing[0] if isinstance(reason, JoinTimeoutError) else None
-    record = leave.error_record(reason, env.rank, generation, progress.step, progress.exact_phase, accused)
-    if progress.micro_batches is not None:
-        record = progress.micro_batches.after(reason, record)
-    leave.write_record(record, run_dir)
-    if record.remedied and env.started_by != "samestep run":  # which says so itself
-        print(f"rank {env.rank} ran out of memory: {record.hint}", file=sys.stderr, flush=True)
+def _prefix(rank: int) -> str:
+    """Who speaks; the launcher puts that before what it passes on."""
+    return "" if rank == 0 or ENV_LAUNCHED in os.environ else f"[rank {rank}] "
 
 
 def _replay(
@@ -152,10 +128,10 @@ def _replay(
     env: WorkerEnv,
     run_dir: RunDir,
     generation: int,
-    progress: _Progress,
+    progress: Progress,
 ) -> Result:
     step = config.replay or 0
-    with replay.shadow(run_dir, step, env.world_size) as replica:
+    with replay.shadow(run_dir, step, env.world_size) as replica, replay.terminal_for_debugger(config.debug):
         if config.debug:
             progress.pulse = replay.Debugger(step, progress.pulse)
         result = _train(build, replay.settings(config), env, replica, generation, progress)
@@ -172,7 +148,7 @@ def _train(
     env: WorkerEnv,
     run_dir: RunDir,
     generation: int,
-    progress: _Progress,
+    progress: Progress,
 ) -> Result:
     # --- join
     trackers.wanted(config.trackers)  # what is not installed is said before anything is done
@@ -205,7 +181,7 @@ class _Joined:
     micro_batches: Agreed
 
 
-def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress: _Progress) -> Result:
+def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress: Progress) -> Result:
     config, member, run_dir, shards = joined.config, joined.member, joined.run_dir, joined.shards
     found = start.find_state(run_dir, config, member)
 
@@ -231,6 +207,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     warnings = [*found.warnings, *micro_batches.warnings(joined.micro_batches, joined.stored, components.model)]
     if found.snapshot is not None:
         start.restore(run, found.snapshot, found.source)
+    if found.snapshot is not None or config.replay is not None:
         warnings += start.changes(config, joined.stored, environment.record(member.device))
 
     run.state.restarts = max(run.state.restarts, joined.generation)  # also those before the first checkpoint
@@ -240,13 +217,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         digest = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
         run.reporter.already_finished(digest, run.state.step)
     else:
-        start.announce(run, run_dir, member, shards, joined.generation)
-        _say_who_started(member.env)
-        alone = "" if member.env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
-        for text in filter(None, [alone, uncompiled, *warnings]):
-            run.reporter.warning(text)
-        if found.snapshot is not None:
-            run.reporter.resumed(run.state.step, run.state.epoch, found.source)
+        _announce(run, joined, found, [uncompiled, *warnings])
         with signals, environment.long_lived_objects_set_aside():
             rewind.run_with_rewinds(run, member, run_dir)
             preemption.leave_if_stopped(run, run_dir)
@@ -255,6 +226,17 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))
     member.group.barrier()
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)
+
+
+def _announce(run: Run, joined: _Joined, found: start.Found, warnings: list[str]) -> None:
+    member = joined.member
+    start.announce(run, joined.run_dir, member, joined.shards, joined.generation)
+    _say_who_started(member.env)
+    alone = "" if member.env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
+    for text in filter(None, [alone, *warnings]):
+        run.reporter.warning(text)
+    if found.snapshot is not None:
+        run.reporter.resumed(run.state.step, run.state.epoch, found.source)
 
 
 def _facts(components: Components, joined: _Joined) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pdb
 import shutil
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from samestep.launcher import manifest
-from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.contract import ENV_PDB, RunDir, UsageError
 from samestep.launcher.heartbeat import Pulse
 from samestep.train.config import TrainConfig
 
@@ -61,6 +62,18 @@ def shadow(run_dir: RunDir, step: int, world_size: int) -> Iterator[RunDir]:
             nearest = max(before, key=manifest.step_of)
             shutil.copytree(nearest, replica.checkpoints / nearest.name)
         yield replica
+
+
+@contextlib.contextmanager
+def terminal_for_debugger(debug: bool) -> Iterator[None]:
+    """Nothing is drawn over its prompt, as below `samestep run --pdb 0`."""
+    if debug:
+        os.environ[ENV_PDB] = "0"
+    try:
+        yield
+    finally:
+        if debug:
+            del os.environ[ENV_PDB]
 
 
 def loss_of(run_dir: RunDir, step: int) -> str | None:

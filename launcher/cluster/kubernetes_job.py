@@ -22,7 +22,9 @@ def submit_kubernetes(argv: Sequence[str], environ: Mapping[str, str], say: Call
         UsageError: no recipe, or what the cluster would refuse.
     """
     own, words = split_around(argv, KubernetesConfig)
-    config = load(KubernetesConfig, own, {}, program="samestep submit kubernetes")
+    config = load(
+        KubernetesConfig, own, {}, program="samestep submit kubernetes", operands="recipe.py [RECIPE OPTIONS]"
+    )
     if not words:
         raise UsageError(
             "a recipe is expected, by its path in the image, but there is none",

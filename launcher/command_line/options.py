@@ -39,11 +39,13 @@ def load(
     *,
     prefixes: Sequence[str] = ("SAMESTEP_",),
     program: str = "recipe",
+    operands: str = "",
     defaults: Mapping[str, Any] | None = None,
 ) -> Config:
     """Make a `config_type` from `argv` (without the program's name), `environ` and the file named by `--config`.
 
-    `defaults` overrides the dataclass's own defaults. The dataclass's `__post_init__` is where values are judged.
+    `operands` is what the usage line of `--help` names after the options; `defaults` overrides the dataclass's own.
+    The dataclass's `__post_init__` is where values are judged.
 
     Raises:
         UsageError: an unknown option (names the nearest), a value of the wrong type, or one the dataclass refuses.
@@ -60,7 +62,7 @@ def load(
     chain = [cyclopts.config.Dict(values, source=source) for source, values in layers]
     tokens, word = question(tokens)
     _refuse_fractions(config_type, tokens, chain)
-    app = _app(config_type, program, chain)
+    app = _app(config_type, program, operands, chain)
     if word in HELP:
         app.help_print([])
         raise SystemExit(0)
@@ -85,9 +87,10 @@ def question(tokens: Sequence[str]) -> tuple[list[str], str]:
     return [token for i, token in enumerate(tokens) if i >= end or _dash(token) not in found], asked
 
 
-def _app(config_type: type[Any], program: str, chain: Sequence[Any]) -> cyclopts.App:
+def _app(config_type: type[Any], program: str, operands: str, chain: Sequence[Any]) -> cyclopts.App:
     app = cyclopts.App(
         name=program,
+        usage=f"Usage: {program} [OPTIONS] {operands}".rstrip(),
         help_format="plaintext",
         config=chain,
         help_flags=[],

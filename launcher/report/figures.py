@@ -119,7 +119,7 @@ def _throughput(histories: Sequence[History]) -> Chart:
 
 
 def _timeline(histories: Sequence[History]) -> Chart:
-    note = "Flat where no step was finished. ◆ restart, ✕ failure, ● start, ★ end; small ticks are checkpoints."
+    note = "Flat where no step was finished. ◆ restart, ✕ failure, ▲ warning, ● start, ★ end; small ticks: checkpoints."
     chart = Chart("timeline", "What happened when", "step", note)
     unit = time_unit(histories)
     for position, history in enumerate(histories):

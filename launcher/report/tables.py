@@ -103,7 +103,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, str]:
         inside = value if isinstance(value, dict) else {"": value}
         for key, leaf in inside.items():
             label = f"--{key.replace('_', '-')}" if name == "config" else f"{name} {key}".strip().replace("_", " ")
-            found[label] = leaf if isinstance(leaf, str) else json.dumps(leaf)
+            found[label] = leaf if isinstance(leaf, str) else "not set" if leaf is None else json.dumps(leaf)
     return found
 
 

@@ -27,7 +27,7 @@ def plan(argv: Sequence[str], say: Callable[[str], None]) -> int:
         UsageError: a figure is missing that no run directory tells.
     """
     own, words = interleaved(argv, PlanConfig)
-    config = load(PlanConfig, own, {}, program="samestep plan")
+    config = load(PlanConfig, own, {}, program="samestep plan", operands="RUN_DIR")
     if len(words) > 1:
         raise UsageError(f"plan is expected to be followed by one run directory, but got {' '.join(words)}")
     found = measured(RunDir(Path(words[0]))) if words else None

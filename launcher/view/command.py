@@ -39,7 +39,7 @@ def command(argv: Sequence[str]) -> int:
         KeyboardInterrupt: whoever watches has seen enough.
     """
     own, words = interleaved(argv, WatchConfig)
-    config = load(WatchConfig, own, {}, program="samestep watch")
+    config = load(WatchConfig, own, {}, program="samestep watch", operands="RUN_DIR")
     if len(words) != 1:
         raise UsageError(
             f"watch is expected to be followed by one run directory, but got {len(words)} words",

@@ -51,6 +51,7 @@ def test_help_shows_the_launchers_options_and_the_recipes(samestep, recipe, word
     ended = samestep("run", "--nproc-per-node", "2", *words)
     assert (ended.code, ended.stderr) == (0, "")
     launcher, recipes = ended.stdout.split("Usage: recipe.py")
+    assert launcher.startswith("Usage: samestep run [OPTIONS] recipe.py [RECIPE OPTIONS]\n")
     assert "--nproc-per-node" in launcher
     common, own = recipes.split("Options of this recipe alone")
     assert "--epochs" in common

@@ -83,26 +83,66 @@ def test_a_dataset_with_a_random_transform_keeps_its_bits_with_workers_too(train
     assert trained("hub_dataset", "--num-workers", "2", cwd="workers").bits == alone.bits
 
 
-@pytest.mark.slow
-def test_a_notebook_trains_and_shows_its_result(trained, tmp_path):
+@pytest.fixture
+def executed(tmp_path):
+    """Run a notebook of these cells after those that define the recipe; the outputs of each of them."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
-    source = (RECIPES / "schedulers.py").read_text().replace('if __name__ == "__main__":\n    train(build)\n', "")
-    flags = [flag for flag in FLAGS if flag not in ("--run-dir", "run")]
-    cells = [
-        "import os; os.environ['SCHEDULER'] = 'one_cycle'",
-        source,
-        f"result = train(build, argv={[*flags, '--run-dir', 'first']!r}); print('digest', result.digest)",
-        f"again = train(build, argv={[*flags, '--run-dir', 'second']!r}); print('again', again.digest)",
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    said = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    pytest.importorskip("ipykernel")
+
+    def run(*cells):
+        source = (RECIPES / "schedulers.py").read_text().replace('if __name__ == "__main__":\n    train(build)\n', "")
+        own = ["import os; os.environ['SCHEDULER'] = 'one_cycle'", source]
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in (*own, *cells)])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+        nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        return [cell["outputs"] for cell in notebook.cells[len(own) :]]
+
+    return run
+
+
+def in_notebook(run_dir, *flags, then=""):
+    argv = [*(flag for flag in FLAGS if flag not in ("--run-dir", "run")), "--run-dir", run_dir, *flags]
+    return f"result = train(build, argv={argv!r}); {then}"
+
+
+@pytest.mark.slow
+def test_a_notebook_trains_time_after_time_in_the_same_bits(trained, executed):
+    first, second = executed(*(in_notebook(name, then="print(result.digest)") for name in ("first", "second")))
     digest = trained("schedulers", SCHEDULER="one_cycle").digest
-    assert f"digest {digest}" in said
-    assert f"again {digest}" in said
-    assert sys.executable  # the kernel is this interpreter's: ipykernel is installed beside it
+    for outputs in (first, second):
+        assert "".join(out.get("text", "") for out in outputs).splitlines()[-1] == digest
+
+
+@pytest.mark.slow
+def test_a_notebook_has_one_display_that_ends_as_the_run_did_and_whole_lines_beside_it(trained, executed):
+    whole, stopped = executed(
+        in_notebook("whole", "--log-every", "1"), in_notebook("stopped", "--max-steps", "5", "--check", "never")
+    )
+    digest = trained("schedulers", SCHEDULER="one_cycle").digest
+    for outputs, steps in ((whole, 12), (stopped, 5)):
+        assert [out.output_type for out in outputs].count("display_data") == 1
+        assert {out.output_type for out in outputs} == {"display_data", "stream"}
+        (shown,) = [out.data["text/plain"] for out in outputs if out.output_type == "display_data"]
+        said = "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout")
+        assert "\r" not in said + shown, "nothing is drawn over"
+        assert "\x1b" not in said + shown, "no colours of a terminal"
+        assert f"step {steps}/" in shown
+        assert shown.splitlines()[-1].startswith("done, digest ")
+        assert max(map(len, shown.splitlines())) <= 100
+        starts = ("Epoch [", "  time: ", "Finished Training: ", "Evaluation after ", "fused")
+        assert all(line.startswith(starts) for line in said.splitlines()), said
+    assert f"done, digest {digest}" in next(
+        out.data["text/plain"] for out in whole if out.output_type == "display_data"
+    )
+
+
+@pytest.mark.slow
+def test_what_a_notebook_redirects_is_plain_lines_in_the_file(executed):
+    redirected = "import contextlib\nwith open('said', 'w') as file, contextlib.redirect_stdout(file):\n    "
+    outputs, read = executed(redirected + in_notebook("run"), "print(open('said').read())")
+    assert [out for out in outputs if out.output_type == "display_data"] == []
+    assert "Finished Training: " in read[0].text
 
 
 def test_a_folder_with_its_own_train_and_launcher_hides_nothing_of_ours(tmp_path):

@@ -11,6 +11,8 @@ RECIPES = Path(__file__).resolve().parent.parent.parent / "scripts" / "recipes"
 
 FATAL = {
     "backward": (["first.weight", "the loss is expected to leave gradients alone"], "backward()"),
+    "assigned": (["first.weight", "the loss is expected to leave gradients alone"], "p.grad"),
+    "uncleared": (["first.weight", "cleared before each step"], "collate_fn"),
     "toggle": (["leave modules in the mode", "norm"], "model.eval()"),
     "twice": (["scheduler", "once an optimizer step", "2 times"], "scheduler.step()"),
     "elsewhere": (["mask", "is on meta", "computes on cpu"], "__init__"),
@@ -25,6 +27,7 @@ WARNED = {
     "constant": ["every gradient was exactly zero"],
     "clamp": ["the loss changes weights", "first.weight"],
     "between": ["first.weight of the model changed between two steps"],
+    "between, a buffer": ["seen of the model changed between two steps"],
     "noisy": ["random numbers of torch", "generator of its own"],
     "zero rate": ["learning rate was 0 in 3 steps in a row"],
     "unused": ["other.weight, other.bias", "no gradient in any step so far"],
@@ -32,6 +35,7 @@ WARNED = {
     "late": ["other.weight, other.bias", "since step 6"],
     "attribute": ["last.scale", "plain tensor", "register_buffer"],
     "half": ["a batch of 4 samples was planned, but collating made one of 2"],
+    "double": ["a batch of 4 samples was planned, but collating made one of 8"],
 }
 OF_RANKS = {
     "rank": ["rank 1 ran detour", "rank 0 did not"],
@@ -67,6 +71,14 @@ def test_what_may_be_meant_is_told_once_and_training_goes_on(trained: Any, leak:
     ended = trained("leaking", "--leak", leak, "--epochs", 5 if leak == "late" else 1)
     (text,) = [text for text in warnings(ended) if all(word in text for word in WARNED[leak])]
     assert ended.stderr.count(f"warning: {text}\n") == 1
+
+
+@pytest.mark.parametrize("leak", ["unused", "graph", "between"])
+def test_a_warning_is_the_same_on_two_ranks_and_told_once(trained: Any, leak: str) -> None:
+    ended = trained("leaking", "--leak", leak, ranks=2)
+    (text,) = warnings(ended)
+    assert all(word in text for word in WARNED[leak]), text
+    assert ended.stderrs.count("warning: ") == 1
 
 
 @pytest.mark.parametrize("leak", OF_RANKS)
@@ -105,13 +117,32 @@ def test_recipes_of_ours_raise_no_alarm(trained: Any, recipe: Path) -> None:
     assert warnings(trained(recipe, "--max-steps", 4, "--shards", 2, "--check", "always")) == []
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_looking_changes_no_bit(trained: Any, ranks: int) -> None:
+def same_bits_however_much_is_looked_at(trained: Any, recipe: Path | str, *flags: object, **more: Any) -> None:
     runs = [
-        trained("everything", "--max-steps", 6, "--shards", 2, "--check", check, ranks=ranks, cwd=check)
+        trained(recipe, "--shards", 2, *flags, "--check", check, cwd=f"{check}-{ranks}", ranks=ranks, **more)
+        for ranks in (1, 2)
         for check in ("never", "first", "always")
     ]
-    assert runs[0].bits == runs[1].bits == runs[2].bits
+    for run in runs[1:]:
+        assert run.bits == runs[0].bits
+
+
+def test_looking_changes_no_bit(trained: Any) -> None:
+    same_bits_however_much_is_looked_at(trained, "everything", "--max-steps", 6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_looking_changes_no_bit_of_our_recipes(trained: Any, recipe: Path) -> None:
+    same_bits_however_much_is_looked_at(trained, recipe, "--max-steps", 6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_looking_changes_no_bit_of_compiled_models(trained: Any, recipe: Path) -> None:
+    same_bits_however_much_is_looked_at(trained, recipe, "--compile", "--max-steps", 6, seconds=300)
 
 
 def test_check_never_looks_at_nothing(trained: Any) -> None:

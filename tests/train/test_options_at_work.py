@@ -66,3 +66,14 @@ def test_a_bar_is_drawn_on_a_terminal_and_lines_stay_whole(tmp_path):
     assert "\x1b[" in done.stdout
     assert "Epoch [1/2], Step [1/7], Loss: " in done.stdout
     assert "Finished Training: 14 steps, digest " in done.stdout
+
+
+def test_a_reader_of_words_that_has_gone_ends_no_training(tmp_path):
+    recipe = Path(__file__).resolve().parent / "recipes" / "small.py"
+    argv = [sys.executable, str(recipe), "--run-dir", "run", "--log-every", "1", "--epochs", "2"]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("Epoch [1/2], Step [1/")
+        process.stdout.close()  # as `| head -1` does
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")
+    assert '"event": "run_finished"' in (tmp_path / "run" / "events.jsonl").read_text()

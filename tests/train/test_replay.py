@@ -1,7 +1,9 @@
 """A step of a finished run again: the same bits, alone, in a folder of its own, and in a debugger if asked."""
 
+import contextlib
 import hashlib
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,13 @@ def test_another_learning_rate_is_told_from_the_run(trained, start):
     assert "--clip-grad-norm changed from None to 0.001" in other.stderr
 
 
+def test_another_seed_is_named_though_no_checkpoint_is_old_enough(trained, start):
+    trained("small", "--shards", "2", "--seed", "3")
+    other = start("small", "--run-dir", "run", "--shards", "2", "--replay", 2)
+    assert other.codes == [1]
+    assert "--seed changed from 3 to 0" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -68,3 +77,20 @@ def test_the_debugger_stops_before_the_step(trained):
     assert process.returncode == 0, process.stderr
     assert "('at step', 5)" in process.stdout
     assert "Replayed step 5" in process.stdout
+
+
+def test_nothing_is_drawn_over_the_debuggers_prompt(trained):
+    ended = trained("small", *EVERY)
+    argv = [sys.executable, str(RECIPE), "--run-dir", str(ended.run_dir), *EVERY, "--replay", "5", "--debug"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True) as process:
+        os.close(theirs)
+        os.write(ours, b"c\n")
+        said = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while data := os.read(ours, 4096):
+                said += data
+    os.close(ours)
+    assert process.returncode == 0, said
+    assert b"(Pdb)" in said.replace(b"\x1b[1m", b"")
+    assert b"\x1b[2K" not in said, "no line was cleared"

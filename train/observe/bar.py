@@ -1,4 +1,4 @@
-"""The live view of a rank that people started by hand, and where there is no terminal, plain lines.
+"""The live view of a rank that people started by hand, and where nobody can watch, plain lines.
 
 It is the view of `samestep run` and `samestep watch`, drawn from the same events. Below `samestep run` ranks write into
 a pipe, so there the launcher draws.
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TextIO
 
 from samestep.launcher.contract import ENV_PDB
+from samestep.train.observe.notebook import NotebookView, is_of_notebook
 
 _REDRAW_SECONDS = 0.1
 
@@ -31,14 +32,17 @@ class Bar(Protocol):
 
 
 class PlainLines:
-    """What a file, a pipe and a notebook get."""
+    """What a file and a pipe get."""
 
     def take(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Nothing to draw."""
 
     def print(self, line: str, stream: TextIO) -> None:
-        """Print the line."""
-        print(line, file=stream, flush=True)
+        """Print the line; that nobody reads any more, as after `| head`, ends no training: the events have it all."""
+        try:
+            print(line, file=stream, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also for what the recipe prints itself
 
     def close(self) -> None:
         """Nothing to close."""
@@ -70,7 +74,7 @@ class LiveView:
 
     def print(self, line: str, stream: TextIO) -> None:  # noqa: ARG002 (the view owns the terminal)
         """Print above the view."""
-        self._live.console.print(line, markup=False, highlight=False)
+        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Remove the view."""
@@ -86,6 +90,8 @@ class LiveView:
 
 
 def bar(stream: TextIO, total_steps: int, epochs: int) -> Bar:
-    """The view on a terminal, else plain lines; so they are too where a debugger needs the terminal."""
+    """The view on a terminal or in a notebook, else plain lines, also where a debugger needs the terminal."""
+    if is_of_notebook(stream):
+        return NotebookView(total_steps, epochs)
     drawn = stream.isatty() and ENV_PDB not in os.environ
     return LiveView(stream, total_steps, epochs) if drawn else PlainLines()

@@ -69,6 +69,7 @@ class GradientReducer:
         self._find_unused = find_unused_parameters
         self._position = {id(p): index for index, p in enumerate(self.parameters)}
         self._replica: nn.Module | None = None
+        self._called = False  # the replica's forward, in this step
         self._flights: list[tuple[Flight, list[Tensor], torch.futures.Future[Tensor]]] = []
         self.enter: Callable[[str], None] = _nobody  # told where backward waits for other ranks
 
@@ -82,6 +83,7 @@ class GradientReducer:
         self.present = min(plan.samples, self.shards)
         self._step = plan.step
         self._alone = self.group.world_size == 1 and self.present == 1
+        self._called = False
         self._overlap = self._replica is not None and plan.everyone_works(self.group.world_size)
         if self._alone:
             return
@@ -178,7 +180,11 @@ class GradientReducer:
             warnings.simplefilter("ignore", FutureWarning)  # accelerate passes broadcast_buffers, which torch renames
             replica: Any = self._accelerator.prepare_model(self.raw)
         replica.register_comm_hook(self, _communication_hook)
+        replica.register_forward_pre_hook(self._note_call)
         self._replica = replica
+
+    def _note_call(self, *_: Any) -> None:
+        self._called = True
 
     def _through_ddp(self, part: MicroBatch) -> bool:
         return self._overlap and part.last and part.shard == self.mine[-1]
@@ -239,13 +245,7 @@ class GradientReducer:
     def _collect(self) -> None:
         if not self._results or self._flights:
             self._flights.clear()
-            missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
-            raise UsageError(
-                f"every parameter is expected to be used in each step as in the first one, "
-                f"but in step {self._step + 1} "
-                f"rank {self.group.rank} did not use {', '.join(missing[:3]) or 'some of them'}",
-                "pass find_unused_parameters=True to Components",
-            )
+            raise self._incomplete()
         if not self._find_unused:
             return
         for parameters, total in self._results:
@@ -257,6 +257,21 @@ class GradientReducer:
         for parameter, kept in zip(self.parameters, used, strict=True):
             if not kept:
                 parameter.grad = None
+
+    def _incomplete(self) -> UsageError:
+        """Why backward has not been through all of DDP's buckets."""
+        if not self._called:
+            return UsageError(
+                f"the loss is expected to call the model that it is given, but in step {self._step + 1} it did not",
+                "use the first argument of loss(model, batch) as model(x): neither the model from outside the "
+                "function nor its layers, since with several ranks it is a DistributedDataParallel",
+            )
+        missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+        return UsageError(
+            f"every parameter is expected to be used in each step as in the first one, but in step {self._step + 1} "
+            f"this rank did not use {', '.join(missing[:3]) or 'some of them'}",
+            "pass find_unused_parameters=True to Components",
+        )
 
     def _of_one_shard(self) -> Gradients:
         found = [(index, p.grad) for index, p in enumerate(self.parameters)]

@@ -28,13 +28,14 @@ class Net(nn.Module):
         self.register_buffer("seen", torch.zeros(1))
         self.detour = nn.Identity()
         self.asks = False  # for its rank
+        self.uses_other = True
         self.history: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         if self.asks and os.environ.get("RANK") == "1":
             x = self.detour(x)
         hidden = self.drop(self.norm(self.first(x)).relu())
-        return self.last(hidden) + 0.5 * self.other(hidden)
+        return self.last(hidden) + 0.5 * self.other(hidden) if self.uses_other else self.last(hidden)
 
 
 class Noisy(torch.optim.SGD):
@@ -53,13 +54,13 @@ class Lazy(torch.optim.SGD):
 
 
 class Decaying(torch.optim.lr_scheduler.LinearLR):
-    """Changes a weight besides."""
+    """Changes a tensor of the model besides."""
 
-    weight: Tensor
+    weight: Any
 
     def step(self, epoch: Any = None) -> None:
         super().step()
-        self.weight.data.mul_(0.5)
+        self.weight.data.mul_(0.5).add_(1.0)
 
 
 class Stream(Dataset[Any]):
@@ -173,16 +174,23 @@ class Late(Leaks):
     """Stops using a layer."""
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
-        self.calls += 1
-        x, y = batch
-        out = self.net.last(self.net.norm(self.net.first(x)))
-        return ((out + self.net.other(self.net.first(x)) if self.calls <= 5 else out) - y).square().mean(1)
+        self.net.uses_other = self.calls < 5
+        return super().__call__(model, batch)
 
 
 class Unused(Leaks):
     def __call__(self, model: Any, batch: Any) -> Tensor:
-        x, y = batch
-        return (self.net.last(self.net.norm(self.net.first(x))) - y).square().mean(1)
+        self.net.uses_other = False
+        return super().__call__(model, batch)
+
+
+class Assigned(Leaks):
+    """Sets a gradient by hand after each step, which the loop clears, and before the next loss."""
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        loss = super().__call__(model, batch)
+        self.net.first.weight.grad = torch.ones_like(self.net.first.weight)
+        return loss
 
 
 LOSSES: dict[str, type[Leaks]] = {
@@ -194,11 +202,13 @@ LOSSES: dict[str, type[Leaks]] = {
     "constant": Constant,
     "clamp": Clamp,
     "half": Scalar,
+    "double": Scalar,
     "elsewhere": Elsewhere,
     "twice": Twice,
     "collective": Collective,
     "late": Late,
     "unused": Unused,
+    "assigned": Assigned,
 }
 
 
@@ -217,6 +227,18 @@ def half(items: list[Any]) -> Any:
     return torch.utils.data.default_collate(items[: max(1, len(items) // 2)])
 
 
+def double(items: list[Any]) -> Any:
+    return torch.utils.data.default_collate(items * 2)
+
+
+def setting_gradients(net: Net) -> Any:
+    def collate(items: list[Any]) -> Any:
+        net.first.weight.grad = torch.ones_like(net.first.weight)
+        return torch.utils.data.default_collate(items)
+
+    return collate
+
+
 def build(config: LeakingConfig) -> Components:
     leak = config.leak
     x, y = torch.randn(24, 3), torch.randn(24, 2)
@@ -225,9 +247,9 @@ def build(config: LeakingConfig) -> Components:
     held = net.last.parameters() if leak == "unheld" else net.parameters()
     kind = {"noisy": Noisy, "lazy": Lazy}.get(leak, torch.optim.SGD)
     optimizer = kind(held, lr=rate)
-    if leak == "between":
-        Decaying.weight = net.first.weight
-    rates: Any = Decaying if leak == "between" else torch.optim.lr_scheduler.LinearLR
+    if leak.startswith("between"):
+        Decaying.weight = net.seen if leak == "between, a buffer" else net.first.weight
+    rates: Any = Decaying if leak.startswith("between") else torch.optim.lr_scheduler.LinearLR
     scheduler = rates(optimizer, start_factor=0.5, total_iters=4)
     if leak == "attribute":
         net.last.scale = torch.ones(2, device="meta")
@@ -243,7 +265,7 @@ def build(config: LeakingConfig) -> Components:
         train_data=Stream() if leak == "stream" else TensorDataset(x, y),
         eval_data=TensorDataset(x, y),
         metrics={"error": disturbing(net, leak)},
-        collate_fn=half if leak == "half" else None,
+        collate_fn={"half": half, "double": double, "uncleared": setting_gradients(net)}.get(leak),
     )
 
 

@@ -28,14 +28,14 @@ class ClearedGradients(Check):
         return ()
 
     def before_loss(self, batch: Any, samples: int) -> Iterator[Finding]:  # noqa: ARG002
-        """Look at what zero_grad has left; later in a step there may be what backward of another part has."""
+        """Look at what was set since the step began, which clears all; later, a part may have had its backward."""
         self._dirty = {name for name, p in self._trained if p.grad is not None and id(p) in self._held}
         first, self._first = self._first, False
         if self._dirty and first:
             yield Finding(
                 f"gradients are expected to be cleared before each step, but {listed(sorted(self._dirty))} still "
                 "had one when the loss was called",
-                "something sets p.grad, or the optimizer's zero_grad does not clear it",
+                "something sets p.grad while a batch is made, such as collate_fn: leave gradients to the step",
                 fatal=True,
             )
 
@@ -45,7 +45,7 @@ class ClearedGradients(Check):
         if set(made) - self._dirty:
             yield Finding(
                 f"the loss is expected to leave gradients alone, but {listed(made)} had one when it returned",
-                "the loss must not call backward(): return it, and the step does the rest",
+                "the loss must neither call backward() nor set p.grad: return it, and the step does the rest",
                 fatal=True,
             )
 
