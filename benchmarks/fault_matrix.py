@@ -31,12 +31,13 @@ from samestep.launcher.chaos.kinds import BY_NAME, Aim, Kind, Moment
 from samestep.launcher.chaos.plan import Course, Fault, plan
 from samestep.launcher.chaos.strike import strike
 from samestep.launcher.chaos.trace import Trace
-from samestep.launcher.contract import RunDir
+from samestep.launcher.contract import ExitCode, RunDir
 
 HERE = Path(__file__).resolve().parent
 WORKER, BIN = str(HERE / "fault_matrix_worker.py"), Path(sys.executable).parent
 RANKS, STEPS, IN_EPOCH, SAVE_EVERY = 2, 100, 25, 5
 QUIET_SECONDS = 90.0  # without a step, after which a run counts as lost
+SAVED = (ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT)  # a rank was asked to stop, and so all have saved
 INSIDE = ("exception", "exit-0", "segfault")
 OUTSIDE = ("rank-kill", "rank-term", "rank-abrt", "rank-pause", "rank-stop", "all-kill", "loader-kill")
 OF_LAUNCHER = ("launcher-kill", "launcher-term", "launcher-int")
@@ -134,10 +135,9 @@ def struck(run: Run, fault: Fault, expected: str) -> Row:
     if not run.until(lambda: reached(run, fault)):
         return {"hit": False, "trouble": "it never got there", "seconds": None}
     time.sleep(fault.delay)
-    family, wall = run.family(), time.time()
+    family, wall, hit = run.family(), time.time(), True
     if fault.kind.name in INSIDE:
         (run.folder / f"fault-{fault.rank}").write_text(fault.kind.name)
-        hit = True
     else:
         hit = strike(fault.kind, fault.rank, run.process, run.ranks(), RunDir(run.folder / "run"))
     left = ""
@@ -150,6 +150,11 @@ def struck(run: Run, fault: Fault, expected: str) -> Row:
         if run.process.poll() != 0:
             run.begin()
     run.until(bool)  # until it ends
+    if run.process.poll() in SAVED:
+        run.begin()  # as a scheduler would
+        run.until(bool)
+    if fault.kind.name in INSIDE:
+        hit = not (run.folder / f"fault-{fault.rank}").exists()  # it came in time
     again = [at for at, _, _, what, _ in run.stamps() if what == "loss" and at > began_again(run, wall)]
     seconds = sorted(again)[RANKS] - wall if len(again) > RANKS else None
     return {"hit": hit, "trouble": left or trouble(run, expected), "seconds": seconds}
