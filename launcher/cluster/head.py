@@ -124,8 +124,9 @@ class Head:
             ends += [RankEnd(**{**end, "stdout": (), "stderr": tuple(end["stderr"])}) for end in said["ends"]]
             if said.get("stopped_by") is not None:
                 self._reshaped = f"{peer.facts['host']} leaves"
-                self._callers.remove(peer)
-                self._hub.say(peer, {"kind": "stop", "exit_code": None})
+                if peer in self._callers:  # it may have left already
+                    self._callers.remove(peer)
+                    self._hub.say(peer, {"kind": "stop", "exit_code": None})
         if generation.stopped_by is not None:
             self._reshaped = ""
         return replace(generation, ends=tuple(ends), signum=asked)

@@ -109,6 +109,7 @@ def script(config: SlurmConfig, recipe: Recipe, run_dir: Path, cwd: Path, python
         command=" ".join(map(shlex.quote, words)),
         saved=int(ExitCode.PREEMPTED_SAVED),
         kept=int(ExitCode.PREEMPTED_KEPT),
+        stopped=int(ExitCode.TERMINATED),
         most=config.max_requeues if config.requeue else 0,
     )
 
@@ -130,6 +131,7 @@ while [ -n "$again" ]; do
   status=$?
   [ "$status" = 127 ] || code=$status
 done
+if [ -n "$asked" ] && [ "$code" = {stopped} ]; then code={kept}; fi  # Slurm's time was over before training began
 if [ "$code" = {saved} ] || [ "$code" = {kept} ]; then
   # a job that somebody has cancelled would be started again, too
   running=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -c ' JobState=RUNNING ')

@@ -161,7 +161,7 @@ def test_a_cancelled_job_leaves_a_run_that_goes_on(slurm, long_reference, tmp_pa
 def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_in_the_same_bits(slurm, tmp_path):
     """Limits have a resolution of a minute: the signal comes early, and the job ends long before the limit."""
     flags = [word if word != "40" else "100000" for word in LONG] + ["--max-steps", "1000000"]
-    job = slurm.submit(tmp_path, "--nodes", 2, "--time", 2, "--signal-seconds", 90, flags=flags)
+    job = slurm.submit(tmp_path, "--nodes", 2, "--time", 3, "--signal-seconds", 120, flags=flags)
     until(lambda: slurm.about(job, "Restarts") == "1", "the job to be requeued", 240)
     log = run_of(tmp_path).stdout
     slurm("scancel", job)

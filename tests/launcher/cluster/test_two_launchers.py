@@ -1,0 +1,64 @@
+"""Two launchers of one run on this machine, with ranks that need no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(60)]
+SAMESTEP = Path(sys.executable).with_name("samestep")
+SCRIPT = """
+import os, signal, sys, time
+if os.environ["WORLD_SIZE"] == "1":
+    sys.exit(0)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open("ready-" + os.environ["RANK"], "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def launchers(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The head's and another one, once their ranks run."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    theirs = ("SAMESTEP_", "PET_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+    run = [str(SAMESTEP), "run", "--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=30", "--node-rank"]
+    started = []
+    for node in ("0", "1"):
+        with (tmp_path / f"node-{node}").open("w") as output:
+            words = [*run, node, "script.py"]
+            started.append(subprocess.Popen(words, cwd=tmp_path, env=environ, stdout=output, stderr=output))
+    try:
+        until = time.monotonic() + 40
+        while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+            assert time.monotonic() < until, (tmp_path / "node-0").read_text()
+            time.sleep(0.02)
+        yield started
+    finally:
+        for launcher in started:
+            launcher.kill()
+            launcher.wait()
+
+
+def test_a_machine_that_is_asked_to_stop_and_leaves_at_once_is_done_without(launchers, tmp_path):
+    """The head's rank takes its time to end: the other launcher is gone when the head comes to count."""
+    launchers[1].send_signal(signal.SIGTERM)
+    launchers[1].send_signal(signal.SIGINT)  # once more: at once
+    assert launchers[0].wait(timeout=40) == 0, (tmp_path / "node-0").read_text()
+    assert "leaves" in (tmp_path / "node-0").read_text()
+
+
+def test_who_loses_the_head_before_the_first_checkpoint_fails(launchers, tmp_path):
+    launchers[0].kill()
+    assert launchers[1].wait(timeout=40) == 1
+    said = (tmp_path / "node-1").read_text()
+    assert "the head of the run is gone" in said
+    assert "the ranks of this machine are ended, exit code 1" in said
