@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from samestep.launcher.chaos.run import ChaosConfig
 from samestep.launcher.cluster.kubernetes_config import KubernetesConfig
+from samestep.launcher.cluster.slurm import SlurmConfig
 from samestep.launcher.command_line.options import command, nearest_hint
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import UsageError
@@ -54,6 +55,7 @@ def application() -> cyclopts.App:
     app.command(command(DoctorConfig), name="doctor")
     submit = cyclopts.App(name="submit", help="Hand a recipe to a cluster.")
     submit.command(command(KubernetesConfig, *_recipe()), name="kubernetes")
+    submit.command(command(SlurmConfig, *_recipe()), name="slurm")
     app.command(submit)
     app.command(command(PlanConfig, *_run_dir()), name="plan")
     app.command(_digest, name="digest")

@@ -39,6 +39,8 @@ def bash(tmp_path_factory):
         (("samestep", "run", "--nproc"), ["--nproc-per-node"]),
         (("samestep", "verify", "--world"), ["--world-sizes"]),
         (("samestep", "completion", ""), [*SHELLS]),
+        (("samestep", "submit", ""), ["kubernetes", "slurm"]),
+        (("samestep", "submit", "slurm", "--ti"), ["--time"]),
         (("samestep", "run", "samestep.b"), ["samestep.bash"]),
         (("samestep", "run", "--nproc-per-node", "2", "samestep.b"), ["samestep.bash"]),
     ],
