@@ -223,15 +223,22 @@ class ErrorRecord:
             raise ValueError(f"not an error record: {error}") from error
 
 
-class RankInfo(TypedDict):
+class RankMemory(TypedDict):
+    """What is known of a rank's memory when training begins."""
+
+    gradient_bytes: NotRequired[int]  # of all parameters, once
+    gradient_copies: NotRequired[int]  # so often, at most, while shards are summed
+    resident_bytes: NotRequired[int]  # mapped in
+    proportional_bytes: NotRequired[int]  # of which this is its share: ranks share what the fork server has loaded
+
+
+class RankInfo(RankMemory):
     """One rank as `run_started` lists it."""
 
     rank: int
     local_rank: int
     host: str
     pid: int
-    resident_bytes: NotRequired[int]  # memory that it has mapped in when training begins
-    proportional_bytes: NotRequired[int]  # of which this is its share: ranks share what the fork server has loaded
 
 
 class Started(TypedDict):

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from samestep.launcher import manifest
 from samestep.launcher.command_line import options
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RankInfo, RunDir, UsageError
-from samestep.launcher.diagnosis import memory_signs
 from samestep.launcher.lock import RunLock
 from samestep.train import environment
 from samestep.train.config import TrainConfig, plain
 from samestep.train.fused import fused_hint
 from samestep.train.loop import Run
+from samestep.train.observe.memory import memory_at_start
 from samestep.train.parallel.group import Membership
 from samestep.train.state import checkpoint
 
@@ -271,16 +271,16 @@ def fewer_than_asked(environ: Mapping[str, str], parent: Sequence[str]) -> str:
 
 def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generation: int) -> None:
     """Write config.json and the first event; needs every rank's place. A collective."""
-    here = RankInfo(rank=member.env.rank, local_rank=member.env.local_rank, host=socket.gethostname(), pid=os.getpid())
-    memory = memory_signs.footprint(os.getpid())
-    if memory is not None:
-        here |= {"resident_bytes": memory.resident, "proportional_bytes": memory.proportional}
+    env, parts = member.env, run.step.micro_batches.agreed.count
+    memory = memory_at_start(run.components.model, env.rank, env.world_size, shards, parts)
+    host, pid = socket.gethostname(), os.getpid()
+    here: RankInfo = {"rank": env.rank, "local_rank": env.local_rank, "host": host, "pid": pid, **memory}
     ranks = [json.loads(part) for part in member.group.gather_bytes(json.dumps(here).encode())]
     if member.group.rank == 0:
         content = {
             "config": plain(run.config),
             "shards": shards,
-            "micro_batches": run.step.micro_batches.agreed.count,
+            "micro_batches": parts,
             "total_steps": run.max_steps,
             "samples": run.sampler.samples,
             "threads": torch.get_num_threads(),

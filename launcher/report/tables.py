@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from samestep.launcher.diagnosis.memory_signs import size
 from samestep.launcher.report.history import STEP_COLUMNS, History, first_difference
 
 _ABSENT = "-"
@@ -58,6 +59,19 @@ def facts(history: History) -> dict[str, str]:
     ]
     if held:
         found["Peak memory of a rank"] = f"{max(held) / 2**30:.2f} GiB"
+    return found | _memory_at_start(started.get("ranks", []))
+
+
+def _memory_at_start(ranks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of the rank that has most; empty where a run is older than these figures."""
+    found = {}
+    mapped = [int(rank["resident_bytes"]) for rank in ranks if "resident_bytes" in rank]
+    if mapped:
+        own = max(int(rank["proportional_bytes"]) for rank in ranks if "proportional_bytes" in rank)
+        found["Memory of a rank at the start"] = f"{size(max(mapped))}, its share of it {size(own)}"
+    if ranks and "gradient_copies" in ranks[0]:
+        copies = max(int(rank["gradient_copies"]) for rank in ranks)
+        found["Gradients"] = f"{size(int(ranks[0]['gradient_bytes']))}, at most {copies} times on a rank"
     return found
 
 

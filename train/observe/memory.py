@@ -1,11 +1,17 @@
-"""The most memory that this rank has ever held."""
+"""The most memory that this rank has ever held, and what of it is known at the start."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 
 import torch
+from torch import nn
+
+from samestep.launcher.contract import RankMemory
+from samestep.launcher.diagnosis import memory_signs
+from samestep.train.parallel.shards import gradient_copies, owned_span
 
 KINDS = ("host", "device")
 _UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux (getrusage(2))
@@ -15,3 +21,16 @@ def peak_memory(device: torch.device) -> tuple[int, int]:
     """Bytes of KINDS: resident memory of the process, and what torch has allocated on `device` (0 on a CPU)."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
     return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def memory_at_start(model: nn.Module, rank: int, world_size: int, shards: int, parts: int) -> RankMemory:
+    """What this process has mapped in, and how many gradients the exact sum is going to hold."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    found = RankMemory(
+        gradient_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        gradient_copies=gradient_copies(owned_span(rank, world_size, shards), world_size, shards, parts),
+    )
+    mapped = memory_signs.footprint(os.getpid())
+    if mapped is not None:
+        found |= {"resident_bytes": mapped.resident, "proportional_bytes": mapped.proportional}
+    return found

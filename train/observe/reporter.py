@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from samestep.launcher.contract import RankInfo
+from samestep.launcher.contract import OPTIMIZER, WEIGHTS, RankInfo
 from samestep.train.observe.bar import Bar, PlainLines, bar
 from samestep.train.observe.ledger import EpochSums, StepRecords, phase_line
 from samestep.train.observe.phases import PHASES
@@ -175,7 +175,8 @@ class RankZeroReporter(Reporter):
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """Write the event."""
-        self._write([{"event": "checkpoint", "step": step, "path": path.name, "seconds": seconds}])
+        held = {name: (path / name).stat().st_size for name in (WEIGHTS, OPTIMIZER) if (path / name).is_file()}
+        self._write([{"event": "checkpoint", "step": step, "path": path.name, "seconds": seconds, "bytes": held}])
 
     def loader(self, workers: int, prefetch: int, text: str) -> None:
         """Write the event, print the sentence."""

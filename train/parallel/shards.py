@@ -104,6 +104,30 @@ class Fold(Generic[Value]):
             span = half
 
 
+def gradient_copies(owned: Span, world_size: int, shards: int, parts: int) -> int:
+    """Gradients of the whole model that the exact sum of a rank holds at most, in a step in which all ranks work.
+
+    DDP's buckets count as one of them, and `p.grad` are views of those; what travels to other ranks does not count.
+    `parts` are micro-batches of a shard.
+    """
+    if world_size == 1 and shards == 1:
+        return 1
+    buckets = int(world_size > 1)
+    most = 1
+    for done, span in enumerate(roots(owned, (0, shards))):  # so many subtrees are complete
+        fold: Fold[int] = Fold(span, lambda left, right: left + right)
+        for shard in range(*span):
+            kept = buckets + done + len(fold.partial)
+            in_buckets = buckets and shard == owned[1] - 1
+            sum_of_parts = 0 if parts == 1 else 1 if parts == 2 and in_buckets else 3  # so far, new, and both
+            most = max(most, kept + (sum_of_parts if in_buckets else sum_of_parts or 1))
+            fold.push(shard, 1)
+            combines = len(fold.partial) + buckets + done <= kept
+            if combines and not in_buckets:
+                most = max(most, kept + 2)  # left, right and their sum
+    return most
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Samples [begin, end) of a shard, whose forward and backward run by themselves: all, unless memory is short."""

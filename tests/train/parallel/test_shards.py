@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from samestep.train.parallel.shards import (
     Fold,
     Span,
     StepPlan,
+    gradient_copies,
     midpoint,
     owned_span,
     roots,
@@ -21,6 +24,7 @@ from samestep.train.parallel.shards import (
     tree_sum,
 )
 
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "memory.md"
 CASES = [(shards, world) for shards in range(1, 13) for world in range(1, shards + 4)]
 
 
@@ -163,3 +167,58 @@ def test_everyone_works_is_told_from_the_plan_alone(samples: int, shards: int, w
     busy = [any(plan.size(shard) for shard in range(*owned_span(rank, world, shards))) for rank in range(world)]
     assert plan.everyone_works(world) == all(busy)
     assert plan.present((0, shards)) == list(range(min(samples, shards)))
+
+
+class Counted:
+    """A sum that knows how many of its kind are alive."""
+
+    alive = most = 0
+
+    def __init__(self) -> None:
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self) -> None:
+        Counted.alive -= 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("shards", [2, 3, 5, 8, 13])
+def test_copies_of_gradients_are_those_that_a_fold_holds(shards: int, parts: int) -> None:
+    Counted.alive = Counted.most = 0
+
+    def add(left: Counted, right: Counted) -> Counted:
+        return Counted()
+
+    fold = Fold((0, shards), add)
+    for shard in range(shards):
+        leaf = Counted()
+        for _ in range(parts - 1):
+            leaf = add(leaf, Counted())
+        fold.push(shard, leaf)
+        del leaf
+    assert gradient_copies((0, shards), 1, shards, parts) == Counted.most
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "shards", "parts", "copies"),
+    [
+        (0, 1, 1, 1, 1),  # plain backward
+        (0, 1, 1, 4, 1),  # which adds up by itself
+        (0, 2, 2, 1, 1),  # DDP's buckets alone
+        (1, 2, 2, 2, 2),  # and the first part's
+        (1, 2, 2, 3, 4),  # the sum of two parts, while it is made
+        (0, 2, 4, 1, 2),  # the first shard's, to which the hook adds the second one in place
+        (1, 2, 3, 1, 2),  # of two roots one is complete
+    ],
+)
+def test_copies_of_gradients_with_other_ranks(rank: int, world_size: int, shards: int, parts: int, copies: int) -> None:
+    assert gradient_copies(owned_span(rank, world_size, shards), world_size, shards, parts) == copies
+
+
+def test_the_documented_copies_are_these() -> None:
+    rows = re.findall(r"^\| (\d), (\d) \| (\d) \| (\d) \|$", DOCS.read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    for world_size, shards, *documented in (map(int, row) for row in rows):
+        spans = [owned_span(rank, world_size, shards) for rank in range(world_size)]
+        assert documented == [max(gradient_copies(span, world_size, shards, n) for span in spans) for n in (1, 2)]
