@@ -95,10 +95,11 @@ def _hit(process: psutil.Process, kind: Kind) -> None:
 
 
 def _harm_files(kind: Kind, launcher: subprocess.Popen[bytes], run_dir: RunDir) -> bool:
-    folders = manifest.committed(run_dir.checkpoints)
-    if kind.needs_two_checkpoints and len(folders) < 2:
+    if kind.needs_two_checkpoints and not _may_lose_one(run_dir):
         return False
     end(launcher)
+    if kind.needs_two_checkpoints and not _may_lose_one(run_dir):  # what was seen a moment ago was replaced meanwhile
+        return True
     newest = manifest.committed(run_dir.checkpoints)[:1]
     choose = random.Random(run_dir.events.stat().st_size if run_dir.events.exists() else 0)
     if kind.needs_two_checkpoints:
@@ -114,6 +115,12 @@ def _harm_files(kind: Kind, launcher: subprocess.Popen[bytes], run_dir: RunDir) 
     elif kind.name == "lost-errors":
         shutil.rmtree(run_dir.errors, ignore_errors=True)
     return True
+
+
+def _may_lose_one(run_dir: RunDir) -> bool:
+    """Whether another valid one stays where the newest is damaged: of all that are kept, none may be left otherwise."""
+    folders = manifest.committed(run_dir.checkpoints)
+    return bool(folders) and any(not manifest.verify(folder) for folder in folders[1:])
 
 
 def _damage(folder: Path, kind: Kind, choose: random.Random) -> None:

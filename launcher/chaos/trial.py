@@ -177,7 +177,8 @@ class Subject:
         last = self.strikes[-1].fault.kind.aim if self.strikes else None
         # who is asked to stop goes on until all agree on a step: the end may come after what looks like survival
         asked = code in _START_AGAIN and self.began > self._launched
-        if asked or (self.pending and last in (Aim.LAUNCHER, Aim.FILES)):
+        struck = self.pending and last in (Aim.LAUNCHER, Aim.FILES) and code != ExitCode.NO_CHECKPOINT
+        if asked or struck:
             self._launch()
         else:
             self._give_up(f"it ended with exit code {code}: {_last_words(self.said)}")
