@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -42,6 +43,7 @@ def make(run_dir: RunDir) -> None:
 
     Raises:
         UsageError: it can't.
+        OSError: this process is out of descriptors, which says nothing about the folder.
     """
     try:
         for folder in (run_dir.path, run_dir.logs, run_dir.checkpoints, run_dir.errors):
@@ -50,6 +52,8 @@ def make(run_dir: RunDir) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         raise UsageError(
             f"--run-dir is expected to be a folder that can be written, but {run_dir.path}: {error.strerror}",
             "pass --run-dir with another folder",

@@ -72,7 +72,8 @@ def diagnose(ranks: Sequence[Evidence], memory: MemorySigns = NOTHING_COUNTED) -
     if all(item.end.returncode == 0 for item in ranks):
         return None
     culprit = _culprit(ranks)
-    left_early = _left_early(ranks) if is_consequence(culprit) else None
+    ended_by_us = culprit.end.signalled and culprit.record is None
+    left_early = _left_early(ranks) if ended_by_us or is_consequence(culprit) else None
     if left_early is not None:
         return _early(left_early, culprit, ranks)
     absent = _absent(culprit, ranks)

@@ -220,11 +220,16 @@ class Supervisor:
         if self._failed or self._stopped_by is not None:
             return
         self._hang = self._watch.tick()
-        if self._hang is None:
+        if self._hang is None and not self._waits_in_vain():
             self._source.start_timer("watch", TICK_SECONDS)
             return
         self._failed = True
         self._end_all(policy.after_hang())
+
+    def _waits_in_vain(self) -> bool:
+        """A rank of a recipe has left with 0 before it joined, and another one is joining."""
+        left = any(end.returncode == 0 and end.step is None for end in self._ends)
+        return left and any(self._watch.beat(worker.command.rank).phase == "joining" for worker in self._running())
 
     def _operator(self, signum: int) -> None:
         self._presses, self._signum = self._presses + 1, signum

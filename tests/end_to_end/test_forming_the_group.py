@@ -32,6 +32,8 @@ def build(config):
 
 
 if __name__ == "__main__":
+    if FIRST and os.environ.get("RANK") == os.environ.get("LEAVES"):
+        raise SystemExit(0)
     if MINE:
         time.sleep(3600)
     train(build)
@@ -53,6 +55,15 @@ def test_a_rank_that_never_joins_is_named_and_all_start_again(late, recipe, star
     assert f"rank {late} failed: rank {late} did not join within 4 s; restart 1 of 3" in outcome.stderr
     assert len(outcome.losses) == 6
     assert [event["rank"] for event in outcome.of("worker_failed")] == []  # there was no events.jsonl yet
+
+
+@pytest.mark.parametrize("leaves", ["1", pytest.param("0", marks=pytest.mark.slow)])
+def test_a_rank_that_leaves_with_0_before_it_joins_is_named_before_the_join_timeout(leaves, recipe, start, monkeypatch):
+    monkeypatch.setenv("LEAVES", leaves)
+    monkeypatch.setenv("PET_JOIN_TIMEOUT", "600")
+    outcome = start("samestep", 2, recipe, *FLAGS)
+    assert f"rank {leaves} failed: it left with 0 before the run was done" in outcome.stderr
+    assert len(outcome.losses) == 6
 
 
 @pytest.mark.slow

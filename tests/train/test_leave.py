@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -167,3 +170,24 @@ def test_a_rank_learns_that_rank_zero_says_the_same(tmp_path: Path) -> None:
     for message, generation, expected in (("other", 4, False), ("what", 3, False), ("what", 4, True)):
         leave.write_record(leave.error_record(UsageError(message), 0, generation, 0, "build"), run_dir)
         assert leave.said_by_rank_zero(record, run_dir, deadline_s=0.05) == expected
+
+
+def test_a_rank_without_descriptors_does_not_blame_the_run_directory(tmp_path: Path) -> None:
+    code = (
+        "import os, resource\n"
+        "from pathlib import Path\n"
+        "from samestep.launcher.contract import RunDir\n"
+        "from samestep.train import start\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))\n"
+        "while True:\n"
+        "    try:\n"
+        "        os.dup(0)\n"
+        "    except OSError:\n"
+        "        break\n"
+        "try:\n"
+        "    start.make(RunDir(Path('run')))\n"
+        "except OSError as error:\n"
+        "    print(error.errno)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == str(errno.EMFILE)

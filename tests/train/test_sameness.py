@@ -31,6 +31,11 @@ def test_everything_that_is_hard_has_the_same_bits_on_any_number_of_ranks(
     assert differing(trained, shards=shards, worlds=worlds) == []
 
 
+def test_a_loss_finds_the_models_attributes_on_any_number_of_ranks(trained: Any) -> None:
+    one, two = (trained("attributes", "--shards", 2, ranks=ranks, cwd=f"on-{ranks}") for ranks in (1, 2))
+    assert one.bits == two.bits
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_keeps_the_promise(trained: Any, precision: str) -> None:
     assert differing(trained, "--precision", precision, shards=4, worlds=(2, 3)) == []

@@ -9,13 +9,11 @@ Where some rank has nothing to do in a step, and in the first step
 bits are the same.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed import GradBucket
 
@@ -23,13 +21,10 @@ from samestep.launcher.contract import UsageError
 from samestep.train.parallel.exchange import Exchange, Flight, present_roots
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import CompressionHook
+from samestep.train.parallel.replica import replicate
 from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
 
 Gradients = list[Tensor]
-
-# Of what DDP sends at once; no bit depends on it. 1 to 100 made no difference that could be told from noise (gloo on
-# two cores), so it is what people tune networks for.
-BUCKET_MB = 25
 
 
 def _nobody(phase: str) -> None:
@@ -170,15 +165,7 @@ class GradientReducer:
     # Through DistributedDataParallel.
 
     def _wrap(self) -> None:
-        self._accelerator.ddp_handler = DistributedDataParallelKwargs(
-            bucket_cap_mb=BUCKET_MB,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=bool(self._find_unused),
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # accelerate passes broadcast_buffers, which torch renames
-            replica: Any = self._accelerator.prepare_model(self.raw)
+        replica = replicate(self.raw, self._accelerator, find_unused=bool(self._find_unused))
         replica.register_comm_hook(self, _communication_hook)
         replica.register_forward_pre_hook(self._note_call)
         self._replica = replica

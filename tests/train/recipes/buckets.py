@@ -8,9 +8,9 @@ from torch.distributed import GradBucket
 from torch.utils.data import TensorDataset
 
 from samestep.train import Components, TrainConfig, supervised, train
-from samestep.train.parallel import reduction
+from samestep.train.parallel import reduction, replica
 
-reduction.BUCKET_MB = float(os.environ["BUCKET_MB"])  # type: ignore[assignment]
+replica.BUCKET_MB = float(os.environ["BUCKET_MB"])  # type: ignore[assignment]
 on_bucket = reduction.GradientReducer.on_bucket
 sent = 0
 
