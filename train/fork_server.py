@@ -43,8 +43,8 @@ def main(descriptor: int) -> None:
     """Serve on a socket until the launcher closes it; in a rank, run the recipe and never return."""
     options.load(TrainConfig, [], {})  # what every rank does first, so that it finds modules and caches filled
     own = set(sys.modules)
-    gc.collect()
     gc.freeze()  # a rank that collects would copy all pages
+    gc.enable()
     with socket.socket(fileno=descriptor) as launcher:
         _answer(launcher, {"ready": os.getpid()})
         rank = _serve(launcher, own)

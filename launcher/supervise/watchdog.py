@@ -40,7 +40,7 @@ class Patience:
     seldom: float = 30.0
     unmeasured: float = 600.0
     factor: float = 10.0
-    naming: float = 1.0
+    naming: float = 1.5
     working: float = 6.0
     strict: bool = False
     network: float = 30.0
@@ -190,8 +190,9 @@ class Watchdog:
             return suspicion.ranks[0], "stopped by a signal"
         known = {rank: stacks[rank] for rank in suspicion.ranks if rank in stacks and stacks[rank].main}
         free = [rank for rank in suspicion.ranks if rank in known and not known[rank].waits_for_others]
-        if free or not known:
-            return self._longest_quiet(free or suspicion.ranks), ""
+        unread = [rank for rank in suspicion.ranks if rank not in known and rank not in self._elsewhere]
+        if free or unread or not known:  # all that can be read wait: for the one that can't
+            return self._longest_quiet(free or unread or suspicion.ranks), ""
         if self._network_may_recover(suspicion.ranks):
             return None
         return self._odd_one(suspicion.ranks, stacks)
