@@ -20,7 +20,7 @@ from samestep.launcher.chaos.kinds import BY_NAME, KINDS, Kind
 from samestep.launcher.chaos.outcome import Trial, Verdict, table
 from samestep.launcher.chaos.plan import Course, Fault, over_runs, plan, soak
 from samestep.launcher.chaos.trace import Trace
-from samestep.launcher.chaos.trial import Expected, Subject
+from samestep.launcher.chaos.trial import Expected, Subject, left_in
 from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.command_line.options import Option, nearest_hint, peek
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
@@ -174,6 +174,7 @@ def _trials(stage: _Stage, course: Course, expected: Expected, flags: tuple[str,
             start=lambda stderr, where=run_dir: stage.start(where, flags, stderr),  # type: ignore[misc]
             run_dir=run_dir,
             said=stage.folder / f"run-{number}.err",
+            temporary=stage.folder / "tmp",
             patience=config.stuck_seconds,
         )
         trial = subject.play(number, of_one, expected)
@@ -187,7 +188,7 @@ def _host(folder: Path) -> dict[str, int]:
     return {
         "own descriptors": psutil.Process().num_fds(),
         "shared memory KiB": signs.shared_used // 1024,
-        "temporary files": sum(1 for _ in (folder / "tmp").iterdir()),
+        "temporary files": len(left_in(folder / "tmp")),
     }
 
 

@@ -23,6 +23,7 @@ _SAMPLE_SECONDS = 0.5
 _LEAVE_SECONDS = 2.0
 _JOIN_SECONDS = 0.1  # a part of the joining, in which forked ranks meet
 _LAST_BREATH = 0.25  # seconds in which ranks that are about to end may still do steps
+_PROBE, _PROBE_NAME = b"blat", 8
 _START_AGAIN = frozenset({ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT, ExitCode.INTERRUPTED, ExitCode.TERMINATED})
 
 
@@ -45,6 +46,7 @@ class Subject:
     start: Callable[[int], subprocess.Popen[bytes]]
     run_dir: RunDir
     said: Path
+    temporary: Path  # where it and its processes put temporary files
     patience: float  # seconds without any progress after which it is given up
     trace: Trace = field(init=False)
     launcher: subprocess.Popen[bytes] = field(init=False)
@@ -63,7 +65,7 @@ class Subject:
 
     def play(self, number: int, faults: Iterable[Fault], expected: Expected) -> Trial:
         """Run to the end."""
-        begin = time.monotonic()
+        begin, files = time.monotonic(), left_in(self.temporary)
         self._launch()
         try:
             for fault in faults:
@@ -85,7 +87,7 @@ class Subject:
             difference=difference,
             seconds=time.monotonic() - begin,
             goodput=float(finished.get("goodput", 0.0)),
-            left_behind=_left_behind(self.seen.values()),
+            left_behind=(*_left_behind(self.seen.values()), *sorted(left_in(self.temporary) - files)),
             growth=_growth(self.growth),
         )
 
@@ -209,6 +211,26 @@ def _difference(trace: Trace, digest: str, expected: Expected) -> str:
         step = next((number for number, (own, other) in enumerate(pairs, 1) if own != other), None)
         return f"the loss of step {step} differs" if step else f"{len(trace.losses)} steps of {len(expected.losses)}"
     return "" if digest == expected.digest else f"digest {digest or 'missing'} differs"
+
+
+def left_in(folder: Path) -> set[str]:
+    """Names of temporary files, without those that no run can help: see `_is_nobodys`."""
+    return {path.name for path in folder.iterdir() if not _is_nobodys(path)}
+
+
+def _is_nobodys(path: Path) -> bool:
+    """Torch's cache for later runs, or a file by which Python's tempfile module has tried whether it may write there.
+
+    The latter, eight characters that hold `blat`, is there for a moment in every program's first use of the module,
+    and stays if that program is killed in that moment.
+    """
+    if path.is_dir():
+        return path.name.startswith("torchinductor_")
+    with contextlib.suppress(OSError):
+        return (
+            len(path.name) == _PROBE_NAME and path.stat().st_size <= len(_PROBE) and path.read_bytes() in (b"", _PROBE)
+        )
+    return True  # gone meanwhile
 
 
 def _left_behind(seen: Iterable[psutil.Process]) -> tuple[str, ...]:

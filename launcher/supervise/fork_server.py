@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +20,10 @@ from samestep.launcher.supervise.process import Worker, start_in_session
 
 _ANSWER_SECONDS = 10.0
 # Taken from the path first: a file in the working directory must not pass for a module of the standard library.
-# Imports make no garbage worth a fifth of their time.
-_IMPORTS = "import gc, sys; gc.disable(); sys.path.pop(0); from samestep.train.fork_server import main"
-_PROGRAM = f"{_IMPORTS}; main(int(sys.argv[1]))"
+# Imports make no garbage worth a fifth of their time. Looking for a folder for temporary files writes one there, which
+# would stay if the server were killed in that moment.
+_IMPORTS = "import gc, sys; gc.disable(); sys.path.pop(0); import tempfile; tempfile.tempdir = sys.argv[2]"
+_PROGRAM = f"{_IMPORTS}; from samestep.train.fork_server import main; main(int(sys.argv[1]))"
 # torch and numpy hold one thread only if they are told so before they load; CUDA must not be touched before a fork
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
@@ -45,7 +47,7 @@ class ForkServer:
         self._ready = False
         with theirs:
             self._popen = start_in_session(
-                (python, "-c", _PROGRAM, str(theirs.fileno())),
+                (python, "-c", _PROGRAM, str(theirs.fileno()), tempfile.gettempdir()),
                 dict(environ) | _ENVIRONMENT,
                 liveness,
                 stdout=subprocess.DEVNULL,

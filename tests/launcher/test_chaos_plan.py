@@ -13,6 +13,7 @@ from samestep.launcher.chaos.outcome import Strike, Trial, Verdict, table
 from samestep.launcher.chaos.plan import Course, Fault, over_runs, plan, soak
 from samestep.launcher.chaos.run import ChaosConfig, chosen
 from samestep.launcher.chaos.trace import Trace
+from samestep.launcher.chaos.trial import left_in
 from samestep.launcher.contract import RunDir, UsageError
 
 COURSE = Course(steps=40, epoch_ends=(10, 20, 30, 40), saves=(4, 8, 12, 16, 20, 24, 28, 32, 36), join_seconds=2.0)
@@ -213,3 +214,14 @@ def test_one_flaw_is_named_and_spoils_the_verdict(bad, line):
 
 def test_every_aim_is_struck_by_some_kind():
     assert {kind.aim for kind in KINDS} == set(Aim)
+
+
+def test_what_no_run_can_help_does_not_count_as_left_behind(tmp_path):
+    (tmp_path / "torchinductor_someone").mkdir()
+    (tmp_path / "a1b2c3_4").write_bytes(b"blat")
+    (tmp_path / "4_c3b2a1").write_bytes(b"")
+    assert left_in(tmp_path) == set()
+    (tmp_path / "pymp-ab12cd3").mkdir()
+    (tmp_path / "tmpab12c").write_bytes(b"data of the run")
+    (tmp_path / "blat").write_bytes(b"blat")
+    assert left_in(tmp_path) == {"pymp-ab12cd3", "tmpab12c", "blat"}
