@@ -11,11 +11,7 @@ Debian's packages, which needs root.
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import importlib.metadata
 import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -23,12 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import blocks
 from engine_cell import SILENCE, Cell, strike
 from engine_commands import BIN, ENGINES, FLAGS, RECIPE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENARIOS = ("run", "rank fails", "node fails", "preempted", "resumed at another size")
-BLOCK = re.compile(r"(<!-- engines: measured -->\n).*?(<!-- end -->)", re.DOTALL)
 SLURM = {name for name in ENGINES if "slurm" in name or "srun" in name}
 ONE_NODE = {"samestep run", "mpirun python", "accelerate launch"}
 
@@ -91,18 +87,12 @@ def table(rows: dict[str, str]) -> str:
 def write(rows: dict[str, str]) -> None:
     """Rows of engines that were not measured this time stay as they are."""
     about = (
-        f"`python benchmarks/engines.py --write`, {dt.datetime.now(dt.UTC):%Y-%m-%d}: torch "
-        f"{importlib.metadata.version('torch')}, accelerate {importlib.metadata.version('accelerate')}, Python "
-        f"{platform.python_version()}, {os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[1]:.1f} at "
-        f"the end.\nDigest of one process: `{reference()}`.\n\n"
+        f"{blocks.circumstances('python benchmarks/engines.py --write')}\nDigest of one process: `{reference()}`.\n\n"
     )
     for path, first in ((ROOT / "README.md", ""), (ROOT / "benchmarks" / "results.md", about)):
-        text = path.read_text()
-        block = BLOCK.search(text)
-        if block is None:
-            raise SystemExit(f"{path.name} has no place for the table: {BLOCK.pattern}")
-        known = {line.split("|")[1].strip(): line for line in block[0].splitlines() if line.startswith("| ")}
-        path.write_text(text.replace(block[0], block[1] + first + table(known | rows) + block[2]))
+        old = blocks.read(path, "engines")
+        known = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| ")}
+        blocks.write(path, "engines", first + table(known | rows))
 
 
 def main(words: list[str]) -> None:

@@ -1,19 +1,17 @@
-"""Runs the benchmarks one after the other and writes their table to benchmarks/results.md.
+"""Runs the benchmarks one after the other and writes what they measure into benchmarks/results.md.
 
     python benchmarks/table.py [--quick] [--only PART …]
 
-`--quick` takes fewer rounds and rows, and writes nothing. Every row runs samestep and its peers in turns, so a machine
-that slows down slows all of them; run it on a machine that does nothing else all the same. A row that fails is named
-and the others go on.
+A part is written as soon as it is measured, in place of its former figures; one that fails is named and keeps them, and
+the others go on. `--quick` takes fewer rounds and rows, and writes nothing. Every row runs samestep and its peers in
+turns, so a machine that slows down slows all of them; run it on a machine that does nothing else all the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
+import blocks
 
 HERE = Path(__file__).resolve().parent
 LOOPS = ("hand-written", "samestep", "accelerate", "fabric")
@@ -166,6 +164,7 @@ PARTS: dict[str, Callable[[bool], Lines]] = {
     "Checkpoint": checkpoint_stall,
 }
 
+_RATIOS = "gloo on loopback. Ratios are taken round by round: median (lowest to highest)."
 LONG = ("A rank's end", "Faults")  # not among the quick ones
 
 
@@ -179,15 +178,6 @@ def _seconds(spread: list[float]) -> str:
 
 
 def main(only: list[str], *, quick: bool) -> int:
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "accelerate", "lightning-fabric")
-    )
-    lines = [
-        f"{versions}, Python {platform.python_version()}, {psutil.cpu_count(logical=False)} cores "
-        f"({platform.machine()}), gloo on loopback; `./scripts/bench`. Ratios are taken round by round: median "
-        "(lowest to highest).",
-    ]
-    print(lines[0], flush=True)
     failed = 0
     for title, part in PARTS.items():
         if (only and title not in only) or (quick and title in LONG):
@@ -195,12 +185,15 @@ def main(only: list[str], *, quick: bool) -> int:
         try:
             made = part(quick)
         except (RuntimeError, ValueError, LookupError, subprocess.SubprocessError) as error:
-            failed, made = failed + 1, [f"not measured: {' '.join(str(error).split())[:300]}"]
-        made = ["", f"## {title}", "", *made]
-        print("\n".join(made), flush=True)
-        lines += made
-    if not quick and not only:
-        (HERE / "results.md").write_text("# Measured\n\n" + "\n".join(lines) + "\n")
+            failed += 1
+            print(f"\n## {title}\n\nnot measured: {' '.join(str(error).split())[:300]}", flush=True)
+            continue
+        option = "--quick" if quick else f"--only '{title}'"
+        about = blocks.circumstances(f"./scripts/bench {option}", "lightning-fabric")
+        text = "\n".join([f"{about} {_RATIOS}", "", *made]) + "\n"
+        print(f"\n## {title}\n\n{text}", end="", flush=True)
+        if not quick:
+            blocks.write(HERE / "results.md", title, text)
     return min(failed, 1)
 
 
