@@ -8,10 +8,11 @@ from itertools import groupby
 from typing import Any
 
 from samestep.launcher.report.chart import Chart, chunks, extremes, plain, short, thin, time_unit
-from samestep.launcher.report.history import PHASES, STEP_COLUMNS, History
+from samestep.launcher.report.history import BETWEEN, PHASES, STEP_COLUMNS, History
 from samestep.launcher.report.thinning import Bucket, Position
 
 RUN_COLOURS = ("#3b7dd8", "#e0762c", "#2a9d6f", "#c2498f", "#8a63d2", "#b8890b", "#1798a8", "#d14b4b")
+BETWEEN_COLOUR = "#9aa3ad"
 PHASE_COLOURS = dict(zip(PHASES, ("#e0a526", "#3b7dd8", "#6a5acd", "#d95f6a", "#2a9d6f"), strict=True))
 FAILURE = "#d8373e"
 _SMOOTH, _AREA = 120, 200  # points of a smooth line, of a stacked area
@@ -190,14 +191,22 @@ def _ranks(history: History, *, many: bool) -> Chart:
     chart = Chart(f"ranks-{history.name}", title, "ms a step", note, layout={"barmode": "stack"})
     chart.layout["xaxis"] = {"type": "category"}
     all_steps = sum(ranks.slowest[PHASES[0], rank] for rank in range(ranks.world_size))
+    names = [f"rank {number}" for number in range(ranks.world_size)]
     for phase in PHASES if ranks.steps and all_steps else ():
         sums = ranks.seconds[phase]
         often = [f"{100 * ranks.slowest[phase, rank] / all_steps:.0f}%" for rank in range(len(sums))]
         hover = "%{y:.3g} ms, slowest in %{customdata} of the steps<extra>" + phase + "</extra>"
         bar = {"type": "bar", "name": phase, "marker": {"color": PHASE_COLOURS[phase]}, "hovertemplate": hover}
-        milliseconds = [short(1000 * total / ranks.steps) for total in sums]
-        chart.add(bar | {"x": [f"rank {n}" for n in range(len(sums))], "y": milliseconds, "customdata": often})
+        chart.add(bar | {"x": names, "y": _milliseconds(sums, ranks.steps), "customdata": often})
+    if any(ranks.seconds.get(BETWEEN, ())):
+        hover = "%{y:.3g} ms<extra>between steps</extra>"
+        bar = {"type": "bar", "name": "between steps", "marker": {"color": BETWEEN_COLOUR}, "hovertemplate": hover}
+        chart.add(bar | {"x": names, "y": _milliseconds(ranks.seconds[BETWEEN], ranks.steps)})
     return chart
+
+
+def _milliseconds(sums: Sequence[float], steps: int) -> list[Any]:
+    return [short(1000 * total / steps) for total in sums]
 
 
 def _memory(histories: Sequence[History], kind: str) -> Chart:

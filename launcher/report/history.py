@@ -14,6 +14,7 @@ from samestep.launcher.contract import RunDir, UsageError
 from samestep.launcher.report.thinning import Position, Thinner
 
 PHASES = ("data", "forward", "backward", "sync", "optimizer")
+BETWEEN = "between"  # steps: reports, checks, and what a loop does
 # What a row of `History.steps` holds. The rate of a bucket is samples over seconds, never a mean of rates.
 STEP_COLUMNS = ("loss", "rate", "samples", "seconds", *(f"{p} mean" for p in PHASES), *(f"{p} max" for p in PHASES))
 MOST_MOMENTS = 400  # first half and last half of more are kept
@@ -115,9 +116,10 @@ class History:
     def _loads(self, event: Mapping[str, Any], at: Position) -> None:
         steps, self._loads_step = at.step - self._loads_step, at.step
         self.ranks.steps += steps
-        for phase in PHASES:
-            before = self.ranks.seconds.get(phase, [0.0] * self.ranks.world_size)
-            now = event["rank_seconds"][phase]
+        none = [0.0] * self.ranks.world_size
+        for phase in (*PHASES, BETWEEN):
+            before = self.ranks.seconds.get(phase, none)
+            now = event["rank_seconds"][phase] if phase in PHASES else event["rank_seconds"].get(phase, none)
             self.ranks.seconds[phase] = [a + steps * float(b) for a, b in zip(before, now, strict=True)]
         for kind, held in event.get("memory", {}).items():
             for rank, amount in enumerate(held):

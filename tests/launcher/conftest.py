@@ -161,7 +161,10 @@ def run_events(steps: int = 100, *, crash_after: int | None = None, ranks: int =
         loads: Event = {}
         if step % 10 == 0:
             memory = {"host": [(300 + step + n) << 20 for n in range(ranks)], "device": [0] * ranks}
-            loads = {"rank_seconds": {p: [0.001 * (n + 1)] * ranks for n, p in enumerate(PHASES)}, "memory": memory}
+            loads = {
+                "rank_seconds": {p: [0.001 * (n + 1)] * ranks for n, p in enumerate((*PHASES, "between"))},
+                "memory": memory,
+            }
         events.append(step_event(step, loss=2.0 / step, ranks=ranks, **loads))
         now = 1000.0 + step / 10
         if step % 25 == 0:

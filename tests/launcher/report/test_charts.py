@@ -70,7 +70,8 @@ def test_stacked_phases_add_up_to_the_step(made):
 
 def test_times_of_each_rank_are_stacked_and_say_who_is_slow(made):
     ranks = by_key(folded(made.events(20, ranks=3)))["ranks-run"]
-    assert [trace["x"] for trace in ranks.data] == [["rank 0", "rank 1", "rank 2"]] * 5
+    assert [trace["x"] for trace in ranks.data] == [["rank 0", "rank 1", "rank 2"]] * 6
+    assert ranks.data[-1]["name"] == "between steps"
     backward = next(trace for trace in ranks.data if trace["name"] == "backward")
     assert backward["y"] == [3.0, 3.0, 3.0]
     assert backward["customdata"] == ["0%", "0%", "100%"]
