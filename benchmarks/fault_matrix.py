@@ -1,6 +1,7 @@
 """Which faults a run survives, in its own bits: samestep beside torchrun with a careful script.
 
-    python benchmarks/fault_matrix.py [--trials 1] [--kinds rank-kill,…] [--launchers samestep,torchrun] [--chaos FILE]
+    python benchmarks/fault_matrix.py [--trials 1] [--kinds rank-kill,…] [--launchers samestep,torchrun] [--quiet 90]
+        [--chaos FILE]
 
 Each trial strikes one run of fault_matrix_worker.py once, at one of the six moments of `samestep chaos`. Launchers may
 restart three times; one that was hit itself is started again by hand. Survived: the run ends in the digest of the
@@ -36,7 +37,6 @@ from samestep.launcher.contract import ExitCode, RunDir
 HERE = Path(__file__).resolve().parent
 WORKER, BIN = str(HERE / "fault_matrix_worker.py"), Path(sys.executable).parent
 RANKS, STEPS, IN_EPOCH, SAVE_EVERY = 2, 100, 25, 5
-QUIET_SECONDS = 90.0  # without a step, after which a run counts as lost
 SAVED = (ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT)  # a rank was asked to stop, and so all have saved
 INSIDE = ("exception", "exit-0", "segfault")
 OUTSIDE = ("rank-kill", "rank-term", "rank-abrt", "rank-pause", "rank-stop", "all-kill", "loader-kill")
@@ -50,8 +50,9 @@ Row = dict[str, Any]
 class Run:
     """One launcher with its job, in a folder of its own."""
 
-    def __init__(self, launcher: str, folder: Path) -> None:
+    def __init__(self, launcher: str, folder: Path, quiet: float) -> None:
         self.name, self.folder, self.trace = launcher, folder, Trace(RunDir(folder / "run"))
+        self.quiet = quiet  # seconds without a step, after which it counts as lost
         self.begin()
 
     def begin(self) -> None:
@@ -102,7 +103,7 @@ class Run:
             size = (self.folder / "stamps").stat().st_size if (self.folder / "stamps").exists() else 0
             if size != before:
                 moved, before = time.monotonic(), size
-            elif time.monotonic() - moved > QUIET_SECONDS:
+            elif time.monotonic() - moved > self.quiet:
                 return False
             time.sleep(0.003)
         return True
@@ -122,9 +123,9 @@ class Run:
         psutil.wait_procs(below, timeout=10)
 
 
-def trial(launcher: str, fault: Fault, expected: str) -> Row:
+def trial(launcher: str, fault: Fault, expected: str, quiet: float) -> Row:
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
-        run = Run(launcher, Path(temporary))
+        run = Run(launcher, Path(temporary), quiet)
         try:
             return struck(run, fault, expected)
         finally:
@@ -176,7 +177,7 @@ def began_again(run: Run, wall: float) -> float:
 def trouble(run: Run, expected: str) -> str:
     code = run.process.poll()
     if code is None:
-        return f"no step for {QUIET_SECONDS:.0f} s"
+        return f"no step for {run.quiet:.0f} s"
     if code:
         return f"ended with {code if code > 0 else signal.Signals(-code).name}"
     return (
@@ -184,9 +185,9 @@ def trouble(run: Run, expected: str) -> str:
     )
 
 
-def undisturbed(launcher: str) -> str:
+def undisturbed(launcher: str, quiet: float) -> str:
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
-        run = Run(launcher, Path(temporary))
+        run = Run(launcher, Path(temporary), quiet)
         try:
             run.until(bool)
             return run.digest
@@ -228,15 +229,15 @@ def chaos_rows(verdict: dict[str, Any]) -> list[str]:
     return [*lines, "", *(f"* {f['kind']} at {f['moment']}: {f['trouble']}" for f in hits if not f["survived"])]
 
 
-def measure(launcher: str, kinds: list[Kind], trials: int) -> Iterator[Row]:
+def measure(launcher: str, kinds: list[Kind], trials: int, quiet: float) -> Iterator[Row]:
     """Each kind at each moment, in a seeded order."""
-    expected = undisturbed(launcher)
+    expected = undisturbed(launcher, quiet)
     join = 0.15 if launcher == "samestep" else 1.5  # from a rank's first line to its first step, about
     ends, saves = tuple(range(IN_EPOCH, STEPS, IN_EPOCH)), tuple(range(SAVE_EVERY, STEPS, SAVE_EVERY))
     count = trials * len(kinds) * len(Moment)
     for (fault,) in plan(1, count, 1, kinds, Course(STEPS, ends, saves, join), RANKS):
         row = {"launcher": launcher, "kind": fault.kind.name, "moment": fault.moment.value}
-        yield {**row, **trial(launcher, fault, expected)}
+        yield {**row, **trial(launcher, fault, expected, quiet)}
 
 
 def main() -> None:
@@ -244,13 +245,14 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1, help="of each kind at each moment")
     parser.add_argument("--kinds", default=",".join(kind.name for kind in KINDS))
     parser.add_argument("--launchers", default="samestep,torchrun")
+    parser.add_argument("--quiet", type=float, default=90.0, help="seconds without a step: the run is lost")
     parser.add_argument("--rows", type=Path, nargs="*", help="rows that were measured before, in place of new ones")
     parser.add_argument("--chaos", type=Path, help="what `samestep chaos --json` has printed")
     given = parser.parse_args()
     kinds = [kind for kind in KINDS if kind.name in given.kinds.split(",")]
     rows = [json.loads(line) for path in given.rows or () for line in path.read_text().splitlines()]
     for launcher in given.launchers.split(",") if given.rows is None else ():
-        for row in measure(launcher, kinds, given.trials):
+        for row in measure(launcher, kinds, given.trials, given.quiet):
             print(json.dumps(row), file=sys.stderr, flush=True)
             rows.append(row)
     print("\n".join(table(rows)))
