@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-FetchBatch = Callable[
-    [Tensor], Any
-]  # int64 ids, shape (n,), on the host -> what default_collate makes of these samples
+# int64 ids, shape (n,), on the host -> what default_collate makes of these samples
+FetchBatch = Callable[[Tensor], Any]
 
 _NUMBERS = "biufc"  # kinds of numpy's dtypes that torch has too
 

@@ -119,11 +119,8 @@ class GradientReducer:
             self._assign_solo()
         else:
             self._exchange_all()
-        self._folds, self._results, self._leaf = (
-            {},
-            [],
-            None,
-        )  # gradients of this step must be free when the next ones are made
+        # gradients of this step must be free when the next ones are made
+        self._folds, self._results, self._leaf = {}, [], None
         if self._replica is None and self.group.world_size > 1:
             self._wrap()
         return [p.grad for p in self.parameters if p.grad is not None]
