@@ -67,9 +67,8 @@ class WorkerStream:
         _tell_apart_temporary_files()
         before = set(multiprocessing.active_children())
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "This DataLoader will create", UserWarning
-            )  # it counts cores, not waiting
+            # it counts cores, not waiting
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = ShieldedLoader(
                 shards,
                 sampler=lists,
