@@ -165,7 +165,7 @@ class Ledger:
         Of all ranks, on the host; phases are PHASES and BETWEEN.
         """
         rows = self._rows(columns)
-        seconds = torch.tensor([reading() for _, _, reading in self._pending], dtype=torch.float64, device=self.device)
+        seconds = torch.from_numpy(np.array([reading() for _, _, reading in self._pending])).to(self.device)
         mark = self.fingerprint.row(last.step + 1, last.end).view(torch.float64)  # carried as bits, never computed with
         known_to_all = rows.dim() == 4  # (steps, world_size, width, columns): gathered in each step
         memory = torch.tensor(peak_memory(self.device), dtype=torch.float64, device=self.device)
