@@ -106,7 +106,11 @@ KINDS = {
     "kill": ("killed by SIGKILL (signal 9)", "memory was not short (it held", "step 1, phase forward"),
     "illegal": ("killed by SIGILL (signal 4)", "in <lambda>", "this CPU doesn't have"),
     "exception": ("KeyError: 'label'", "in fail, step", "phase forward"),
-    "device memory": ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB", "in memory", "--shards"),
+    "device memory": (
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB",
+        "in memory",
+        "2 micro-batches",
+    ),
     "sample": (
         "ValueError: bad file (sample 17 of the dataset, in DataLoader worker 0)",
         "in __getitem__",

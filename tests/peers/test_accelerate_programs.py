@@ -30,6 +30,7 @@ def test_accelerates_own_programs_pass(name, tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_hand_written_ddp_script_trains_time_after_time(times, tmp_path):
     for _ in range(times):
