@@ -121,11 +121,14 @@ def clear_queue() -> None:
 
 
 def start_now(job: str) -> None:
-    """A requeued job has to wait for two minutes, unless somebody says otherwise."""
+    """A requeued job has to wait for two minutes, unless somebody says otherwise.
+
+    Within the second of its end it must not begin again: it would go with what was ended (a revoked credential).
+    """
     end = time.monotonic() + 60
     while time.monotonic() < end:
         if "JobState=PENDING" in slurm("scontrol", "-o", "show", "job", job):
-            slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+            slurm("scontrol", "update", f"JobId={job}", "StartTime=now+2")
             return
         time.sleep(0.2)
 

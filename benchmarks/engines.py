@@ -105,7 +105,7 @@ def main(words: list[str]) -> None:
     tools += ["slurmctld", "slurmd", "sbatch", "munged"] if SLURM & {*chosen} else []
     if tools:
         subprocess.call([ROOT / "scripts" / "install-system", *tools])
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.ExitStack() as stack:
         if SLURM & {*chosen} and os.geteuid() == 0:
             script = ROOT / "scripts" / "slurm-test-cluster"
             subprocess.run([script, "start", folder], check=True, stdout=subprocess.DEVNULL)

@@ -50,7 +50,7 @@ class Slurm:
     def start_now(self, job: str) -> None:
         """A requeued job has to wait for two minutes, unless somebody says otherwise."""
         until(lambda: self.about(job, "JobState") == "PENDING", f"job {job} to be queued again")
-        self("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
