@@ -41,9 +41,7 @@ class ChaosConfig:
     per_run: Annotated[int, Option("faults of one run, at different moments", "faults")] = 5
     minutes: Annotated[float | None, Option("instead of --faults: run after run for so long", "minutes")] = None
     every: Annotated[float, Option("with --minutes: time between faults on average", "seconds")] = 15.0
-    stuck_seconds: Annotated[float, Option("time without any progress after which a run is given up", "seconds")] = (
-        180.0
-    )
+    stuck_seconds: Annotated[float, Option("time without progress until a run is given up", "seconds")] = 180.0
     keep: Annotated[Path | None, Option("keep the run directories here", "folder")] = None
     json: Annotated[bool, Option("print rows as JSON instead of a table", negative="")] = False
 

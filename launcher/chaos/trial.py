@@ -226,11 +226,9 @@ def _is_nobodys(path: Path) -> bool:
     """
     if path.is_dir():
         return path.name.startswith("torchinductor_")
-    with contextlib.suppress(OSError):
-        return (
-            len(path.name) == _PROBE_NAME and path.stat().st_size <= len(_PROBE) and path.read_bytes() in (b"", _PROBE)
-        )
-    return True  # gone meanwhile
+    if len(path.name) != _PROBE_NAME or not path.is_file() or path.stat().st_size > len(_PROBE):
+        return False
+    return path.read_bytes() in (b"", _PROBE)
 
 
 def _left_behind(seen: Iterable[psutil.Process]) -> tuple[str, ...]:
