@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import TensorDataset
 
 from samestep.launcher import manifest
@@ -31,6 +30,7 @@ from samestep.train import Components, supervised
 from samestep.train.observe.reporter import Reporter
 from samestep.train.parallel.agreement import Agreement
 from samestep.train.parallel.group import SoloGroup
+from samestep.train.scaling import Unscaled
 from samestep.train.state.saver import Clock, Schedule, WritingSaver
 from samestep.train.state.train_state import TrainState
 
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     data = TensorDataset(torch.zeros(1, 1000), torch.zeros(1, 1000))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     components = Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=data)
-    state = TrainState(components, GradScaler("cpu", enabled=False), None, {"seed": 0})
+    state = TrainState(components, Unscaled(), None, {"seed": 0})
     run_dir = RunDir(folder / "ours")
     agreement = Agreement(SoloGroup(), torch.device("cpu"), lambda: 0, lambda: False)
     saver = WritingSaver(Schedule(None, Clock(None), agreement), run_dir, 0, 2)

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from samestep.launcher.contract import RunDir, UsageError
@@ -41,6 +40,7 @@ from samestep.train.parallel.group import Membership
 from samestep.train.parallel.hooks import compression_hook
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.recipe import Components
+from samestep.train.scaling import Scaling, scaling
 from samestep.train.signals import StopSignals
 from samestep.train.state.saver import Clock, Saver, Schedule, WritingSaver
 from samestep.train.state.train_state import TrainState
@@ -82,7 +82,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     )
     fingerprint = StateFingerprint.of(components.model, group, setting.facts)
     autocast = _autocast(config.precision, device)
-    scaler = GradScaler(device.type, enabled=config.precision == "fp16")
+    scaler = scaling(config.precision, device.type)
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
     guards = _guards(components, setting, reporter)
@@ -132,7 +132,7 @@ def _step(
     components: Components,
     setting: Setting,
     autocast: contextlib.AbstractContextManager[None],
-    scaler: GradScaler,
+    scaler: Scaling,
     ema: AveragedModel | None,
     guard: FiniteGuard,
     reporter: Reporter,
@@ -157,7 +157,7 @@ def _step(
         seed=config.seed,
         clip_grad_norm=config.clip_grad_norm,
         autocast=autocast,
-        scaler=scaler,
+        scaling=scaler,
         reducer=reducer,
         guard=guard,
         buffers=BufferCombiner(components.model, group, exchange, shards, keep=guard.keeps_buffers)

@@ -10,7 +10,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
@@ -40,15 +40,32 @@ class Weighted:
 
 
 @dataclass(slots=True)
-class SampleWeighted(Weighted):
+class SampleWeighted:
     """Weighed by the number of samples, which every rank can compute without asking.
 
-    `mean` is what the loss returned if that was a mean: with one shard, backward then starts from it as in any loop.
+    Attributes:
+        weight: the samples.
+        output: what the loss returned: a mean, from which backward starts with one shard as in any loop, or its sum.
+        is_mean: which of the two.
     """
 
-    mean: Tensor | None = None
+    weight: int
+    output: Tensor
+    is_mean: bool
+    log: ClassVar[Mapping[str, Tensor | Number]] = {}
+
+    @property
+    def total(self) -> Tensor:
+        """As that of Weighted; that of a mean is float64 and has no gradient."""
+        return self.output.detach().double() * self.weight if self.is_mean else self.output
+
+    def read(self) -> float:
+        """The same number, read from the device."""
+        value: float = self.output.item()
+        return value * self.weight if self.is_mean else value
 
 
+Outcome = Weighted | SampleWeighted
 LossOutput = Tensor | Weighted
 Loss = Callable[[Any, Any], LossOutput]
 
@@ -88,7 +105,7 @@ class Components:
     ema: float | None = None
 
 
-def weigh(output: LossOutput, samples: int, name: str = "loss") -> Weighted:
+def weigh(output: LossOutput, samples: int, name: str = "loss") -> Outcome:
     """Bring what a loss or metric returned for a batch of `samples` into the form total and weight.
 
     Raises:
@@ -114,9 +131,9 @@ def weigh(output: LossOutput, samples: int, name: str = "loss") -> Weighted:
 
 def _by_samples(output: Tensor, samples: int, name: str) -> SampleWeighted:
     if output.dim() == 0:
-        return SampleWeighted(_floating(output.detach()) * samples, samples, mean=output)
+        return SampleWeighted(samples, output, is_mean=True)
     if output.shape == (samples,):
-        return SampleWeighted(_floating(output).sum(), samples)
+        return SampleWeighted(samples, _floating(output).sum(), is_mean=False)
     raise UsageError(
         f"{name} is expected to return shape ({samples},), a scalar mean or Weighted, "
         f"but returned shape {tuple(output.shape)}",
@@ -128,17 +145,17 @@ def _floating(output: Tensor) -> Tensor:
     return output if output.is_floating_point() else output.double()
 
 
-def objective(outcome: Weighted, batch_samples: int) -> Tensor:
+def objective(outcome: Outcome, batch_samples: int) -> Tensor:
     """What backward of one shard starts from.
 
     Where samples are the weights, their sum over the global batch is known and divides here, which costs nothing; other
     weights are known only after the forward of all shards, so the total stays as it is and the gradient is divided.
     """
-    if not isinstance(outcome, SampleWeighted):
+    if isinstance(outcome, Weighted):
         return outcome.total
-    if outcome.mean is None:
-        return outcome.total / batch_samples
-    return outcome.mean if outcome.weight == batch_samples else outcome.mean * (outcome.weight / batch_samples)
+    if not outcome.is_mean:
+        return outcome.output / batch_samples
+    return outcome.output if outcome.weight == batch_samples else outcome.output * (outcome.weight / batch_samples)
 
 
 def require_gradient(total: Tensor) -> None:

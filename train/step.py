@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from samestep.train.data.rng import seed_shard
@@ -21,6 +20,7 @@ from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components, objective, require_gradient, weigh
+from samestep.train.scaling import Scaling
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class OptimizerStep:
     seed: int
     clip_grad_norm: float | None
     autocast: AbstractContextManager[None]
-    scaler: GradScaler
+    scaling: Scaling
     reducer: GradientReducer
     guard: FiniteGuard
     buffers: BufferCombiner | NoBuffers
@@ -45,9 +45,9 @@ class OptimizerStep:
         """Take this rank's shards of `plan` from `batches`, which are on the device."""
         self.reducer.begin(plan)
         self.buffers.begin(plan)
-        self.tally.begin(plan)
+        self.tally.begin(plan, self.reducer.mine)
 
-        for shard in plan.present(self.reducer.owned):
+        for shard in self.reducer.mine:
             self.clock.enter("data")
             batch = next(batches)
 
@@ -64,7 +64,7 @@ class OptimizerStep:
                 self.tally.add(outcome, part)
 
                 self.clock.enter("backward")
-                scaled = self.scaler.scale(target)
+                scaled = self.scaling.scale(target)
                 self.reducer.backward(part, scaled, start_of_backward(scaled))
                 self.buffers.after(part)
 
@@ -93,16 +93,13 @@ class OptimizerStep:
 
     def _update(self) -> None:
         optimizer, scheduler = self.components.optimizer, self.components.scheduler
-        self.scaler.unscale_(optimizer)
+        self.scaling.unscale(optimizer)
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.reducer.parameters, self.clip_grad_norm)
-        scale = self.scaler.get_scale()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        skipped = self.scaler.get_scale() < scale
-        if not skipped:
-            self.follow(self.components.model)
+        if not self.scaling.update(optimizer):
+            return
+        self.follow(self.components.model)
         if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
             return
-        if self.components.scheduler_interval == "step" and not skipped:
+        if self.components.scheduler_interval == "step":
             scheduler.step()

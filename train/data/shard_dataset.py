@@ -1,4 +1,9 @@
-"""A dataset indexed by the list of a shard's samples, with random streams keyed by sample."""
+"""A dataset indexed by the list of a shard's samples, with random streams keyed by sample.
+
+Seeding three generators for a sample takes longer than many a dataset needs to make it, so only those are seeded from
+which it draws. Its first samples show which. The others are held while a batch is made: should a sample draw from one
+of them after all, the batch is made once more with that one seeded too. The bits are those of seeding all of them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,14 @@ from typing import Any
 from torch.utils.data import Dataset, default_collate
 
 from samestep.train.cause import blame
-from samestep.train.data.rng import each_seeded, seed_collate, streams_restored
+from samestep.train.data.rng import sample_keys, seed_collate, streams_restored
 from samestep.train.data.sampler import ShardSamples
+from samestep.train.data.streams import STREAMS, Stream, brought_back
 
 Batch = Any
+
+_LOOKED_AT = 32  # samples
+_WORTH_IT = 8  # samples of a batch from which on holding streams is cheaper than seeding them
 
 
 class ShardDataset(Dataset[Batch]):
@@ -22,31 +31,71 @@ class ShardDataset(Dataset[Batch]):
         self.seed = seed
         self.collate_fn = collate_fn or default_collate
         self.batched = hasattr(dataset, "__getitems__")
+        self._looked_at = 0
+        self._drawn: set[int] = set()  # positions in STREAMS
 
     def __getitem__(self, samples: ShardSamples) -> Batch:
         """Fetch and collate the samples of one shard; the caller's random streams stay as they are."""
-        with streams_restored():
-            try:
-                if self.batched:
-                    seed_collate(self.seed, samples.epoch, samples[0])
-                    items = self.dataset.__getitems__(list(samples))
-                else:
-                    items = self._one_by_one(samples)
+        try:
+            items = None if self.batched else self._holding(samples)
+            if items is not None and self.collate_fn is default_collate:
+                return default_collate(items)
+            with streams_restored():
+                if items is None:
+                    items = self._seeding_all(samples)
                 seed_collate(self.seed, samples.epoch, samples[0])
                 return self.collate_fn(items)
-            except Exception as error:
-                blame(error, f"a batch of the dataset's samples {_listed(samples)}")
-                raise
+        except Exception as error:
+            blame(error, f"a batch of the dataset's samples {_listed(samples)}")
+            raise
 
-    def _one_by_one(self, samples: ShardSamples) -> list[Any]:
-        items: list[Any] = []
+    def _holding(self, samples: ShardSamples) -> list[Any] | None:
+        """The samples, if they draw from no other streams than those that are seeded for each of them."""
+        if self._looked_at < _LOOKED_AT or len(samples) < _WORTH_IT:
+            return None
+        seeded = [STREAMS[number] for number in sorted(self._drawn)]
+        held = {number: stream.hold() for number, stream in enumerate(STREAMS) if number not in self._drawn}
         try:
-            for sample in each_seeded(self.seed, samples.epoch, samples):
-                items.append(self.dataset[sample])  # noqa: PERF401 (its length tells which sample failed)
+            with streams_restored(seeded):
+                items = self._one_by_one(samples, seeded)
+        except Exception:
+            if self._more_were_drawn(held):  # which may be why
+                return None
+            raise
+        return None if self._more_were_drawn(held) else items
+
+    def _more_were_drawn(self, held: dict[int, Callable[[], bool]]) -> bool:
+        drawn = {number for number, was_drawn in held.items() if was_drawn()}
+        self._drawn |= drawn
+        return bool(drawn)
+
+    def _seeding_all(self, samples: ShardSamples) -> Any:
+        if not self.batched:
+            return self._one_by_one(samples, STREAMS)
+        seed_collate(self.seed, samples.epoch, samples[0])
+        return self.dataset.__getitems__(list(samples))
+
+    def _one_by_one(self, samples: ShardSamples, seeded: Sequence[Stream]) -> list[Any]:
+        items: list[Any] = []
+        dataset, looking, seeds = self.dataset, self._looked_at < _LOOKED_AT, [stream.seed for stream in seeded]
+        try:
+            for sample, key in zip(samples, sample_keys(self.seed, samples.epoch, samples), strict=True):
+                for seed in seeds:
+                    seed(key)
+                items.append(self._look_at(sample) if looking else dataset[sample])
         except Exception as error:
             blame(error, f"sample {samples[len(items)]} of the dataset")
             raise
         return items
+
+    def _look_at(self, sample: int) -> Any:
+        """A sample; note from which of the streams, just seeded, it draws."""
+        marks = [stream.mark() for stream in STREAMS]
+        with brought_back() as drawn:
+            item = self.dataset[sample]
+        self._drawn |= drawn | {number for number, stream in enumerate(STREAMS) if stream.mark() != marks[number]}
+        self._looked_at += 1
+        return item
 
 
 def _listed(samples: Sequence[int], most: int = 8) -> str:

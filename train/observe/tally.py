@@ -1,5 +1,7 @@
-"""Losses and weights of a step's shards, a row [total, weight, extra * weight ...] each, in float64 and on the device.
+"""Losses and weights of a step's shards, a row [total, weight, extra * weight ...] each, in float64.
 
+On a GPU they stay there as tensors; on a CPU, which computes in order, they are read at once, since a number costs less
+than a tensor.
 Where samples are the weights, every rank knows their sum, and the values wait as they are for the next log interval
 (see Ledger). A loss that brings its own weights needs their sum over all ranks before the update: its rows are gathered
 while backward runs.
@@ -9,15 +11,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.group import Group
-from samestep.train.parallel.shards import MicroBatch, StepPlan, owned_span, tree_sum
-from samestep.train.recipe import SampleWeighted, Weighted
+from samestep.train.parallel.shards import MicroBatch, Span, StepPlan, owned_span, tree_sum
+from samestep.train.recipe import Outcome, SampleWeighted
 
 Value = Tensor | float
 Values = list[list[Value]]  # of one rank: a list for each shard, of equally many columns
@@ -30,21 +34,22 @@ class StepTally:
         self.group = group
         self.shards = shards
         self.device = device
+        self._reads = device.type == "cpu"
         self.spans = [owned_span(rank, group.world_size, shards) for rank in range(group.world_size)]
         self.width = max(hi - lo for lo, hi in self.spans)
         self.extras: list[str] | None = None  # agreed by all ranks in the first step, as is the next
         self.own_weights = False  # the loss brings weights that are not sample counts
 
-    def begin(self, plan: StepPlan) -> None:
-        """Expect the rows of one step."""
+    def begin(self, plan: StepPlan, shards: list[int]) -> None:
+        """Expect the rows of one step, one for each of this rank's `shards`."""
         self._plan = plan
         self._values: list[list[Value]] = []
-        self._expected = len(plan.present(self.spans[self.group.rank]))
+        self._expected = len(shards)
         self._brings_weights = False
         if not self._expected:
             self._complete([])
 
-    def add(self, outcome: Weighted, part: MicroBatch) -> None:
+    def add(self, outcome: Outcome, part: MicroBatch) -> None:
         """Take the loss of a shard, or of a part of it."""
         brings_weights = not isinstance(outcome, SampleWeighted)
         if brings_weights and self.extras is not None and not self.own_weights:
@@ -55,8 +60,12 @@ class StepTally:
             )
         self._brings_weights |= brings_weights
         names = list(outcome.log) if self.extras is None else self.extras
-        extras = [outcome.log[name] * outcome.weight for name in names]
-        values = [_kept(outcome.total), _kept(outcome.weight), *map(_kept, extras)]
+        if self._reads and isinstance(outcome, SampleWeighted):
+            total: Value = outcome.read()
+        else:
+            total = self._kept(outcome.total)
+        values = [total, self._kept(outcome.weight)]
+        values += [self._kept(outcome.log[name] * outcome.weight) for name in names]
         if part.first:
             self._values.append(values)
         else:
@@ -75,15 +84,25 @@ class StepTally:
 
     def weight_sum(self) -> Tensor:
         """Sum of all shards' weights along the tree, a float64 scalar on the device; only where `own_weights`."""
-        rows = self._gathered()
-        weights = {
-            (shard, shard + 1): rows[rank, slot, 1]
+        weights: Any = self._gathered()[:, :, 1]
+        weights = weights.tolist() if self._reads else weights
+        by_shard: dict[Span, Any] = {
+            (shard, shard + 1): weights[rank][slot]
             for rank, span in enumerate(self.spans)
             for slot, shard in enumerate(self._plan.present(span))
         }
-        total = tree_sum((0, self.shards), weights, torch.add)
+        total = tree_sum((0, self.shards), by_shard, operator.add)
         assert total is not None
-        return total
+        return scalar(total, self.device)
+
+    def _kept(self, value: Value) -> Value:
+        """The value without its graph: a tensor without dimensions, or the number."""
+        if not isinstance(value, Tensor):
+            return value
+        if self._reads:
+            return float(value.item())
+        value = value.detach() if value.requires_grad else value
+        return value.reshape(()) if value.dim() else value
 
     def _complete(self, names: list[str]) -> None:
         if self.extras is None:
@@ -100,14 +119,6 @@ class StepTally:
             raise UsageError("loss is expected to bring weights on every rank or on none", "return Weighted always")
         self.extras = max((part["extras"] for part in records), key=len)
         self.own_weights = any(part["own_weights"] for part in records)
-
-
-def _kept(value: Value) -> Value:
-    """The value without its graph, a tensor without dimensions."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach() if value.requires_grad else value
-    return value.reshape(()) if value.dim() else value
 
 
 def _plus(left: Value, right: Value, device: torch.device) -> Value:

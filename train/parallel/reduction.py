@@ -258,8 +258,12 @@ class GradientReducer:
         )
 
     def _of_one_shard(self) -> Gradients:
-        found = [(index, p.grad) for index, p in enumerate(self.parameters)]
-        return [self._dense(index, gradient) for index, gradient in found if gradient is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if any(gradient.layout != torch.strided for gradient in gradients):
+            for index, parameter in enumerate(self.parameters):
+                if parameter.grad is not None:
+                    self._dense(index, parameter.grad)
+        return gradients
 
     def _fold_of(self, shard: int) -> Fold[Gradients]:
         return next(fold for span, fold in self._folds.items() if span[0] <= shard < span[1])

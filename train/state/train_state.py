@@ -10,12 +10,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.observe.ledger import EpochSums
 from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components
+from samestep.train.scaling import Scaling
 from samestep.train.state.checkpoint import Snapshot
 from samestep.train.state.codec import decode, encode, unshared
 
@@ -38,7 +38,7 @@ class TrainState:
     """
 
     components: Components
-    scaler: GradScaler
+    scaler: Scaling
     ema: AveragedModel | None
     facts: dict[str, Any]
     step: int = 0

@@ -1,0 +1,173 @@
+"""The global generators from which code draws on the host: Python's, numpy's and torch's.
+
+A stream can be held: it is left alone while other code runs, and compared afterwards. That costs a fraction of seeding
+it for each sample. Code that brings a stream back to where it was hides what it drew; `brought_back` notices it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_MT19937_WORDS = 625  # 624 of the state and the position (numpy/random/src/mt19937/mt19937.h, mt19937_state)
+
+
+class Stream(Protocol):
+    """One generator."""
+
+    def seed(self, value: int) -> None:
+        """Begin anew from 64 bits."""
+
+    def save(self) -> Any:
+        """The whole state."""
+
+    def load(self, state: Any) -> None:
+        """Go back to a saved state."""
+
+    def mark(self) -> Any:
+        """Something that compares equal until somebody draws; meant for a stream that was just seeded."""
+
+    def hold(self) -> Callable[[], bool]:
+        """Begin to watch; the function tells whether somebody drew since, and leaves the stream as it was before."""
+
+
+class PythonStream:
+    """The functions of `random`."""
+
+    seed = staticmethod(random.seed)
+
+    def save(self) -> Any:
+        """See Stream."""
+        return random.getstate()
+
+    load = staticmethod(random.setstate)
+    mark = save
+
+    def hold(self) -> Callable[[], bool]:
+        """See Stream."""
+        return _compared(self, self.mark())
+
+
+class TorchStream:
+    """The generator of CPU tensors."""
+
+    def seed(self, value: int) -> None:
+        """See Stream."""
+        torch.default_generator.manual_seed(value - (1 << 64) if value >> 63 else value)
+
+    def save(self) -> Any:
+        """See Stream."""
+        return torch.get_rng_state()
+
+    load = staticmethod(torch.set_rng_state)
+
+    def mark(self) -> bytes:
+        """See Stream."""
+        return torch.get_rng_state().numpy().tobytes()
+
+    def hold(self) -> Callable[[], bool]:
+        """See Stream."""
+        return _compared(self, self.mark(), self.save())
+
+
+def _compared(stream: Stream, mark: Any, state: Any = None) -> Callable[[], bool]:
+    def drawn() -> bool:
+        if stream.mark() == mark:
+            return False
+        stream.load(mark if state is None else state)
+        return True
+
+    return drawn
+
+
+class NumpyStream:
+    """The functions of `numpy.random`.
+
+    Reading the state takes numpy 30 us, a hundred times as long as its memory, which numpy shows to ctypes. A caller's
+    second normal number, which numpy keeps beside it, is lost where a stream is held.
+    """
+
+    def __init__(self) -> None:
+        self._generator: Any = None
+
+    def seed(self, value: int) -> None:
+        """See Stream."""
+        np.random.seed(value & 0xFFFFFFFF)  # as much as torch's own CPU stream takes; 64 bits cost 4 times more
+
+    def save(self) -> Any:
+        """See Stream."""
+        return np.random.get_state()
+
+    load = staticmethod(np.random.set_state)
+
+    def mark(self) -> Any:
+        """See Stream; where somebody has put another kind of generator in place, nothing is equal."""
+        return self._words.tobytes() if self._is_known() else object()
+
+    def hold(self) -> Callable[[], bool]:
+        """See Stream."""
+        if not self._is_known():
+            return lambda: True
+        before = self._words.copy()
+        self.seed(0)  # leaves no second normal number, which could be drawn without a trace
+        seeded = self.mark()
+
+        def drawn() -> bool:
+            touched: bool = self.mark() != seeded
+            if touched:
+                self.seed(0)  # a normal number may be left once more
+            self._words[:] = before
+            return touched
+
+        return drawn
+
+    def _is_known(self) -> bool:
+        generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]  # documented, not in __all__
+        if generator is not self._generator:
+            self._generator = generator  # the memory is its own
+            self._known = isinstance(generator, np.random.MT19937)
+            self._words = _memory(generator.ctypes.state_address) if self._known else np.empty(0, np.uint32)
+        return self._known
+
+
+def _memory(address: int) -> npt.NDArray[np.uint32]:
+    memory: Any = (ctypes.c_uint32 * _MT19937_WORDS).from_address(address)
+    return np.frombuffer(memory, dtype=np.uint32)
+
+
+STREAMS: tuple[Stream, ...] = (PythonStream(), NumpyStream(), TorchStream())
+_SETTERS = (
+    ((random, "setstate"),),
+    ((np.random, "set_state"),),
+    ((torch, "set_rng_state"), (torch.random, "set_rng_state")),
+)
+
+
+@contextmanager
+def brought_back() -> Iterator[set[int]]:
+    """Inside, the set fills with positions in STREAMS of those that somebody sets to a state, as fork_rng() does."""
+    found: set[int] = set()
+    originals = [(module, name, getattr(module, name)) for setters in _SETTERS for module, name in setters]
+    try:
+        for number, setters in enumerate(_SETTERS):
+            for module, name in setters:
+                setattr(module, name, _noted(getattr(module, name), number, found))
+        yield found
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+def _noted(setter: Callable[..., None], number: int, found: set[int]) -> Callable[..., None]:
+    def noting(*state: Any, **named: Any) -> None:
+        found.add(number)
+        setter(*state, **named)
+
+    return noting

@@ -1,0 +1,86 @@
+"""What float16 needs around backward and the update, so that small gradients do not vanish; others need nothing."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+
+class Scaling(Protocol):
+    """Used as scale, unscale, update in each step."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What backward starts from."""
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Leave the true gradients in the optimizer's parameters."""
+
+    def update(self, optimizer: Optimizer) -> bool:
+        """Let the optimizer step; False if it did not, because a gradient is not finite."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+class Unscaled:
+    """In float32 and bfloat16 a gradient is what it is."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss itself."""
+        return loss
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """They are true."""
+
+    def update(self, optimizer: Optimizer) -> bool:
+        """Always."""
+        optimizer.step()
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+class LossScaling:
+    """torch's GradScaler, which follows the gradients' size."""
+
+    def __init__(self, device: str) -> None:
+        self._scaler = GradScaler(device)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the scale of now."""
+        return self._scaler.scale(loss)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Divide by the scale, and note whether all are finite."""
+        self._scaler.unscale_(optimizer)
+
+    def update(self, optimizer: Optimizer) -> bool:
+        """See Scaling; the scale falls where a step is left out."""
+        scale = self._scaler.get_scale()
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        return self._scaler.get_scale() >= scale
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scale and growth."""
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Scaling."""
+        self._scaler.load_state_dict(state)
+
+
+def scaling(precision: str, device: str) -> Scaling:
+    """What `--precision` needs."""
+    return LossScaling(device) if precision == "fp16" else Unscaled()
