@@ -97,6 +97,23 @@ def test_one_bad_number_anywhere_is_found(dtype: torch.dtype, value: float) -> N
     assert any_not_finite([*good, torch.tensor([0, value]).to(dtype)]).item() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_number_in_a_large_gradient_is_found_and_a_sum_that_overflows_is_none(
+    dtype: torch.dtype, value: float
+) -> None:
+    largest = 65504.0 if dtype is torch.float16 else 3e38
+    good = torch.full((1 << 15,), largest).to(dtype)
+    before = good.clone()
+    assert any_not_finite([good]).item() == 0
+    assert torch.equal(good, before)
+    good[1 << 14] = value
+    assert any_not_finite([good]).item() > 0
+    both = torch.ones(1 << 15, dtype=dtype)
+    both[0], both[1] = value, -value
+    assert any_not_finite([torch.ones(3, dtype=dtype), both]).item() > 0
+
+
 @pytest.mark.parametrize("loss", [0.0, -0.0, 1e-45, 3.4e38, -7.5])
 def test_backward_of_a_finite_loss_starts_from_exactly_one(loss: float) -> None:
     assert torch.equal(start_of_backward(torch.tensor(loss)), torch.tensor(1.0))
