@@ -101,6 +101,7 @@ def test_processes_that_a_rank_started_are_looked_at_too(process):
     pid = process("import subprocess; subprocess.run([sys.executable, '-c', 'import time; time.sleep(3600)'])")
     wait_until(lambda: len(stack_probe.take([pid])) == 2, "the child is there")
     (child,) = [stacks for stacks in stack_probe.take([pid]).values() if stacks.parent == pid]
+    os.kill(child.pid, signal.SIGKILL)  # its parent ends with the test, and would leave it
     assert child.pid != pid
 
 
