@@ -39,7 +39,7 @@ class Workload:
     make: Callable[[], Components]
     mean_loss: Callable[[Any, Any], Tensor]
     batch: int
-    steps: int  # of a round
+    steps: int  # of a round; not much fewer than the 100 after which losses are read
 
 
 STEPS_PER_EPOCH = 320  # as in the seed's job
@@ -88,8 +88,8 @@ def characters(model: Any, lines: Tensor) -> Tensor:
 WORKLOADS = {
     "MLP 0.2 ms": Workload(mlp(32, 1, 32), squared, 32, 400),
     "MLP 1 ms": Workload(mlp(256, 2, 64), squared, 64, 100),
-    "MLP 5 ms": Workload(mlp(512, 2, 192), squared, 192, 30),
-    "digits CNN": Workload(recipe("digits_cnn", "DigitsConfig"), classes, 64, 20),
+    "MLP 5 ms": Workload(mlp(512, 2, 192), squared, 192, 100),
+    "digits CNN": Workload(recipe("digits_cnn", "DigitsConfig"), classes, 64, 46),
     "char LM": Workload(recipe("char_lm", "CharConfig"), characters, 16, 15),
 }
 

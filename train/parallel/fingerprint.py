@@ -84,5 +84,7 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
     whole = flat.numel() * flat.element_size() // 8 * 8 // flat.element_size()
     if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()
+    if whole == flat.numel():
+        return flat.view(torch.int64).sum()
     words, rest = flat[:whole].view(torch.int64), flat[whole:].view(torch.uint8)
     return words.sum() + rest.sum(dtype=torch.int64)
