@@ -7,7 +7,6 @@ then looks at the sum once. With `--precision fp16` the scaler leaves such steps
 
 from __future__ import annotations
 
-import cmath
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from samestep.launcher.contract import RefusedStepError, RunDir
 from samestep.train.data.sampler import SameOrderSampler
+from samestep.train.finite_gradients import any_not_finite
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan
 
 MOST_IN_A_ROW = 10  # a run that leaves out more steps than that one after another learns nothing any more
-_LARGE = 1 << 14  # elements from which on a sum costs a CPU less than the check
 _SHOWN = 12  # sample ids in a sentence; the file has all
 
 Rows = Sequence[Sequence[Tensor | float]]  # of this rank's shards in a step, the loss first (see StepTally)
@@ -40,39 +39,6 @@ def start_of_backward(loss: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _filled(value: float, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     return torch.full(shape, value, dtype=dtype)
-
-
-def any_not_finite(gradients: Sequence[Tensor]) -> Tensor:
-    """Float32 of shape (1,) on the gradients' device: above 0 if one has a NaN or infinity. They keep their bits.
-
-    torch's check writes each element back. On a CPU a large gradient is summed first, which only reads: NaN and
-    infinity stay in a sum, so where that is finite nothing is left to find.
-    """
-    device = gradients[0].device
-    found, one = torch.zeros(1, device=device), _one(device)
-    if device.type == "cpu":
-        gradients = [g for g in gradients if g.numel() < _LARGE or not _finite_sum(g)]
-    for same in _by_dtype(gradients) if gradients else ():
-        torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
-    return found
-
-
-def _finite_sum(gradient: Tensor) -> bool:
-    return cmath.isfinite(gradient.sum().item())
-
-
-@lru_cache(maxsize=16)
-def _one(device: torch.device) -> Tensor:
-    return torch.ones(1, device=device)
-
-
-def _by_dtype(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
-    dtypes = {gradient.dtype for gradient in gradients}
-    if len(dtypes) == 1 and not gradients[0].is_complex():
-        return [list(gradients)]
-    real = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in gradients]
-    kinds = {gradient.dtype: None for gradient in real}
-    return [[gradient for gradient in real if gradient.dtype == dtype] for dtype in kinds]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import torch
 
 from samestep.launcher.contract import ErrorRecord
 from samestep.train.data.order import permute
-from samestep.train.finite import any_not_finite, start_of_backward
+from samestep.train.finite import start_of_backward
+from samestep.train.finite_gradients import any_not_finite
 
 pytestmark = pytest.mark.timeout(120)
 KINDS = ("input", "constant", "gradient", "weighted")
@@ -112,6 +113,17 @@ def test_one_bad_number_in_a_large_gradient_is_found_and_a_sum_that_overflows_is
     both = torch.ones(1 << 15, dtype=dtype)
     both[0], both[1] = value, -value
     assert any_not_finite([torch.ones(3, dtype=dtype), both]).item() > 0
+
+
+@pytest.mark.parametrize("large", [0, 1, 40])
+@pytest.mark.parametrize("small", [0, 1, 40])
+def test_one_bad_number_among_many_gradients_is_found_and_the_next_step_is_clear(small: int, large: int) -> None:
+    gradients = [torch.ones(3) for _ in range(small)] + [torch.ones(1 << 14) for _ in range(large)]
+    for bad in gradients:
+        bad[-1] = float("nan")
+        assert any_not_finite(gradients).item() > 0
+        bad[-1] = 3e38
+        assert any_not_finite(gradients).item() == 0
 
 
 @pytest.mark.parametrize("loss", [0.0, -0.0, 1e-45, 3.4e38, -7.5])
