@@ -39,6 +39,7 @@ from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Membership
 from samestep.train.parallel.hooks import compression_hook
 from samestep.train.parallel.reduction import GradientReducer
+from samestep.train.parallel.shard_sums import ShardSums
 from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling, scaling
 from samestep.train.signals import StopSignals
@@ -160,11 +161,12 @@ def _step(
         scaling=scaler,
         reducer=reducer,
         guard=guard,
-        buffers=BufferCombiner(components.model, group, exchange, shards, keep=guard.keeps_buffers)
+        buffers=BufferCombiner(components.model, group, shards, keep=guard.keeps_buffers)
         if has_buffers
         else NoBuffers(),
         micro_batches=_micro_batches(components, setting),
-        tally=StepTally(group, shards, device),
+        tally=StepTally(group, device),
+        sums=ShardSums(group, exchange, shards, device),
         clock=clock,
         follow=_nobody if ema is None else ema.update_parameters,
         warn=reporter.warning,

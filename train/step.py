@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,15 @@ from samestep.train.observe.phases import PhaseClock
 from samestep.train.observe.tally import StepTally, Values
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
-from samestep.train.parallel.shards import StepPlan
+from samestep.train.parallel.shard_sums import ShardSums
+from samestep.train.parallel.shards import MicroBatch, StepPlan
 from samestep.train.recipe import Components, objective, require_gradient, weigh
 from samestep.train.scaling import Scaling
 
 
 @dataclass(slots=True)
 class OptimizerStep:
-    """Calling it runs one step on this rank and returns its sums over all ranks, on the device still (StepTally)."""
+    """Calling it runs one step on this rank and returns its losses and weights, on the device still (see StepTally)."""
 
     components: Components
     seed: int
@@ -37,15 +39,17 @@ class OptimizerStep:
     buffers: BufferCombiner | NoBuffers
     micro_batches: MicroBatches
     tally: StepTally
+    sums: ShardSums
     clock: PhaseClock
     follow: Callable[[nn.Module], None]  # the moving average of the weights, told after each update
     warn: Callable[[str], None]
 
-    def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Tensor | Values:
+    def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Values:
         """Take this rank's shards of `plan` from `batches`, which are on the device."""
         self.reducer.begin(plan)
         self.buffers.begin(plan)
         self.tally.begin(plan, self.reducer.mine)
+        self.sums.begin(plan, self.tally.width + self.buffers.width)
 
         for shard in self.reducer.mine:
             self.clock.enter("data")
@@ -65,26 +69,34 @@ class OptimizerStep:
 
                 self.clock.enter("backward")
                 scaled = self.scaling.scale(target)
-                self.reducer.backward(part, scaled, start_of_backward(scaled))
-                self.buffers.after(part)
+                self.reducer.backward(part, scaled, start_of_backward(scaled), partial(self._computed, part))
 
         self.clock.enter("sync")
         gradients = self.reducer.finish()
-        self.buffers.finish()
+        sums = self.sums.finish()
+        self.buffers.finish(sums)
 
         self.clock.enter("optimizer")
-        if self._divide(gradients, plan):
+        if self._divide(gradients, sums, plan):
             if self.guard.admits(plan, gradients, self.tally.mine):
                 self._update()
             else:
                 self.buffers.undo()
-        return self.tally.rows()
+        return self.tally.mine
 
-    def _divide(self, gradients: list[Tensor], plan: StepPlan) -> bool:
-        """Divide by weights that the loss brought; False where nothing in the batch had weight."""
+    def _computed(self, part: MicroBatch) -> None:
+        """Note what is summed beside the gradients; send it before anything waits for those, where it can be."""
+        self.buffers.after(part)
+        if part.last and self.sums.width:
+            self.sums.push(part.shard, torch.cat(self.tally.of_shard() + self.buffers.of_shard()))
+            if self.reducer.overlaps and part.shard == self.reducer.mine[-1]:
+                self.sums.start()
+
+    def _divide(self, gradients: list[Tensor], sums: Tensor, plan: StepPlan) -> bool:
+        """Divide by the sum of weights that the loss brought; False where nothing in the batch had weight."""
         if not self.tally.own_weights:
             return True
-        weight = self.tally.weight_sum()
+        weight = sums[0]
         if float(weight) == 0.0:  # host-device sync: only for losses that bring their own weights
             self.warn(f"step {plan.step + 1} has no weight in its whole batch: no update")
             return False

@@ -114,14 +114,14 @@ class Ledger:
     epoch: EpochSums = field(default_factory=EpochSums)
     slow_rank: Straggler | None = None  # found by the last flush
     _stragglers: StragglerWatch = field(init=False)
-    _pending: list[tuple[StepPlan, Tensor | Values, Reading]] = field(default_factory=list)
+    _pending: list[tuple[StepPlan, Values, Reading]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         spans = [owned_span(rank, self.group.world_size, self.shards) for rank in range(self.group.world_size)]
         self._stragglers = StragglerWatch([hi - lo for lo, hi in spans])
 
-    def add(self, plan: StepPlan, rows: Tensor | Values, reading: Reading) -> None:
-        """Take a finished step: its rows (see StepTally.rows) still on the device."""
+    def add(self, plan: StepPlan, rows: Values, reading: Reading) -> None:
+        """Take a finished step: this rank's rows (see StepTally), still on the device."""
         self._pending.append((plan, rows, reading))
 
     def forget(self) -> None:
@@ -167,25 +167,17 @@ class Ledger:
         rows = self._rows(columns)
         seconds = torch.from_numpy(np.array([reading() for _, _, reading in self._pending])).to(self.device)
         mark = self.fingerprint.row(last.step + 1, last.end).view(torch.float64)  # carried as bits, never computed with
-        known_to_all = rows.dim() == 4  # (steps, world_size, width, columns): gathered in each step
         memory = torch.tensor(peak_memory(self.device), dtype=torch.float64, device=self.device)
-        parts = [mark, memory, seconds.flatten()] + ([] if known_to_all else [rows.flatten()])
-        gathered = self.group.gather(torch.cat(parts))
+        gathered = self.group.gather(torch.cat([mark, memory, seconds.flatten(), rows.flatten()]))
         self.fingerprint.compare(gathered[:, : len(mark)].contiguous().view(torch.int64), last.step + 1)
         bytes_held, table = np.split(gathered[:, len(mark) :].cpu().numpy(), [len(KINDS)], axis=1)
         times = table[:, : seconds.numel()].reshape(-1, *seconds.shape)
-        if known_to_all:
-            return rows.transpose(0, 1).cpu().numpy(), times, bytes_held
         return table[:, seconds.numel() :].reshape(-1, *rows.shape), times, bytes_held
 
     def _rows(self, columns: int) -> Tensor:
-        """(steps, width, columns) of this rank, or of all ranks with world_size after steps."""
-        gathered = [rows for _, rows, _ in self._pending if isinstance(rows, Tensor)]
-        if gathered:
-            return torch.stack(gathered)
+        """(steps, width, columns) of this rank."""
         spans = [owned_span(rank, self.group.world_size, self.shards) for rank in range(self.group.world_size)]
-        mine = [rows for _, rows, _ in self._pending if isinstance(rows, list)]
-        return table(mine, max(hi - lo for lo, hi in spans), columns, self.device)
+        return table([rows for _, rows, _ in self._pending], max(hi - lo for lo, hi in spans), columns, self.device)
 
     def _sums(self, plans: list[StepPlan], rows: Table) -> Table:
         """Rows summed over the shards along the tree, for all steps with equally many shards at once."""

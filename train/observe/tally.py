@@ -2,25 +2,21 @@
 
 On a GPU they stay there as tensors; on a CPU, which computes in order, they are read at once, since a number costs less
 than a tensor.
-Where samples are the weights, every rank knows their sum, and the values wait as they are for the next log interval
-(see Ledger). A loss that brings its own weights needs their sum over all ranks before the update: its rows are gathered
-while backward runs.
+They wait as they are for the next log interval (see Ledger). Where samples are the weights, every rank knows their sum;
+of a loss that brings its own weights these are also summed over all ranks before the update (see ShardSums).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.group import Group
-from samestep.train.parallel.shards import MicroBatch, Span, StepPlan, owned_span, tree_sum
+from samestep.train.parallel.shards import MicroBatch, StepPlan
 from samestep.train.recipe import Outcome, SampleWeighted
 
 Value = Tensor | float
@@ -28,15 +24,12 @@ Values = list[list[Value]]  # of one rank: a list for each shard, of equally man
 
 
 class StepTally:
-    """Used as begin, add for each part of each owned shard, rows; `weight_sum` only where `own_weights`."""
+    """Used as begin, add for each part of each owned shard, `of_shard` after each shard."""
 
-    def __init__(self, group: Group, shards: int, device: torch.device) -> None:
+    def __init__(self, group: Group, device: torch.device) -> None:
         self.group = group
-        self.shards = shards
         self.device = device
         self._reads = device.type == "cpu"
-        self.spans = [owned_span(rank, group.world_size, shards) for rank in range(group.world_size)]
-        self.width = max(hi - lo for lo, hi in self.spans)
         self.extras: list[str] | None = None  # agreed by all ranks in the first step, as is the next
         self.own_weights = False  # the loss brings weights that are not sample counts
 
@@ -46,6 +39,7 @@ class StepTally:
         self._values: list[list[Value]] = []
         self._expected = len(shards)
         self._brings_weights = False
+        self.width = int(self.extras is None or self.own_weights)  # numbers of a shard that are summed at once
         if not self._expected:
             self._complete([])
 
@@ -78,22 +72,9 @@ class StepTally:
         """Of this rank's shards in this step, as they were added."""
         return self._values
 
-    def rows(self) -> Tensor | Values:
-        """For the ledger: this rank's values, or float64 rows of all ranks, (world_size, width, columns)."""
-        return self._gathered() if self.own_weights else self._values
-
-    def weight_sum(self) -> Tensor:
-        """Sum of all shards' weights along the tree, a float64 scalar on the device; only where `own_weights`."""
-        weights: Any = self._gathered()[:, :, 1]
-        weights = weights.tolist() if self._reads else weights
-        by_shard: dict[Span, Any] = {
-            (shard, shard + 1): weights[rank][slot]
-            for rank, span in enumerate(self.spans)
-            for slot, shard in enumerate(self._plan.present(span))
-        }
-        total = tree_sum((0, self.shards), by_shard, operator.add)
-        assert total is not None
-        return scalar(total, self.device)
+    def of_shard(self) -> list[Tensor]:
+        """The weight of the shard that was added last, if it has to be summed: float64, shape (1,)."""
+        return [scalar(self._values[-1][1], self.device).reshape(1)] if self.width else []
 
     def _kept(self, value: Value) -> Value:
         """The value without its graph: a tensor without dimensions, or the number."""
@@ -107,9 +88,6 @@ class StepTally:
     def _complete(self, names: list[str]) -> None:
         if self.extras is None:
             self._agree(names)
-        if self.own_weights:
-            mine = table([self._values], self.width, 2 + len(self.extras or []), self.device)[0]
-            self._gathered: Callable[[], Tensor] = self.group.gather_later(mine)
 
     def _agree(self, names: list[str]) -> None:
         record = json.dumps({"extras": names, "own_weights": self._brings_weights, "shards": self._expected}).encode()

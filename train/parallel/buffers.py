@@ -2,7 +2,8 @@
 
 Every shard, and every micro-batch of one, starts from the step's buffers. Afterwards only buffers that some shard
 changed are combined: floating-point ones to their sample-weighted mean over the shards, summed in float64 along the
-tree; integer ones have to agree. A step of a single shard in one part keeps what that shard left. Unchanged buffers are
+tree (see ShardSums); integer ones have to agree. A step of a single shard in one part keeps what that shard left, which
+float64 carries to other ranks without loss. Unchanged buffers are
 not touched: a mean of equal values can alter bits.
 """
 
@@ -15,20 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from samestep.launcher.contract import UsageError
-from samestep.train.parallel.exchange import Exchange, present_roots
 from samestep.train.parallel.group import Group
-from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
+from samestep.train.parallel.shards import MicroBatch, StepPlan, owned_span
 
 
 class BufferCombiner:
-    """Used as begin, (before, after) for each micro-batch, finish."""
+    """Used as begin, (before, after) for each micro-batch, `of_shard` after each shard, finish with their sum."""
 
-    def __init__(self, model: nn.Module, group: Group, exchange: Exchange, shards: int, *, keep: bool = False) -> None:
+    def __init__(self, model: nn.Module, group: Group, shards: int, *, keep: bool = False) -> None:
         # Where each buffer is kept, not the tensor: wrapping the model, and user code, can put another one there.
         self._places = {name: _place(model, name) for name, _ in model.named_buffers()}
         self.buffers: dict[str, Tensor] = {}
         self.group = group
-        self.exchange = exchange
         self.shards = shards
         self.keep = keep  # a step's buffers may be asked back for
         self.owned = owned_span(group.rank, group.world_size, shards)
@@ -41,12 +40,12 @@ class BufferCombiner:
         """Remember the step's buffers where a later shard has to start from them."""
         self._plan = plan
         self._read()
-        self._present = min(plan.samples, self.shards)
-        self._single = self._present == 1 and len(plan.parts(0)) == 1
-        spans = present_roots(self.group.world_size, self.shards, self._present)[self.group.rank]
-        self._folds: dict[Span, Fold[Tensor]] = {span: Fold(span, torch.add) for span in spans}
+        self._single = min(plan.samples, self.shards) == 1 and len(plan.parts(0)) == 1
+        self._leaf = None
         self._changed: set[str] = set()
         self._names = list(self.buffers) if self.changing is None else self.changing
+        stay = self._single and self.group.world_size == 1  # what the one shard leaves is right, and here
+        self.width = 0 if stay else sum(self.buffers[name].numel() for name in self._names)
         if self.changing is None or self.keep or len(plan.present(self.owned)) > 1 or plan.micro_batches > 1:
             for name in self._names:
                 if name in self._base:
@@ -72,31 +71,24 @@ class BufferCombiner:
             }
         else:
             self._refuse_new()
-        if self._single:
-            return
-        if self._names:
-            weighed = self._flat() * part.samples
+        if self.width:
+            weighed = self._flat() if self._single else self._flat() * part.samples
             self._leaf = weighed if part.first or self._leaf is None else self._leaf + weighed
-        if part.last:
-            fold = next(fold for span, fold in self._folds.items() if span[0] <= part.shard < span[1])
-            fold.push(part.shard, self._leaf)
-            self._leaf = None
 
-    def finish(self) -> None:
-        """Leave the combined buffers on every rank."""
+    def of_shard(self) -> list[Tensor]:
+        """What the shard that is over adds to the sum: one float64 tensor of shape (width,), or none."""
+        leaf, self._leaf = self._leaf, None
+        return [] if leaf is None else [leaf]
+
+    def finish(self, total: Tensor) -> None:
+        """Leave the combined buffers on every rank; `total` ends with the sum over all shards, `width` numbers."""
         self._read()
         if self.changing is None:
             self._agree()
-        if not self.changing or (self._single and self.group.world_size == 1):
-            return  # this rank's buffers are what the one shard left
-        if self._single:
-            combined = self._from_first_rank()
-        else:
-            for span, fold in self._folds.items():
-                for shard in range(max(self._present, span[0]), span[1]):
-                    fold.push(shard, None)
-            mine = [fold.total for fold in self._folds.values() if fold.total is not None]
-            combined = self.exchange.start(mine, self._like(), self._present).finish() / self._plan.samples
+        if not self.changing or not self.width:
+            return
+        total = total[-self.width :]
+        combined = total if self._single else total / self._plan.samples
         sizes = [self.buffers[name].numel() for name in self._names]
         for name, value in zip(self._names, combined.split(sizes), strict=True):
             if name in self.changing:
@@ -121,20 +113,6 @@ class BufferCombiner:
 
     def _flat(self) -> Tensor:
         return torch.cat([self.buffers[name].detach().reshape(-1).double() for name in self._names])
-
-    def _like(self) -> Tensor:
-        return torch.zeros_like(self._flat())
-
-    def _from_first_rank(self) -> Tensor:
-        """The one shard with samples may be another rank's; float64 carries its buffers without loss."""
-        here = bool(self._plan.present(self.owned))
-        mine = self._flat() if here else self._like()
-        owner = next(
-            rank
-            for rank in range(self.group.world_size)
-            if self._plan.present(owned_span(rank, self.group.world_size, self.shards))
-        )
-        return self.group.gather(mine)[owner]
 
     def _agree(self) -> None:
         """All ranks learn which buffers change, and that integer ones change alike."""
@@ -164,6 +142,8 @@ class BufferCombiner:
 class NoBuffers:
     """What a model without buffers has."""
 
+    width = 0
+
     def undo(self) -> None:
         """Nothing to bring back."""
 
@@ -176,7 +156,11 @@ class NoBuffers:
     def after(self, part: MicroBatch) -> None:
         """Nothing to take."""
 
-    def finish(self) -> None:
+    def of_shard(self) -> list[Tensor]:
+        """Nothing to sum."""
+        return []
+
+    def finish(self, total: Tensor) -> None:
         """Nothing to combine."""
 
 

@@ -65,6 +65,7 @@ class GradientReducer:
         self._position = {id(p): index for index, p in enumerate(self.parameters)}
         self._replica: nn.Module | None = None
         self._called = False  # the replica's forward, in this step
+        self._done: Callable[[], None] = lambda: None  # told when this rank's gradients are computed
         self._flights: list[tuple[Flight, list[Tensor], torch.futures.Future[Tensor]]] = []
         self.enter: Callable[[str], None] = _nobody  # told where backward waits for other ranks
 
@@ -79,7 +80,7 @@ class GradientReducer:
         self._step = plan.step
         self._alone = self.group.world_size == 1 and self.present == 1
         self._called = False
-        self._overlap = self._replica is not None and plan.everyone_works(self.group.world_size)
+        self.overlaps = self._replica is not None and plan.everyone_works(self.group.world_size)
         if self._alone:
             return
         spans = present_roots(self.group.world_size, self.shards, self.present)[self.group.rank]
@@ -93,10 +94,20 @@ class GradientReducer:
         """What the loss of `part` has to call: DDP for the last one where all ranks work, else the raw module."""
         return self._replica if self._replica is not None and self._through_ddp(part) else self.raw
 
-    def backward(self, part: MicroBatch, total: Tensor, start: Tensor | None = None) -> None:
-        """Take the gradient of one part's unnormalised loss; backward starts from `start`, or from one."""
-        if self._alone or self._through_ddp(part):
+    def backward(self, part: MicroBatch, total: Tensor, start: Tensor, done: Callable[[], None]) -> None:
+        """Take the gradient of one part's unnormalised loss; backward starts from `start`.
+
+        `done` is called when this rank has computed it, before anything waits for other ranks.
+        """
+        if self._alone:
             total.backward(start)
+            done()
+            return
+        if self._through_ddp(part):
+            self._done = done
+            total.backward(start)
+            if self._compress is not None:  # hooks of torch wait by themselves
+                self._done()
             return
         gradients: Sequence[Tensor | None] = torch.autograd.grad(total, self.parameters, start, allow_unused=True)
         leaf = []
@@ -108,12 +119,13 @@ class GradientReducer:
         if part.last:
             self._fold_of(part.shard).push(part.shard, self._leaf)
             self._leaf = None
+        done()
 
     def finish(self) -> Gradients:
         """Leave the sums in `p.grad` and return those that are not None."""
         if self._alone:
             return self._of_one_shard()
-        if self._overlap:
+        if self.overlaps:
             self._collect()
         elif self.group.world_size == 1:
             self._assign_solo()
@@ -171,7 +183,7 @@ class GradientReducer:
         self._called = True
 
     def _through_ddp(self, part: MicroBatch) -> bool:
-        return self._overlap and part.last and part.shard == self.mine[-1]
+        return self.overlaps and part.last and part.shard == self.mine[-1]
 
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Add this rank's partial sums to the last shard's bucket and send it; advance the one before."""
@@ -198,6 +210,7 @@ class GradientReducer:
         if len(self._flights) > 1:
             self._wait(self._flights[-2][0].advance)
         if bucket.is_last():
+            self._done()
             self._wait(self._drain)
         return future
 
