@@ -3,8 +3,7 @@
 Every shard, and every micro-batch of one, starts from the step's buffers. Afterwards only buffers that some shard
 changed are combined: floating-point ones to their sample-weighted mean over the shards, summed in float64 along the
 tree (see ShardSums); integer ones have to agree. A step of a single shard in one part keeps what that shard left, which
-float64 carries to other ranks without loss. Unchanged buffers are
-not touched: a mean of equal values can alter bits.
+float64 carries to other ranks without loss. Unchanged buffers are not touched: a mean of equal values can alter bits.
 """
 
 from __future__ import annotations
