@@ -57,9 +57,6 @@ class Group(Protocol):
     def gather(self, tensor: Tensor) -> Tensor:
         """Equal-shaped tensors of all ranks, stacked: shape (world_size, *tensor.shape)."""
 
-    def gather_later(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Start a gather; calling the result waits for it."""
-
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Any bytes of each rank, without pickle."""
 
@@ -80,10 +77,6 @@ class SoloGroup:
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensor itself, with a leading dimension of one."""
         return tensor.unsqueeze(0)
-
-    def gather_later(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """There is nobody to wait for."""
-        return lambda: tensor.unsqueeze(0)
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """The bytes themselves."""
@@ -107,18 +100,9 @@ class RankGroup:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """One all_gather."""
-        return self.gather_later(tensor)()
-
-    def gather_later(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """One all_gather, on its way until it is asked for."""
         out = tensor.new_empty((self.world_size, *tensor.shape))
-        work = all_gather(out.view(-1), tensor.contiguous().view(-1), async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return out
-
-        return wait
+        all_gather(out.view(-1), tensor.contiguous().view(-1))
+        return out
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Two all_gathers: lengths, then bytes padded to the longest."""
