@@ -33,10 +33,11 @@ from samestep.train.observe.reporter import EventLog, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.agreement import PACE_SECONDS, Agreement
+from samestep.train.parallel.arena_exchange import ArenaExchange
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
-from samestep.train.parallel.exchange import BackendExchange, TreeExchange
+from samestep.train.parallel.exchange import BackendExchange, Exchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
-from samestep.train.parallel.group import Membership
+from samestep.train.parallel.group import Group, Membership
 from samestep.train.parallel.hooks import compression_hook
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shard_sums import ShardSums
@@ -140,8 +141,7 @@ def _step(
 ) -> OptimizerStep:
     config, group, device, shards = setting.config, setting.member.group, setting.device, setting.shards
     clock = (CudaClock if device.type == "cuda" else HostClock)(time.perf_counter, setting.pulse.enter)
-    exchange_type = TreeExchange if config.reduction == "exact" else BackendExchange
-    exchange = exchange_type(group.rank, group.world_size, shards)
+    exchange = _exchange(config.reduction, group, shards)
     reducer = GradientReducer(
         components.model,
         setting.member.accelerator,
@@ -171,6 +171,14 @@ def _step(
         follow=_nobody if ema is None else ema.update_parameters,
         warn=reporter.warning,
     )
+
+
+def _exchange(reduction: str, group: Group, shards: int) -> Exchange:
+    """How partial sums become totals: through memory where ranks share it, else through the backend."""
+    if reduction != "exact":
+        return BackendExchange(group.rank, group.world_size, shards)
+    tree = TreeExchange(group.rank, group.world_size, shards)
+    return tree if group.arena is None else ArenaExchange(group.arena, group.world_size, shards, tree)
 
 
 def _micro_batches(components: Components, setting: Setting) -> MicroBatches:

@@ -13,7 +13,8 @@ from samestep.launcher.diagnosis.traceback_text import is_ours, is_users
 _HEADER = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+ .*\(most recent call first\):")
 _LINE = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$')
 _NAME_CHARS = 100  # a C++ template can fill a screen
-_COLLECTIVE = re.compile(r"/torch/distributed/|/parallel/(group|exchange)\.py$")  # torch's, and our own that call them
+# torch's, and our own that call them or wait by themselves
+_COLLECTIVE = re.compile(r"/torch/distributed/|/parallel/(group|exchange|arena)\.py$")
 
 
 @dataclass(frozen=True, slots=True)
