@@ -180,24 +180,26 @@ def _linked(
     peers: dict[int, socket.socket] = {}
     descriptors = {rank: seat.memory}
     seat.listener.settimeout(_LINK_SECONDS)
-    for other in range(rank):
-        peer = peers[other] = socket.socket(socket.AF_UNIX)
-        peer.settimeout(_LINK_SECONDS)
-        peer.connect(bytes.fromhex(rows[other]["name"]))
-        socket.send_fds(peer, [_HELLO.pack(bytes.fromhex(rows[other]["token"]), rank)], [seat.memory])
-    while len(peers) < ranks - 1:
-        peer, _ = seat.listener.accept()
-        peer.settimeout(_LINK_SECONDS)
-        said, found = _receive(peer, _HELLO.size, opened)
-        claimed, other = _HELLO.unpack(said)
-        if not hmac.compare_digest(claimed, token) or not rank < other < ranks or other in peers:
-            peer.close()
-            continue
-        peers[other], descriptors[other] = peer, found
-        socket.send_fds(peer, [b"."], [seat.memory])
-    for other in range(rank):
-        _, descriptors[other] = _receive(peers[other], 1, opened)
-    memory = [_mapped(descriptors[other], seat.size) for other in range(ranks)]
+    with contextlib.ExitStack() as unfinished:
+        for other in range(rank):
+            peer = peers[other] = unfinished.enter_context(socket.socket(socket.AF_UNIX))
+            peer.settimeout(_LINK_SECONDS)
+            peer.connect(bytes.fromhex(rows[other]["name"]))
+            socket.send_fds(peer, [_HELLO.pack(bytes.fromhex(rows[other]["token"]), rank)], [seat.memory])
+        while len(peers) < ranks - 1:
+            peer = unfinished.enter_context(seat.listener.accept()[0])
+            peer.settimeout(_LINK_SECONDS)
+            said, found = _receive(peer, _HELLO.size, opened)
+            claimed, other = _HELLO.unpack(said)
+            if hmac.compare_digest(claimed, token) and rank < other < ranks and other not in peers:
+                peers[other], descriptors[other] = peer, found
+                socket.send_fds(peer, [b"."], [seat.memory])
+            else:
+                peer.close()
+        for other in range(rank):
+            _, descriptors[other] = _receive(peers[other], 1, opened)
+        memory = [_mapped(descriptors[other], seat.size) for other in range(ranks)]
+        unfinished.pop_all()
     return memory, dict(sorted(peers.items()))
 
 
