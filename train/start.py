@@ -288,6 +288,7 @@ def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generat
             "total_steps": run.max_steps,
             "samples": run.sampler.samples,
             "threads": torch.get_num_threads(),
+            "exchange": run.step.reducer.exchange.through if env.world_size > 1 else "",
             "seed": run.config.seed,
             "dataset": run.state.facts["dataset"],
             "environment": environment.record(member.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -29,6 +30,18 @@ def test_everything_that_is_hard_has_the_same_bits_on_any_number_of_ranks(
 ) -> None:
     """BatchNorm, Dropout, random datasets, tied, frozen, rarely used and never used parameters, an integer buffer."""
     assert differing(trained, shards=shards, worlds=worlds) == []
+
+
+@pytest.mark.parametrize("unused", ["--unused", "--no-unused"])
+@pytest.mark.parametrize(("shards", "ranks"), [(2, 2), (3, 2), (4, 3), (4, 4)])
+def test_ranks_that_share_no_memory_have_the_same_bits(trained: Any, shards: int, ranks: int, unused: str) -> None:
+    """Gradients then go through gloo, and with them the weights and the statistics of BatchNorm."""
+    flags = ("--shards", shards, unused)
+    together = trained("everything", *flags, ranks=ranks, cwd="together")
+    apart = trained("apart", *flags, ranks=ranks, cwd="apart", env={"RECIPE": "everything"})
+    assert apart.bits == together.bits
+    ways = [json.loads((run.run_dir / "config.json").read_text())["exchange"] for run in (together, apart)]
+    assert ways == ["shared memory", "the process group"]
 
 
 def test_a_loss_finds_the_models_attributes_on_any_number_of_ranks(trained: Any) -> None:
@@ -142,14 +155,16 @@ def test_fast_reduction_keeps_order_and_weighting_but_is_not_promised_the_bits(t
             assert (other - weight.double()).norm() <= 1e-3 * (weight.double().norm() + 1e-9), name
 
 
-def test_no_bit_depends_on_the_size_of_buckets(trained: Any) -> None:
+@pytest.mark.parametrize("recipe", ["buckets", "apart"])
+def test_no_bit_depends_on_the_size_of_buckets(trained: Any, recipe: str) -> None:
     """Roots are added element by element in one order, however many elements are sent at once."""
     flags = ("--shards", 4, "--micro-batches", 2)
     reference = trained("buckets", *flags, cwd="one", env={"BUCKET_MB": "25"})
     for ranks in (2, 3):
         counts = []
         for size in ("0.001", "0.03", "25"):
-            ended = trained("buckets", *flags, ranks=ranks, cwd=f"{ranks}-{size}", env={"BUCKET_MB": size})
+            env = {"BUCKET_MB": size, "RECIPE": "buckets"}
+            ended = trained(recipe, *flags, ranks=ranks, cwd=f"{ranks}-{size}", env=env)
             assert ended.bits == reference.bits, (ranks, size)
             counts.append(int(ended.stdout.split("buckets: ")[1]))
         assert counts[0] > counts[1] > counts[2] > 0

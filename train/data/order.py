@@ -9,15 +9,18 @@ OOPSLA 2014). Integers only, so the order is the same with every version of torc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
 
 SPEC = "feistel-6-splitmix64/1"
 
+Ints = npt.NDArray[np.int64]
+
 _ROUNDS = 6
+_LOOKED_UP = 16  # bits of a round's input up to which all its values are computed once and kept
 _MASK64 = (1 << 64) - 1
 
 
@@ -54,26 +57,40 @@ def extend_each(state: int, parts: Sequence[int]) -> list[int]:
     return keys
 
 
-def permute(positions: npt.NDArray[np.int64], n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def permute(positions: Ints, n: int, seed: int, epoch: int) -> Ints:
     """Sample ids, shape and dtype of `positions` (int64, each in [0, n)), for one epoch's order of `range(n)`."""
     if n < 2:
         return np.zeros_like(positions)
     half = max(1, ((n - 1).bit_length() + 1) // 2)
-    keys = [np.uint64(key(seed, epoch, number)) for number in range(_ROUNDS)]
-    ids = _rounds(positions.astype(np.uint64), half, keys)
+    functions = _round_functions(half, tuple(key(seed, epoch, number) for number in range(_ROUNDS)))
+    ids = _rounds(positions, half, functions)
     outside = np.flatnonzero(ids >= n)
     while outside.size:
-        ids[outside] = _rounds(ids[outside], half, keys)
-        outside = outside[ids[outside] >= n]
-    return ids.astype(np.int64)
+        walked = _rounds(ids[outside], half, functions)
+        ids[outside] = walked
+        outside = outside[walked >= n]
+    return ids
 
 
-def _rounds(values: npt.NDArray[np.uint64], half: int, keys: list[np.uint64]) -> npt.NDArray[np.uint64]:
-    mask = np.uint64((1 << half) - 1)
-    left, right = values >> np.uint64(half), values & mask
-    for round_key in keys:
-        left, right = right, left ^ (_mix(right ^ round_key) & mask)
-    return (left << np.uint64(half)) | right
+def _rounds(values: Ints, half: int, functions: Sequence[Callable[[Ints], Ints]]) -> Ints:
+    left, right = values >> half, values & ((1 << half) - 1)
+    for function in functions:
+        left, right = right, left ^ function(right)
+    return (left << half) | right
+
+
+@lru_cache(maxsize=2)
+def _round_functions(half: int, keys: tuple[int, ...]) -> list[Callable[[Ints], Ints]]:
+    """The function of each round; looked up where all its values are few."""
+    functions = [partial(_round, half=half, round_key=np.uint64(round_key)) for round_key in keys]
+    if half > _LOOKED_UP:
+        return list(functions)
+    inputs = np.arange(1 << half)
+    return [function(inputs).take for function in functions]
+
+
+def _round(right: Ints, half: int, round_key: np.uint64) -> Ints:
+    return (_mix(right.astype(np.uint64) ^ round_key) & np.uint64((1 << half) - 1)).astype(np.int64)
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -66,6 +66,7 @@ class ArenaExchange:
     world_size: int
     shards: int
     otherwise: Exchange
+    through: str = "shared memory"
     _waiting: deque[_Landing] = field(default_factory=deque)  # for room
     _written: list[_Landing] = field(default_factory=list)
     _half: int = 0

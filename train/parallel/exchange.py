@@ -43,7 +43,15 @@ class Flight(Protocol):
 
 
 class Exchange(Protocol):
-    """Starts flights; `present` is the number of shards that are not empty in this step."""
+    """Starts flights; `present` is the number of shards that are not empty in this step.
+
+    Attributes:
+        through: what carries them, for people.
+    """
+
+    @property
+    def through(self) -> str:
+        """See the class."""
 
     def start(self, mine: list[Tensor], like: Tensor, present: int) -> Flight:
         """Send this rank's present roots, flat tensors of one shape; `like` gives the shape where there are none."""
@@ -101,6 +109,7 @@ class TreeExchange:
     rank: int
     world_size: int
     shards: int
+    through: str = "the process group"
 
     def start(self, mine: list[Tensor], like: Tensor, present: int) -> Flight:
         """Send the roots; with two ranks and one root each a plain all_reduce has the tree's bits."""
@@ -139,6 +148,7 @@ class BackendExchange:
     rank: int
     world_size: int
     shards: int
+    through: str = "the backend's all_reduce"
 
     def start(self, mine: list[Tensor], like: Tensor, present: int) -> Flight:  # noqa: ARG002 (Exchange's form)
         """Add this rank's roots and all_reduce the sum."""

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory 
 class Refusing:
     """What does not fit goes elsewhere; here, nothing should."""
 
+    through = "nothing"
+
     def start(self, mine: list[Tensor], like: Tensor, present: int) -> Flight:
         raise AssertionError(f"{like.numel()} numbers of {present} shards went elsewhere")
 

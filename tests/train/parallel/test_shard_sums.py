@@ -22,6 +22,7 @@ class Noting:
 
     exchange: Exchange
     starts: list[int] = field(default_factory=list)
+    through: str = "a test"
 
     def start(self, mine: list[Tensor], like: Tensor, present: int) -> Flight:
         self.starts.append(present)
