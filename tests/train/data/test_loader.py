@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -48,16 +49,18 @@ def batches(
         for rank in range(world)
     ]
     streams: list[Iterator[Any]] = []
-    for sampler in samplers:
-        sampler.set_epoch(epoch)
-        loader = build_loader(dataset, sampler, collate_fn=more.get("collate_fn"), num_workers=workers, device=CPU)
-        streams.append(iter(loader))
-    return [
-        next(streams[rank])
-        for plan in samplers[0].plans()
-        for rank in range(world)
-        for _ in plan.present(samplers[rank].owned)
-    ]
+    with contextlib.ExitStack() as opened:
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            loader = build_loader(dataset, sampler, collate_fn=more.get("collate_fn"), num_workers=workers, device=CPU)
+            opened.callback(loader.close)
+            streams.append(iter(loader))
+        return [
+            next(streams[rank])
+            for plan in samplers[0].plans()
+            for rank in range(world)
+            for _ in plan.present(samplers[rank].owned)
+        ]
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
