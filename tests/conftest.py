@@ -130,6 +130,7 @@ class RankServer:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
+        self.process.terminate()  # a loader's worker of a failed test may hold the pipe too, so no end of it comes
         self.process.wait(timeout=30)
         self.process.stdout.close()
 
