@@ -3,7 +3,7 @@
 Ranks on one host need no network to add up gradients: gloo moves them through loopback sockets and its own threads,
 which costs ten times what reading the other's memory does. A rank's memory is anonymous (memfd_create) and travels as
 a descriptor over a Unix socket of the abstract namespace, so that nothing has a name that could be left behind. The
-same sockets then carry one byte a meeting, and tell of a rank that has died.
+same sockets then carry one word a meeting, which says what it is for, and tell of a rank that has died.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MEMORY_BYTES = 64 << 20  # of a rank; pages that are never written take none
 LETTER_BYTES = 256 << 10  # that `gather` takes
 MOST_RANKS = 64  # of a host: each pair has a socket
 _HELLO = struct.Struct("=16sI")  # token, rank
+_WORD = struct.Struct("=I")
 _LINK_SECONDS = 30.0
 
 
@@ -64,19 +65,26 @@ class Arena:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", patience, 0))
         _open.add(self)
 
-    def meet(self) -> None:
+    def meet(self, *about: int) -> None:
         """Wait until every rank is here; what each has written before can be read then. A collective.
 
+        Args:
+            about: what the meeting is for, the same numbers on every rank.
+
         Raises:
-            RuntimeError: a rank has died, or did not come in time.
+            RuntimeError: a rank has died, did not come in time, or came for something else.
         """
         self.meetings += 1
+        word = _WORD.pack(hash((self.meetings, *about)) & 0xFFFFFFFF)
         try:
             for peer in self._peers.values():
-                peer.send(b".")
+                peer.send(word)
             for rank, peer in self._peers.items():
-                if not peer.recv(1):
+                heard = peer.recv(_WORD.size, socket.MSG_WAITALL)
+                if not heard:
                     raise RuntimeError(f"Connection closed by peer: rank {rank}")
+                if heard != word:
+                    raise RuntimeError(f"mismatch between collectives: rank {rank} is in another one than this rank")
         except BlockingIOError as error:
             raise RuntimeError(f"a rank did not come within {self._patience} s") from error
         except ConnectionError as error:
@@ -88,7 +96,7 @@ class Arena:
         size = tensor.numel() * tensor.element_size()
         letters = [memory[begin : begin + size].view(tensor.dtype).view(tensor.shape) for memory in self.memory]
         letters[self.rank].copy_(tensor)
-        self.meet()
+        self.meet(size)
         return torch.stack(letters)
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ class ArenaExchange:
 
     def settle(self) -> None:
         """Find the totals of all that was written. A collective."""
-        self.arena.meet()
+        self.arena.meet(*[landing.total.numel() for landing in self._written], self._used)
         in_slices = [landing for landing in self._written if self.world_size > 2 and landing.stride > _SMALL]
         for landing in self._written:
             if landing in in_slices:
@@ -98,7 +98,7 @@ class ArenaExchange:
                 _add_up((0, self.shards), landing.roots, landing.total)
             landing.settled = True
         if in_slices:
-            self.arena.meet()
+            self.arena.meet(len(in_slices))
         for landing in in_slices:
             for rank, part in enumerate(landing.first):
                 lo, hi = self._slice(landing, rank)

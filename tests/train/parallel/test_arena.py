@@ -87,6 +87,26 @@ def test_a_rank_that_lives_but_does_not_come_is_waited_for_so_long_only(arenas):
         found[0].meet()
 
 
+def test_ranks_that_meet_for_different_things_are_told_so(arenas):
+    def enter(arena: Arena) -> None:
+        arena.gather(torch.ones(3))
+        with pytest.raises(RuntimeError, match=f"mismatch between collectives: rank {1 - arena.rank} "):
+            arena.gather(torch.ones(3 + arena.rank))
+
+    together(arenas(2), enter)
+
+
+def test_a_rank_that_left_out_a_meeting_is_told_so(arenas):
+    found = arenas(2)
+    found[1].meetings += 1
+
+    def enter(arena: Arena) -> None:
+        with pytest.raises(RuntimeError, match="mismatch between collectives"):
+            arena.meet()
+
+    together(found, enter)
+
+
 def test_ranks_on_several_hosts_have_none(monkeypatch):
     about = under_test._Seat.about
     monkeypatch.setattr(under_test._Seat, "about", lambda seat: about(seat) | {"host": str(id(seat))})
