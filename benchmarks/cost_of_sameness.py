@@ -1,4 +1,4 @@
-"""What exact sameness costs: samestep exact, samestep fast and a hand-written DDP loop, alternately in one process.
+"""What exact sameness costs: samestep exact (in shared memory, and through gloo), fast, and hand-written DDP in turns.
 
     torchrun --nproc-per-node W benchmarks/cost_of_sameness.py {small,large} [V]
 
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ from samestep.launcher.contract import RunDir
 from samestep.train import Components, TrainConfig, environment, leave, supervised
 from samestep.train.assemble import Setting, assemble
 from samestep.train.data.sampler import epoch_plans
-from samestep.train.parallel.group import Membership, join, pick_device
+from samestep.train.parallel.group import Membership, RankGroup, join, pick_device
 
 # features, width, global batch, steps a round; "heavy" is the one where computing is most of a step on 2 cores
 SIZES = {"small": (64, 256, 64, 100), "large": (512, 2048, 256, 20), "heavy": (512, 2048, 2048, 3)}
@@ -73,8 +74,8 @@ def ours(
     model, optimizer, data, batch, _ = make(size)
     config = TrainConfig(global_batch_size=batch, reduction=reduction)
     components = Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=data)
-    run_dir = RunDir(folder / reduction)
-    run_dir.path.mkdir(exist_ok=True)
+    run_dir = RunDir(folder)
+    run_dir.path.mkdir()
     run = assemble(components, Setting(config, member, run_dir, shards, 0, {"seed": 0}), lambda step, phase: None)
     leave.end_hard(run)
 
@@ -103,9 +104,12 @@ def main(size: str, shards: int | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         contenders = {
             "hand-written": hand_written(size, member),
-            "exact": ours(size, member, shards, "exact", Path(folder)),
-            "fast": ours(size, member, shards, "fast", Path(folder)),
+            "exact": ours(size, member, shards, "exact", Path(folder) / "exact"),
+            "fast": ours(size, member, shards, "fast", Path(folder) / "fast"),
         }
+        if isinstance(member.group, RankGroup):  # what ranks on several hosts do, without their network
+            apart = replace(member, group=replace(member.group, arena=None))
+            contenders["apart"] = ours(size, apart, shards, "exact", Path(folder) / "apart")
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for run in contenders.values():
             run(3)  # first steps wrap the model and import what optimizers need

@@ -108,7 +108,7 @@ def train(
         reason = post_mortem.look(leave.loader_death(seen), os.environ, env.rank)
         progress.failed(reason, env, run_dir, generation)
         if leave.is_consequence(reason):
-            print(f"rank {env.rank} stopped: the connection to another rank broke", file=sys.stderr, flush=True)
+            print(_prefix(env.rank) + "stopped: the connection to another rank broke", file=sys.stderr, flush=True)
             raise SystemExit(1) from reason
         if reason is not seen:
             raise reason from seen
