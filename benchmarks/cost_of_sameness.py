@@ -34,7 +34,7 @@ from samestep.train.parallel.group import Membership, RankGroup, join, pick_devi
 
 # features, width, global batch, steps a round; "heavy" is the one where computing is most of a step on 2 cores
 SIZES = {"small": (64, 256, 64, 100), "large": (512, 2048, 256, 20), "heavy": (512, 2048, 2048, 3)}
-ROUNDS = 9
+ROUNDS = 7
 
 
 def make(size: str) -> tuple[nn.Module, torch.optim.Optimizer, TensorDataset, int, int]:
