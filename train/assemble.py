@@ -33,7 +33,6 @@ from samestep.train.observe.reporter import EventLog, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.agreement import PACE_SECONDS, Agreement
-from samestep.train.parallel.arena_exchange import ArenaExchange
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.exchange import BackendExchange, Exchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -41,6 +40,7 @@ from samestep.train.parallel.group import Group, Membership
 from samestep.train.parallel.hooks import compression_hook
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shard_sums import ShardSums
+from samestep.train.parallel.shared_memory_exchange import ArenaExchange
 from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling, scaling
 from samestep.train.signals import StopSignals

@@ -14,7 +14,7 @@ _HEADER = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+ .*\(most recent call
 _LINE = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$')
 _NAME_CHARS = 100  # a C++ template can fill a screen
 # torch's, and our own that call them or wait by themselves
-_COLLECTIVE = re.compile(r"/torch/distributed/|/parallel/(group|exchange|arena)\.py$")
+_COLLECTIVE = re.compile(r"/torch/distributed/|/parallel/(group|exchange|shared_memory)\.py$")
 
 
 @dataclass(frozen=True, slots=True)

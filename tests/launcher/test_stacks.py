@@ -136,6 +136,7 @@ def spied(*files):
         # what is above our first frame is only the script's call of train
         (["/usr/lib/python3.11/queue.py", f"{OURS}/step.py", "recipe.py"], "", False),
         ([f"{OURS}/parallel/exchange.py", f"{OURS}/step.py", "recipe.py"], "", True),
+        ([f"{OURS}/parallel/shared_memory.py", f"{OURS}/step.py", "recipe.py"], "", True),
         (["/v/site-packages/torch/distributed/distributed_c10d.py", "recipe.py"], "recipe.py:2 in f1", True),
         (["libc.so.6", "/v/site-packages/torch/distributed/distributed_c10d.py"], "", True),
         ([], "", False),

@@ -30,8 +30,8 @@ from samestep.launcher.contract import (
     UsageError,
     WorkerEnv,
 )
-from samestep.train.parallel.arena import LETTER_BYTES, Arena, open_arena
 from samestep.train.parallel.meet import meet
+from samestep.train.parallel.shared_memory import LETTER_BYTES, Arena, open_arena
 
 # torch 2.13 gave the collective a new name and warns about the old one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

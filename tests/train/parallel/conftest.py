@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from samestep.train.parallel.arena import Arena, open_arena
+from samestep.train.parallel.shared_memory import Arena, open_arena
 from tests.train.parallel.thread_ranks import each_rank
 
 

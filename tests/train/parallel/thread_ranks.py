@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from samestep.train.parallel.arena import Arena
+from samestep.train.parallel.shared_memory import Arena
 
 DEADLINE = 60.0
 

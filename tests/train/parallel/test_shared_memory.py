@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from samestep.train.parallel import arena as under_test
-from samestep.train.parallel.arena import LETTER_BYTES, Arena, open_arena
+from samestep.train.parallel import shared_memory as under_test
+from samestep.train.parallel.shared_memory import LETTER_BYTES, Arena, open_arena
 from tests.train.parallel.thread_ranks import Seated, each_rank, together
 
 needs_memfd = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory is shared on Linux only")
@@ -61,6 +61,13 @@ def test_a_rank_that_is_gone_is_noticed_by_those_who_wait_for_it(arenas):
             arena.meet()
 
     together(arenas(2), leave_or_wait)
+
+
+def test_a_connection_that_ends_is_no_word(arenas):
+    found = arenas(2)
+    found[1]._peers[0].shutdown(socket.SHUT_WR)
+    with pytest.raises(RuntimeError, match="Connection closed by peer: rank 1"):
+        found[0].meet()
 
 
 def test_a_forked_child_does_not_keep_the_connection_of_its_parent_open(arenas):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from samestep.train.parallel import arena_exchange as under_test
-from samestep.train.parallel.arena import Arena
-from samestep.train.parallel.arena_exchange import ArenaExchange
+from samestep.train.parallel import shared_memory_exchange as under_test
 from samestep.train.parallel.exchange import Flight, present_roots
 from samestep.train.parallel.shards import tree_sum
+from samestep.train.parallel.shared_memory import Arena
+from samestep.train.parallel.shared_memory_exchange import ArenaExchange
 from tests.train.parallel.thread_ranks import together
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory is shared on Linux only")

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from samestep.train.parallel.arena import Arena
 from samestep.train.parallel.exchange import Exchange, Flight, present_roots
 from samestep.train.parallel.shards import Span, midpoint, slice_of, tree_sum
+from samestep.train.parallel.shared_memory import Arena
 
 _ALIGNED = 64  # bytes
 _SMALL = 1 << 17  # bytes up to which each rank adds up all of it: a second meeting would take longer
@@ -48,8 +48,7 @@ class _Landing:
         return max(map(len, self.by_rank)) * self.stride
 
     def advance(self) -> None:
-        """See Flight."""
-        self.exchange.make_room()
+        """Nothing moves before the total is asked for."""
 
     def finish(self) -> Tensor:
         """See Flight."""
@@ -81,11 +80,6 @@ class ArenaExchange:
         self._waiting.append(landing)
         self._write()
         return landing
-
-    def make_room(self) -> None:
-        """Settle what was written if something waits for its place. A collective then."""
-        if self._waiting:
-            self.settle()
 
     def settle(self) -> None:
         """Find the totals of all that was written. A collective."""
