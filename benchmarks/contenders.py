@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 from samestep.launcher.contract import RunDir
@@ -82,7 +83,7 @@ def classes(model: Any, batch: Any) -> Tensor:
 
 
 def characters(model: Any, lines: Tensor) -> Tensor:
-    return F.cross_entropy(model(lines[:, :-1]).transpose(1, 2), lines[:, 1:], ignore_index=0)
+    return F.cross_entropy(model(lines[:, :-1]).flatten(0, 1), lines[:, 1:].flatten(), ignore_index=0)
 
 
 WORKLOADS = {
@@ -97,6 +98,7 @@ WORKLOADS = {
 def samestep(workload: Workload, member: Membership, folder: Path, **more: Any) -> Steps:
     """The loop that `train` runs, with its reports; only the checkpoint at the end is left out."""
     components = workload.make()
+    components.model.to(member.device)
     config = TrainConfig(global_batch_size=workload.batch, max_steps=0, epochs=10**6, num_workers=0, **more)
     folder.mkdir(exist_ok=True)
     setting = Setting(config, member, RunDir(folder), member.group.world_size, 0, {"seed": 0})
@@ -119,7 +121,7 @@ def samestep(workload: Workload, member: Membership, folder: Path, **more: Any) 
 def hand_written(workload: Workload, member: Membership, folder: Path) -> Steps:
     components = workload.make()
     rank, world_size = member.group.rank, member.group.world_size
-    model: Any = components.model
+    model: Any = components.model.to(member.device)
     if world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         leave.end_hard(model)
@@ -134,6 +136,8 @@ def hand_written(workload: Workload, member: Membership, folder: Path) -> Steps:
 
     whole = isinstance(data, Tensor) or type(data) is TensorDataset
     batches = indexed() if whole else _batches(_plain_loader(components, workload, member))
+    if member.device.type == "cuda":
+        batches = _copied(batches, member.device)
     backward = Tensor.backward
     return _steps(batches, lambda batch: workload.mean_loss(model, batch), backward, optimizer, scheduler)
 
@@ -142,8 +146,8 @@ def accelerate_loop(workload: Workload, member: Membership, folder: Path) -> Ste
     from accelerate import Accelerator
 
     components = workload.make()
-    accelerator = Accelerator(cpu=True)
-    loader = DataLoader(components.train_data, batch_size=_share(workload, member), shuffle=True, drop_last=True)
+    accelerator = Accelerator(cpu=member.device.type == "cpu")
+    loader = _shuffled(components, workload, member)
     model, optimizer, loader, scheduler = accelerator.prepare(
         components.model, components.optimizer, loader, components.scheduler
     )
@@ -158,12 +162,13 @@ def fabric_loop(workload: Workload, member: Membership, folder: Path) -> Steps:
 
     components = workload.make()
     world_size = member.group.world_size
-    fabric: Any = Fabric(accelerator="cpu", devices=world_size, strategy="ddp" if world_size > 1 else "auto")
+    strategy = "ddp" if world_size > 1 else "auto"
+    fabric: Any = Fabric(accelerator=member.device.type, devices=world_size, strategy=strategy)
     fabric.launch()
     model, optimizer = fabric.setup(components.model, components.optimizer)
     leave.end_hard(model)
-    plain = DataLoader(components.train_data, batch_size=_share(workload, member), shuffle=True, drop_last=True)
-    batches, scheduler = _batches(fabric.setup_dataloaders(plain)), components.scheduler
+    plain = fabric.setup_dataloaders(_shuffled(components, workload, member))
+    batches, scheduler = _batches(plain), components.scheduler
     backward = fabric.backward
     return _steps(batches, lambda batch: workload.mean_loss(model, batch), backward, optimizer, scheduler)
 
@@ -191,6 +196,18 @@ def _steps(
 
 def _share(workload: Workload, member: Membership) -> int:
     return workload.batch // member.group.world_size
+
+
+def _shuffled(components: Components, workload: Workload, member: Membership) -> Any:
+    pinned = member.device.type == "cuda"
+    share = _share(workload, member)
+    return DataLoader(components.train_data, share, shuffle=True, drop_last=True, pin_memory=pinned)
+
+
+def _copied(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """On the device, from pinned memory, so that the host does not wait."""
+    for batch in batches:
+        yield pytree.tree_map_only(Tensor, lambda part: part.pin_memory().to(device, non_blocking=True), batch)
 
 
 def _plain_loader(components: Components, workload: Workload, member: Membership) -> Any:

@@ -1,6 +1,6 @@
 """What a loop costs beside its arithmetic: four loops alternately in one process group, on one workload.
 
-    torchrun --nproc-per-node W benchmarks/loop_overhead.py WORKLOAD ROUNDS
+    torchrun --nproc-per-node W benchmarks/loop_overhead.py WORKLOAD ROUNDS [DEVICE]
 
 Rank zero prints one JSON line: median milliseconds a step, and median and spread of the ratios to the hand-written loop
 of the same round, so a machine that slows down slows all of them.
@@ -18,6 +18,7 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
 from contenders import WORKLOADS, Steps, accelerate_loop, fabric_loop, hand_written, samestep
 
 from samestep.launcher import who_started
@@ -27,10 +28,10 @@ from samestep.train.parallel.group import join, pick_device
 LOOPS = {"hand-written": hand_written, "samestep": samestep, "accelerate": accelerate_loop, "fabric": fabric_loop}
 
 
-def main(name: str, rounds: int) -> None:
+def main(name: str, rounds: int, device: str = "cpu") -> None:
     env = who_started.worker(os.environ)
     environment.pin(1, False)
-    member = join(env, pick_device("cpu", env))
+    member = join(env, pick_device(device, env))
     environment.pin(1, False)
     leave.end_hard(member)
     workload = WORKLOADS[name]
@@ -47,6 +48,8 @@ def main(name: str, rounds: int) -> None:
                 member.group.barrier()
                 begin = time.perf_counter()
                 train(workload.steps)
+                if device != "cpu":
+                    torch.cuda.synchronize()
                 member.group.barrier()
                 seconds[loop].append((time.perf_counter() - begin) / workload.steps)
     if env.rank == 0:
@@ -69,4 +72,4 @@ def table(seconds: dict[str, list[float]]) -> dict[str, dict[str, object]]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

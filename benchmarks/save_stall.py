@@ -28,7 +28,7 @@ from samestep.launcher import manifest
 from samestep.launcher.contract import RunDir
 from samestep.train import Components, supervised
 from samestep.train.observe.reporter import Reporter
-from samestep.train.parallel.agreement import Agreement
+from samestep.train.parallel.agreement import Agreement, AtOnce
 from samestep.train.parallel.group import SoloGroup
 from samestep.train.scaling import Unscaled
 from samestep.train.state.saver import Clock, Schedule, WritingSaver
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
     components = Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=data)
     state = TrainState(components, Unscaled(), None, {"seed": 0})
     run_dir = RunDir(folder / "ours")
-    agreement = Agreement(SoloGroup(), torch.device("cpu"), lambda: 0, lambda: False)
+    agreement = Agreement(SoloGroup(), AtOnce(SoloGroup()), lambda: 0, lambda: False)
     saver = WritingSaver(Schedule(None, Clock(None), agreement), run_dir, 0, 2)
     reporter = Reporter()
 

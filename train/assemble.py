@@ -32,15 +32,15 @@ from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import EventLog, RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
-from samestep.train.parallel.agreement import PACE_SECONDS, Agreement
+from samestep.train.parallel.agreement import PACE_SECONDS, Agreement, exchange_of
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.exchange import BackendExchange, Exchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group, Membership
 from samestep.train.parallel.hooks import compression_hook
 from samestep.train.parallel.reduction import GradientReducer
-from samestep.train.parallel.shard_sums import ShardSums
 from samestep.train.parallel.shared_memory_exchange import ArenaExchange
+from samestep.train.parallel.step_sums import step_sums
 from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling, scaling
 from samestep.train.signals import StopSignals
@@ -122,7 +122,8 @@ def _saver(setting: Setting) -> tuple[Saver, Agreement]:
     config, group = setting.config, setting.member.group
     clock = Clock(config.seconds_between_checkpoints)
     pace = min(PACE_SECONDS, clock.every_seconds or PACE_SECONDS)
-    agreement = Agreement(group, setting.device, lambda: setting.signals.signum, clock.late, pace)
+    exchange = exchange_of(group, setting.device)
+    agreement = Agreement(group, exchange, lambda: setting.signals.signum, clock.late, pace)
     schedule = Schedule(config.checkpoint_every, clock, agreement)
     if group.rank != 0:
         return Saver(schedule), agreement
@@ -141,7 +142,7 @@ def _step(
 ) -> OptimizerStep:
     config, group, device, shards = setting.config, setting.member.group, setting.device, setting.shards
     clock = (CudaClock if device.type == "cuda" else HostClock)(time.perf_counter, setting.pulse.enter)
-    exchange = _exchange(config.reduction, group, shards)
+    exchange = _exchange(config.reduction, group, shards, device)
     reducer = GradientReducer(
         components.model,
         setting.member.accelerator,
@@ -166,18 +167,19 @@ def _step(
         else NoBuffers(),
         micro_batches=_micro_batches(components, setting),
         tally=StepTally(group, device),
-        sums=ShardSums(group, exchange, shards, device),
+        sums=step_sums(group, exchange, shards, device),
         clock=clock,
         follow=_nobody if ema is None else ema.update_parameters,
         warn=reporter.warning,
     )
 
 
-def _exchange(reduction: str, group: Group, shards: int) -> Exchange:
+def _exchange(reduction: str, group: Group, shards: int, device: torch.device) -> Exchange:
     """How partial sums become totals: through memory where ranks share it, else through the backend."""
     if reduction != "exact":
         return BackendExchange(group.rank, group.world_size, shards)
-    tree = TreeExchange(group.rank, group.world_size, shards)
+    aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    tree = TreeExchange(group.rank, group.world_size, shards, aside)
     return tree if group.arena is None else ArenaExchange(group.arena, group.world_size, shards, tree)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from samestep.train.data.loader import Loader
 from samestep.train.data.rng import seed_evaluation
 from samestep.train.data.sampler import SameOrderSampler
-from samestep.train.observe.tally import scalar
+from samestep.train.observe.tally import Value, Values, table
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import owned_span
 from samestep.train.recipe import Loss, weigh
@@ -49,7 +49,7 @@ class Evaluator:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """One value a function, in float64: sum of totals over sum of weights, in the dataset's order."""
-        rows: list[Tensor] = []
+        rows: list[Values] = []
         self.state_metrics.begin()
         with evaluation_mode(model):
             batches = iter(self.loader)
@@ -68,22 +68,23 @@ class Evaluator:
             values[name] = total / weight if weight else float("nan")
         return values | self.state_metrics.values()
 
-    def _row(self, model: nn.Module, batch: Any, samples: int) -> Tensor:
-        values = []
+    def _row(self, model: nn.Module, batch: Any, samples: int) -> Values:
+        values: list[Value] = []
         with self.autocast:
             for name, function in self.functions.items():
                 outcome = weigh(function(model, batch), samples, name)
-                values += [outcome.total.double().reshape(()), scalar(outcome.weight, self.device)]
-        return torch.stack(values)
+                weight = outcome.weight.reshape(()) if isinstance(outcome.weight, Tensor) else outcome.weight
+                values += [outcome.total.reshape(()), weight]
+        return [values]
 
-    def _in_order(self, rows: list[Tensor]) -> Tensor:
+    def _in_order(self, rows: list[Values]) -> Tensor:
         """Rows of all ranks, in the order of steps and shards, whoever computed them."""
         group, sampler = self.group, self.sampler
         spans = [owned_span(rank, group.world_size, sampler.shards) for rank in range(group.world_size)]
         counts = [sum(len(plan.present(span)) for plan in sampler.plans()) for span in spans]
         mine = torch.zeros(max(counts), 2 * len(self.functions), dtype=torch.float64, device=self.device)
         if rows:
-            mine[: len(rows)] = torch.stack(rows)
+            mine[: len(rows)] = table(rows, 1, mine.shape[1], self.device)[:, 0]
         by_rank = [iter(part) for part in group.gather(mine).cpu()]
         return torch.stack(
             [next(by_rank[r]) for plan in sampler.plans() for r, s in enumerate(spans) for _ in plan.present(s)]

@@ -32,8 +32,13 @@ Rows = Sequence[Sequence[Tensor | float]]  # of this rank's shards in a step, th
 def start_of_backward(loss: Tensor) -> Tensor:
     """What backward starts from: exactly one, or NaN where `loss`, a scalar, is not finite."""
     if loss.device.type != "cpu":
-        return loss.detach() * 0 + 1  # without waiting for the device
+        return torch.add(_one(loss.dtype, loss.device), loss.detach(), alpha=0)  # without waiting for the device
     return _filled(1.0 if math.isfinite(loss.item()) else math.nan, loss.dtype, loss.shape)
+
+
+@lru_cache(maxsize=16)
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=16)

@@ -19,8 +19,8 @@ from samestep.train.observe.phases import PhaseClock
 from samestep.train.observe.tally import StepTally, Values
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
-from samestep.train.parallel.shard_sums import ShardSums
 from samestep.train.parallel.shards import MicroBatch, StepPlan
+from samestep.train.parallel.step_sums import StepSums, Sums
 from samestep.train.recipe import Components, objective, require_gradient, weigh
 from samestep.train.scaling import Scaling
 
@@ -39,7 +39,7 @@ class OptimizerStep:
     buffers: BufferCombiner | NoBuffers
     micro_batches: MicroBatches
     tally: StepTally
-    sums: ShardSums
+    sums: StepSums
     clock: PhaseClock
     follow: Callable[[nn.Module], None]  # the moving average of the weights, told after each update
     warn: Callable[[str], None]
@@ -49,7 +49,7 @@ class OptimizerStep:
         self.reducer.begin(plan)
         self.buffers.begin(plan)
         self.tally.begin(plan, self.reducer.mine)
-        self.sums.begin(plan, self.tally.width + self.buffers.width)
+        self.sums.begin(plan, self.tally.width, self.buffers.width, self.reducer.sends_after)
 
         for shard in self.reducer.mine:
             self.clock.enter("data")
@@ -66,6 +66,8 @@ class OptimizerStep:
                     target = objective(outcome, plan.samples)
                 require_gradient(target)
                 self.tally.add(outcome, part)
+                if part.last:
+                    self.sums.weigh(shard, self.tally.of_shard())
 
                 self.clock.enter("backward")
                 scaled = self.scaling.scale(target)
@@ -74,7 +76,7 @@ class OptimizerStep:
         self.clock.enter("sync")
         gradients = self.reducer.finish()
         sums = self.sums.finish()
-        self.buffers.finish(sums)
+        self.buffers.finish(sums.buffers)
 
         self.clock.enter("optimizer")
         if self._divide(gradients, sums, plan):
@@ -85,22 +87,19 @@ class OptimizerStep:
         return self.tally.mine
 
     def _computed(self, part: MicroBatch) -> None:
-        """Note what is summed beside the gradients; send it before anything waits for those, where it can be."""
+        """Note what is summed beside the gradients; it is sent before anything waits for those, where it can be."""
         self.buffers.after(part)
-        if part.last and self.sums.width:
-            self.sums.push(part.shard, torch.cat(self.tally.of_shard() + self.buffers.of_shard()))
-            if self.reducer.overlaps and part.shard == self.reducer.mine[-1]:
-                self.sums.start()
+        if part.last:
+            self.sums.add(part.shard, self.buffers.of_shard())
 
-    def _divide(self, gradients: list[Tensor], sums: Tensor, plan: StepPlan) -> bool:
+    def _divide(self, gradients: list[Tensor], sums: Sums, plan: StepPlan) -> bool:
         """Divide by the sum of weights that the loss brought; False where nothing in the batch had weight."""
         if not self.tally.own_weights:
             return True
-        weight = sums[0]
-        if float(weight) == 0.0:  # host-device sync: only for losses that bring their own weights
+        if sums.weight == 0.0:
             self.warn(f"step {plan.step + 1} has no weight in its whole batch: no update")
             return False
-        torch._foreach_div_(gradients, weight)
+        torch._foreach_div_(gradients, sums.weights[0])
         return True
 
     def _update(self) -> None:

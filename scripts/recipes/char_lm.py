@@ -30,7 +30,7 @@ class CharTransformer(nn.Module):
         self.head.weight = self.characters.weight  # tied
 
     def forward(self, ids: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
         return self.head(self.layers(self.characters(ids) + self.positions, mask=mask, is_causal=True))
 
 
@@ -38,7 +38,7 @@ def next_character_loss(model: nn.Module, lines: Tensor) -> Weighted:
     """Sum over characters, weighted by how many there are: short lines are padded with 0, which is not learned."""
     targets = lines[:, 1:]
     logits = model(lines[:, :-1])
-    total = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=0, reduction="sum")
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0, reduction="sum")
     return Weighted(total, (targets != 0).sum())
 
 

@@ -3,7 +3,7 @@
 On a GPU they stay there as tensors; on a CPU, which computes in order, they are read at once, since a number costs less
 than a tensor.
 They wait as they are for the next log interval (see Ledger). Where samples are the weights, every rank knows their sum;
-of a loss that brings its own weights these are also summed over all ranks before the update (see ShardSums).
+of a loss that brings its own weights these are also summed over all ranks before the update (see StepSums).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class StepTally:
         self.group = group
         self.device = device
         self._reads = device.type == "cpu"
+        self._nothing = torch.empty(0, dtype=torch.float64, device=device)
         self.extras: list[str] | None = None  # agreed by all ranks in the first step, as is the next
         self.own_weights = False  # the loss brings weights that are not sample counts
 
@@ -72,9 +73,9 @@ class StepTally:
         """Of this rank's shards in this step, as they were added."""
         return self._values
 
-    def of_shard(self) -> list[Tensor]:
-        """The weight of the shard that was added last, if it has to be summed: float64, shape (1,)."""
-        return [scalar(self._values[-1][1], self.device).reshape(1)] if self.width else []
+    def of_shard(self) -> Tensor:
+        """The weight of the shard that was added last, if it has to be summed: float64, shape (1,), else (0,)."""
+        return scalar(self._values[-1][1], self.device).reshape(1) if self.width else self._nothing
 
     def _kept(self, value: Value) -> Value:
         """The value without its graph: a tensor without dimensions, or the number."""
@@ -129,4 +130,4 @@ def scalar(value: Tensor | float, device: torch.device) -> Tensor:
     """float64 scalar tensor on `device`, without gradient and without reading it."""
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=torch.float64).reshape(())
-    return torch.tensor(float(value), dtype=torch.float64, device=device)
+    return torch.full((), float(value), dtype=torch.float64, device=device)  # without a copy, for which the host waits

@@ -1,7 +1,8 @@
 """What all ranks do after the same step although only some of them know why: a signal came, rank zero's clock ran out.
 
-The ranks exchange two words every few steps, about ten times a second, instead of in each step: a step of a
-millisecond pays nothing for it, and on a GPU the host waits for the device no more often than that.
+The ranks exchange a few words every few steps, about ten times a second, instead of in each step: a step of a
+millisecond pays nothing for it. GPUs exchange them too, and hosts that would wait for that would leave the devices
+without work; there each exchange brings what was said at the one before.
 """
 
 from __future__ import annotations
@@ -11,15 +12,58 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from samestep.train.parallel.group import Group
 
 PACE_SECONDS = 0.1  # a rank that becomes a hundred times slower still hears of a stop within ten seconds
+Words = list[int]  # signal, whether rank zero's clock ran out, microseconds since the last exchange, steps since then
+Exchange = Callable[[Words], list[Words]]  # this rank's words; those of all ranks, by rank
 
 
 def paced(every: int, microseconds: int, pace_seconds: float) -> int:
     """Steps until the next exchange after `every` steps took so long: towards `pace_seconds`, at most doubled. Pure."""
     return min(2 * every, max(1, int(every * pace_seconds * 1e6 / max(1, microseconds))))
+
+
+@dataclass(slots=True)
+class AtOnce:
+    """Gathers on the host."""
+
+    group: Group
+
+    def __call__(self, words: Words) -> list[Words]:
+        """A collective."""
+        rows: list[Words] = self.group.gather(torch.tensor(words)).tolist()
+        return rows
+
+
+@dataclass(slots=True)
+class OneLater:
+    """Gathers on the devices, and reads when it is called again: by then the answer is there."""
+
+    group: Group
+    device: torch.device
+    _answer: Tensor | None = None
+    _there: torch.cuda.Event | None = None
+
+    def __call__(self, words: Words) -> list[Words]:
+        """What the last call gathered, nothing the first time. A collective."""
+        before: list[Words] = []
+        if self._answer is not None and self._there is not None:
+            self._there.synchronize()
+            before = self._answer.tolist()
+        if before and before[0][1]:
+            words = [words[0], 0, *words[2:]]  # it ran out once, and is wound up after this call
+        rows = self.group.gather(torch.tensor(words).pin_memory().to(self.device, non_blocking=True))
+        self._answer = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+        self._there = torch.cuda.current_stream(self.device).record_event()
+        return before
+
+
+def exchange_of(group: Group, device: torch.device) -> Exchange:
+    """How words travel between ranks that compute on `device`."""
+    return OneLater(group, device) if device.type == "cuda" and group.world_size > 1 else AtOnce(group)
 
 
 @dataclass(slots=True)
@@ -31,7 +75,7 @@ class Agreement:
     """
 
     group: Group
-    device: torch.device
+    exchange: Exchange
     signum: Callable[[], int]
     late: Callable[[], bool]
     pace_seconds: float = PACE_SECONDS
@@ -50,9 +94,11 @@ class Agreement:
         if self._steps < self._every:
             return False
         moment = self.now()
-        words = [self.signum(), int(self.late()), int(1e6 * (moment - self._since))]
-        rows = self.group.gather(torch.tensor(words, device=self.device)).tolist()
-        self.stop = next((signum for signum, _, _ in rows if signum), 0)
-        _, late, microseconds = rows[0]
-        self._every, self._steps, self._since = paced(self._every, microseconds, self.pace_seconds), 0, moment
-        return bool(late or self.stop)
+        rows = self.exchange([self.signum(), int(self.late()), int(1e6 * (moment - self._since)), self._steps])
+        self._steps, self._since = 0, moment
+        if not rows:
+            return False
+        self.stop = next((row[0] for row in rows if row[0]), 0)
+        _, due, microseconds, steps = rows[0]
+        self._every = paced(steps, microseconds, self.pace_seconds)
+        return bool(due or self.stop)

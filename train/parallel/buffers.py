@@ -2,7 +2,7 @@
 
 Every shard, and every micro-batch of one, starts from the step's buffers. Afterwards only buffers that some shard
 changed are combined: floating-point ones to their sample-weighted mean over the shards, summed in float64 along the
-tree (see ShardSums); integer ones have to agree. A step of a single shard in one part keeps what that shard left, which
+tree (see StepSums); integer ones have to agree. A step of a single shard in one part keeps what that shard left, which
 float64 carries to other ranks without loss. Unchanged buffers are not touched: a mean of equal values can alter bits.
 """
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import MicroBatch, StepPlan, owned_span
+
+_NOTHING = torch.empty(0, dtype=torch.float64)
 
 
 class BufferCombiner:
@@ -74,19 +76,18 @@ class BufferCombiner:
             weighed = self._flat() if self._single else self._flat() * part.samples
             self._leaf = weighed if part.first or self._leaf is None else self._leaf + weighed
 
-    def of_shard(self) -> list[Tensor]:
-        """What the shard that is over adds to the sum: one float64 tensor of shape (width,), or none."""
+    def of_shard(self) -> Tensor:
+        """What the shard that is over adds to the sum: float64, shape (width,)."""
         leaf, self._leaf = self._leaf, None
-        return [] if leaf is None else [leaf]
+        return _NOTHING if leaf is None else leaf
 
     def finish(self, total: Tensor) -> None:
-        """Leave the combined buffers on every rank; `total` ends with the sum over all shards, `width` numbers."""
+        """Leave the combined buffers on every rank; `total` is the sum over all shards, `width` numbers."""
         self._read()
         if self.changing is None:
             self._agree()
         if not self.changing or not self.width:
             return
-        total = total[-self.width :]
         combined = total if self._single else total / self._plan.samples
         sizes = [self.buffers[name].numel() for name in self._names]
         for name, value in zip(self._names, combined.split(sizes), strict=True):
@@ -155,9 +156,9 @@ class NoBuffers:
     def after(self, part: MicroBatch) -> None:
         """Nothing to take."""
 
-    def of_shard(self) -> list[Tensor]:
+    def of_shard(self) -> Tensor:
         """Nothing to sum."""
-        return []
+        return _NOTHING
 
     def finish(self, total: Tensor) -> None:
         """Nothing to combine."""

@@ -81,34 +81,44 @@ class _TreeFlight:
     work: dist.Work
     world_size: int
     sent: Tensor  # not to be freed before the first collective is through
+    aside: torch.cuda.Stream | None
     total: Tensor | None = field(default=None)
 
     def advance(self) -> None:
         if self.total is not None:
             return
-        self.work.wait()
-        known = dict(zip(self.spans, self.received.unbind(0), strict=True))
-        part = tree_sum((0, self.shards), known, torch.add)
-        assert part is not None
-        if part.numel() < self.cut:
-            part = F.pad(part, (0, self.cut - part.numel()))
-        self.total = part.new_empty(self.world_size * self.cut)
-        self.work = all_gather(self.total, part, async_op=True)
+        with torch.cuda.stream(self.aside):
+            self.work.wait()
+            known = dict(zip(self.spans, self.received.unbind(0), strict=True))
+            part = tree_sum((0, self.shards), known, torch.add)
+            assert part is not None
+            if part.numel() < self.cut:
+                part = F.pad(part, (0, self.cut - part.numel()))
+            self.total = part.new_empty(self.world_size * self.cut)
+            self.work = all_gather(self.total, part, async_op=True)
 
     def finish(self) -> Tensor:
         self.advance()
         assert self.total is not None
-        self.work.wait()
+        with torch.cuda.stream(self.aside):
+            self.work.wait()  # what was allocated beside is used again beside
+        if self.aside is not None:
+            torch.cuda.current_stream(self.aside.device).wait_stream(self.aside)
         return self.total[: self.like.numel()]
 
 
 @dataclass(frozen=True, slots=True)
 class TreeExchange:
-    """The fixed tree over `shards`."""
+    """The fixed tree over `shards`.
+
+    Attributes:
+        aside: on a GPU the stream on which slices are added up: it waits for the other ranks, and backward does not.
+    """
 
     rank: int
     world_size: int
     shards: int
+    aside: torch.cuda.Stream | None = None
     through: str = "the process group"
 
     def start(self, mine: list[Tensor], like: Tensor, present: int) -> Flight:
@@ -137,7 +147,7 @@ class TreeExchange:
             async_op=True,
         )
         return _TreeFlight(
-            like, cut, spans, self.shards, received.view(len(spans), sizes[self.rank]), work, world, sent
+            like, cut, spans, self.shards, received.view(len(spans), sizes[self.rank]), work, world, sent, self.aside
         )
 
 

@@ -124,8 +124,11 @@ class RankGroup:
         return [rows[rank, : lengths[rank]].tobytes() for rank in range(self.world_size)]
 
     def barrier(self) -> None:
-        """Smallest gather: also works where a backend's own barrier would pick another device."""
-        self.gather(torch.zeros(1, device=self.device))
+        """Smallest gather: also works where a backend's own barrier would pick another device.
+
+        It is read, since NCCL makes the device wait for others, and not the host.
+        """
+        self.gather(torch.zeros(1, device=self.device)).cpu()
 
     def collectives(self) -> int:
         """The backend's own count, 0.14 us, and that of meetings."""

@@ -81,6 +81,8 @@ class GradientReducer:
         self._alone = self.group.world_size == 1 and self.present == 1
         self._called = False
         self.overlaps = self._replica is not None and plan.everyone_works(self.group.world_size)
+        # the shard after whose parts other collectives may be issued, between the same ones on every rank
+        self.sends_after = self.mine[-1] if self.overlaps or self.group.world_size == 1 else None
         if self._alone:
             return
         spans = present_roots(self.group.world_size, self.shards, self.present)[self.group.rank]

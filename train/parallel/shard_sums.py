@@ -1,7 +1,4 @@
-"""A few float64 numbers of each shard, summed along the tree: weights of the loss, and what buffers are combined of.
-
-All of a step's travel in one exchange, which is on its way while the ranks wait for their gradients anyway.
-"""
+"""A few float64 numbers of each shard, summed along the tree (see StepSums for which)."""
 
 from __future__ import annotations
 
@@ -27,6 +24,7 @@ class ShardSums:
         """Expect `width` numbers of each shard, on all ranks alike; with 0 nothing is pushed, nor sent."""
         self.width = width
         self._flight: Flight | None = None
+        self._total: Tensor | None = None
         if width:
             self._present = min(plan.samples, self.shards)
             spans = present_roots(self.group.world_size, self.shards, self._present)[self.group.rank]
@@ -47,10 +45,12 @@ class ShardSums:
         self._flight = self.exchange.start(mine, like, self._present)
 
     def finish(self) -> Tensor:
-        """The sums over all shards, float64, shape (width,); starts the exchange if nobody has."""
+        """The sums over all shards, float64, shape (width,), as often as asked; starts the exchange if nobody has."""
         if not self.width:
             return self._nothing
         if self._flight is None:
             self.start()
         assert self._flight is not None
-        return self._flight.finish()
+        if self._total is None:
+            self._total = self._flight.finish()
+        return self._total

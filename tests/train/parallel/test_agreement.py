@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samestep.train.parallel.agreement import Agreement, paced
+from samestep.train.parallel.agreement import Agreement, AtOnce, paced
 from samestep.train.parallel.group import SoloGroup
 
 
@@ -42,8 +42,8 @@ def test_exchanges_come_about_ten_times_a_second(every: int, microseconds: int, 
 
 
 def test_steps_of_a_millisecond_hardly_ever_exchange() -> None:
-    group, moment = Script([0, 0, 0]), 0.0
-    agreement = Agreement(group, torch.device("cpu"), lambda: 0, lambda: False, now=lambda: moment)  # type: ignore[arg-type]
+    group, moment = Script([0, 0, 0, 1]), 0.0
+    agreement = Agreement(group, AtOnce(group), lambda: 0, lambda: False, now=lambda: moment)  # type: ignore[arg-type]
     for number in range(10_000):
         moment = number / 1000
         assert not agreement.after_step()
@@ -52,20 +52,20 @@ def test_steps_of_a_millisecond_hardly_ever_exchange() -> None:
 
 @pytest.mark.parametrize(("mine", "others", "stop"), [(0, 15, 15), (10, 15, 10), (2, 0, 2), (0, 0, 0)])
 def test_the_first_rank_that_was_asked_decides_for_all(mine: int, others: int, stop: int) -> None:
-    group = Script([others, 0, 0])
-    agreement = Agreement(group, torch.device("cpu"), lambda: mine, lambda: False)  # type: ignore[arg-type]
+    group = Script([others, 0, 0, 1])
+    agreement = Agreement(group, AtOnce(group), lambda: mine, lambda: False)  # type: ignore[arg-type]
     assert agreement.after_step() == bool(stop)
     assert agreement.stop == stop
 
 
 def test_only_rank_zeros_clock_counts() -> None:
-    group = Script([0, 1, 0])
-    late = Agreement(group, torch.device("cpu"), lambda: 0, lambda: True)  # type: ignore[arg-type]
-    in_time = Agreement(group, torch.device("cpu"), lambda: 0, lambda: False)  # type: ignore[arg-type]
+    group = Script([0, 1, 0, 1])
+    late = Agreement(group, AtOnce(group), lambda: 0, lambda: True)  # type: ignore[arg-type]
+    in_time = Agreement(group, AtOnce(group), lambda: 0, lambda: False)  # type: ignore[arg-type]
     assert (late.after_step(), late.stop) == (True, 0)
     assert not in_time.after_step()
 
 
 def test_with_a_pace_of_nothing_every_step_is_asked_about() -> None:
-    agreement = Agreement(SoloGroup(), torch.device("cpu"), lambda: 0, lambda: True, pace_seconds=1e-9)
+    agreement = Agreement(SoloGroup(), AtOnce(SoloGroup()), lambda: 0, lambda: True, pace_seconds=1e-9)
     assert all(agreement.after_step() for _ in range(5))

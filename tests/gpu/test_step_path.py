@@ -1,0 +1,144 @@
+"""Between two reports the host runs ahead of the device, and copies run ahead of use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from samestep.train.data.device import _one_ahead, on_device
+from samestep.train.finite import start_of_backward
+from samestep.train.observe.phases import PHASES, CudaClock
+from samestep.train.parallel import exchange
+from samestep.train.parallel.exchange import TreeExchange, _TreeFlight
+from samestep.train.state.checkpoint import Snapshot
+from samestep.train.state.saver import CopyBuffers
+
+LONG = 3_000_000_000  # cycles, more than a second
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def soon(condition: Callable[[], bool], seconds: float = 0.5) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("weigh", ["samples", "mean", "numbers", "tokens"])
+def test_no_step_waits_for_the_device(trained: Any, weigh: str, ranks: int) -> None:
+    flags = ("--weigh", weigh, "--shards", 2, "--num-workers", 0, "--clip-grad-norm", 1.0)
+    assert trained("unwaited", *flags, ranks=ranks).events("run_finished")
+
+
+@pytest.mark.parametrize("weigh", ["samples", "tokens"])
+def test_neither_does_one_of_a_single_shard(trained: Any, weigh: str) -> None:
+    assert trained("unwaited", "--weigh", weigh, "--shards", 1, "--num-workers", 0).events("run_finished")
+
+
+def pinned(count: int) -> Iterator[Tensor]:
+    for number in range(count):
+        yield torch.full((1 << 20,), float(number)).pin_memory()
+
+
+def test_the_next_batch_is_copied_while_the_device_works_on_this_one(device: torch.device) -> None:
+    side = torch.cuda.Stream(device)
+    batches = _one_ahead(pinned(3), device, side)
+    next(batches)
+    torch.cuda._sleep(LONG)
+    working = torch.cuda.current_stream(device).record_event()
+    assert soon(side.query)
+    assert not working.query()
+    torch.cuda.synchronize()
+
+
+def test_copies_are_whole_when_they_are_used_and_stay_until_then(device: torch.device) -> None:
+    """Each is used late, while those after it are on their way and memory is handed out again."""
+    sums = []
+    for batch in on_device(pinned(60), device):
+        torch.cuda._sleep(1_000_000)
+        sums.append(batch.sum())
+    assert [float(total) for total in sums] == [float(number << 20) for number in range(60)]
+
+
+def test_backward_does_not_wait_for_slices_that_are_added_up(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = torch.cuda.Stream(device)
+
+    class Work:
+        """A collective that other ranks are late for."""
+
+        def wait(self) -> None:
+            torch.cuda.current_stream(device).wait_stream(other)
+
+    monkeypatch.setattr(exchange, "all_gather", lambda *_, **__: Work())
+    received, like = torch.arange(6.0, device=device).view(2, 3), torch.zeros(3, device=device)
+    aside = torch.cuda.Stream(device)
+    first, flight = (
+        _TreeFlight(like, 3, [(0, 1), (1, 2)], 2, received, Work(), 1, like, aside)  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    first.finish()  # loading kernels at their first use waits for the device
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(LONG)
+    flight.advance()
+    assert soon(torch.cuda.current_stream(device).record_event().query)
+    assert not other.query()
+    flight.finish()
+    ended = torch.cuda.current_stream(device).record_event()
+    assert not ended.query()
+    ended.synchronize()
+    assert other.query()
+
+
+def test_one_rank_adds_up_its_shards_without_other_streams(device: torch.device) -> None:
+    roots = [torch.full((5,), 2.0, device=device)]
+    assert TreeExchange(0, 1, 4, torch.cuda.Stream(device)).start(roots, roots[0], 4).finish() is roots[0]
+
+
+def test_time_on_the_device_is_attributed_to_its_phase(device: torch.device) -> None:
+    clock = CudaClock(time.perf_counter)
+    readings = []
+    for _ in range(2):
+        for phase in PHASES:
+            clock.enter(phase)
+            if phase == "backward":
+                torch.cuda._sleep(LONG // 10)
+        readings.append(clock.take())
+    for reading in readings:
+        seconds = dict(zip(PHASES, reading(), strict=False))
+        assert seconds["backward"] > 10 * max(seconds[phase] for phase in PHASES if phase != "backward")
+
+
+@pytest.mark.parametrize(("loss", "start"), [(2.5, 1.0), (-0.0, 1.0), (float("inf"), None), (float("nan"), None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_backward_starts_from_one_or_from_nan(
+    device: torch.device, loss: float, start: float | None, dtype: torch.dtype
+) -> None:
+    found = start_of_backward(torch.tensor(loss, dtype=dtype, device=device))
+    assert found.shape == ()
+    assert found.dtype == dtype
+    assert (float(found) == 1.0) if start else bool(found.isnan())
+
+
+def test_a_snapshot_is_of_the_moment_it_was_taken(device: torch.device) -> None:
+    weights = {"w": torch.zeros(1 << 24, device=device)}
+    copies = CopyBuffers()
+    for number in range(3):
+        weights["w"].add_(1)
+        kept = copies.copy(Snapshot(number, weights, {}, {}, {}))
+        weights["w"].add_(100).sub_(100)
+        assert kept.weights["w"].is_pinned()
+        assert kept.weights["w"].device.type == "cpu"
+        assert bool((kept.weights["w"] == number + 1).all())
