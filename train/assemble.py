@@ -141,7 +141,8 @@ def _step(
     reporter: Reporter,
 ) -> OptimizerStep:
     config, group, device, shards = setting.config, setting.member.group, setting.device, setting.shards
-    clock = (CudaClock if device.type == "cuda" else HostClock)(time.perf_counter, setting.pulse.enter)
+    enter = setting.pulse.enter
+    clock = CudaClock(enter) if device.type == "cuda" else HostClock(time.perf_counter, enter)
     exchange = _exchange(config.reduction, group, shards, device)
     reducer = GradientReducer(
         components.model,

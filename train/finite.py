@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from samestep.train.parallel.shards import StepPlan
 MOST_IN_A_ROW = 10  # a run that leaves out more steps than that one after another learns nothing any more
 _SHOWN = 12  # sample ids in a sentence; the file has all
 
-Rows = Sequence[Sequence[Tensor | float]]  # of this rank's shards in a step, the loss first (see StepTally)
+Rows = Sequence[Sequence[SupportsFloat]]  # of this rank's shards in a step, the loss first (see StepTally)
 
 
 def start_of_backward(loss: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def any_not_finite(gradients: Sequence[Tensor]) -> Tensor:
     """Float32 of shape (1,) on the gradients' device: above 0 if one has a NaN or infinity. They keep their bits."""
     device = gradients[0].device
     if device.type != "cpu":
-        return _look(gradients, torch.zeros(1, device=device))
+        return _look(gradients, next(_flags(device)))
     found = _look(_suspects(gradients), _clear())
     if found.item():
         _clear.cache_clear()
@@ -43,6 +43,12 @@ def _look(gradients: Sequence[Tensor], found: Tensor) -> Tensor:
     for same in _by_dtype(gradients) if gradients else ():
         torch._amp_foreach_non_finite_check_and_unscale_(same, found, _one(found.device))
     return found
+
+
+@lru_cache(maxsize=16)
+def _flags(device: torch.device) -> Iterator[Tensor]:
+    """One zero after the other: many are made at once, in the time of one."""
+    return (flag for zeros in iter(partial(torch.zeros, 64, device=device), None) for flag in zeros.split(1))
 
 
 @lru_cache(maxsize=1)

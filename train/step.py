@@ -99,7 +99,9 @@ class OptimizerStep:
         if sums.weight == 0.0:
             self.warn(f"step {plan.step + 1} has no weight in its whole batch: no update")
             return False
-        torch._foreach_div_(gradients, sums.weights[0])
+        # torch divides all at once by a weight of their own type, one after the other by another; the bits are the same
+        alike = all(gradient.dtype == torch.float32 for gradient in gradients)
+        torch._foreach_div_(gradients, sums.weights[0].float() if alike else sums.weights[0])
         return True
 
     def _update(self) -> None:

@@ -88,7 +88,7 @@ def test_a_full_gpu_costs_restarts_in_smaller_parts(trained: Any, tmp_path: Path
     ("wrong", "said"),
     [
         ("nondeterministic", "has no deterministic form here"),
-        ("device", "on cpu"),
+        ("device", "found at least two devices, cuda:0 and cpu"),
         ("infinite", "is not finite"),
         ("label", "device-side assert"),
     ],

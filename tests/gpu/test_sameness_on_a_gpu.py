@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.parametrize("unused", ["--unused", "--no-unused"])
 def test_everything_that_is_hard_has_the_same_bits_on_any_number_of_ranks(trained: Any, unused: str) -> None:
     """Four ranks send one root each, three and two of five shards several, one sends nothing."""
-    flags = ("--shards", 5, "--samples", 56, unused)
+    flags = ("--shards", 5, "--samples", 58, unused)
     alone = trained("everything", *flags, cwd="alone")
     for ranks in (2, 3, 4):
         together = trained("everything", *flags, ranks=ranks, cwd=f"on-{ranks}")

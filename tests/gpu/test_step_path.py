@@ -51,6 +51,13 @@ def pinned(count: int) -> Iterator[Tensor]:
         yield torch.full((1 << 20,), float(number)).pin_memory()
 
 
+def overwritten(count: int) -> Iterator[Tensor]:
+    """Small ones, whose memory the next one takes."""
+    memory = torch.empty(1 << 14)
+    for number in range(count):
+        yield memory.fill_(number)
+
+
 def test_the_next_batch_is_copied_while_the_device_works_on_this_one(device: torch.device) -> None:
     side = torch.cuda.Stream(device)
     batches = _one_ahead(pinned(3), device, side)
@@ -62,13 +69,26 @@ def test_the_next_batch_is_copied_while_the_device_works_on_this_one(device: tor
     torch.cuda.synchronize()
 
 
-def test_copies_are_whole_when_they_are_used_and_stay_until_then(device: torch.device) -> None:
+@pytest.mark.parametrize(("source", "bits"), [(pinned, 20), (overwritten, 14)])
+def test_copies_are_whole_when_they_are_used_and_stay_until_then(
+    device: torch.device, source: Callable[[int], Iterator[Tensor]], bits: int
+) -> None:
     """Each is used late, while those after it are on their way and memory is handed out again."""
     sums = []
-    for batch in on_device(pinned(60), device):
-        torch.cuda._sleep(1_000_000)
+    for batch in on_device(source(60), device):
+        torch.cuda._sleep(10_000_000)
         sums.append(batch.sum())
-    assert [float(total) for total in sums] == [float(number << 20) for number in range(60)]
+    assert [float(total) for total in sums] == [float(number << bits) for number in range(60)]
+
+
+def test_a_small_copy_from_any_memory_does_not_wait_for_the_device(device: torch.device) -> None:
+    batches = on_device(overwritten(20), device)
+    next(batches)
+    torch.cuda._sleep(LONG)
+    working = torch.cuda.current_stream(device).record_event()
+    assert len(list(batches)) == 19
+    assert not working.query()
+    torch.cuda.synchronize()
 
 
 def test_backward_does_not_wait_for_slices_that_are_added_up(
@@ -108,17 +128,35 @@ def test_one_rank_adds_up_its_shards_without_other_streams(device: torch.device)
 
 
 def test_time_on_the_device_is_attributed_to_its_phase(device: torch.device) -> None:
-    clock = CudaClock(time.perf_counter)
-    readings = []
-    for _ in range(2):
+    clock = CudaClock()
+
+    def step() -> Callable[[], list[float]]:
         for phase in PHASES:
             clock.enter(phase)
             if phase == "backward":
                 torch.cuda._sleep(LONG // 10)
-        readings.append(clock.take())
-    for reading in readings:
-        seconds = dict(zip(PHASES, reading(), strict=False))
-        assert seconds["backward"] > 10 * max(seconds[phase] for phase in PHASES if phase != "backward")
+        return clock.take()
+
+    for _ in range(2):  # what was read is used again
+        for reading in [step() for _ in range(3)]:
+            seconds = dict(zip(PHASES, reading(), strict=False))
+            assert seconds["backward"] > 10 * max(seconds[phase] for phase in PHASES if phase != "backward")
+    assert len(clock._read) == 3 * (len(PHASES) + 1)
+
+
+def test_data_are_what_the_device_had_to_wait_for(device: torch.device) -> None:
+    clock = CudaClock()
+    seconds = []
+    for work in (0, LONG // 10):
+        torch.cuda.synchronize()
+        clock.skip()
+        torch.cuda._sleep(work)
+        clock.enter("data")
+        time.sleep(0.05)
+        clock.enter("forward")
+        seconds.append(clock.take()()[0])
+    assert seconds[0] > 0.045
+    assert seconds[1] < 0.01
 
 
 @pytest.mark.parametrize(("loss", "start"), [(2.5, 1.0), (-0.0, 1.0), (float("inf"), None), (float("nan"), None)])

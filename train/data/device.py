@@ -13,10 +13,13 @@ from torch.utils import _pytree as pytree
 Batch = Any
 
 _HOST_KINDS = (str, bytes, int, float, bool, type(None))
+# So much of pageable memory is taken over before a copy returns, without waiting for the device ("API synchronization
+# behavior" in CUDA's runtime documentation); a stream of its own would cost the host more than the copy the device.
+_SMALL = 1 << 16
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, on `device`; to a GPU they are copied on a stream of their own, one batch ahead of use."""
+    """The same batches, on `device`; large ones go to a GPU on a stream of their own, one batch ahead of use."""
     if device.type == "cuda":
         return _one_ahead(batches, device, torch.cuda.Stream(device))
     return (send_to_device(batch, device) for batch in batches)
@@ -27,29 +30,36 @@ def _one_ahead(batches: Iterator[Batch], device: torch.device, side: Any) -> Ite
     coming = _start_copy(batches, device, side)
     while coming is not None:
         batch, copied = coming
-        use = torch.cuda.current_stream(device)
-        use.wait_event(copied)
-        for leaf in pytree.tree_leaves(batch):
-            if isinstance(leaf, Tensor):
-                leaf.record_stream(use)  # its memory is the side stream's: not to be used again before `use` is done
+        if copied is not None:
+            use = torch.cuda.current_stream(device)
+            use.wait_event(copied)
+            for leaf in pytree.tree_leaves(batch):
+                if isinstance(leaf, Tensor):
+                    leaf.record_stream(
+                        use
+                    )  # its memory is the side stream's: not to be used again before `use` is done
         coming = _start_copy(batches, device, side)
         yield batch
         del batch
 
 
 def _start_copy(batches: Iterator[Batch], device: torch.device, side: Any) -> tuple[Batch, Any] | None:
-    """The next batch on its way and the event after it; None where there is none."""
+    """The next batch on its way and the event after it, if it is on the side; None where there is none."""
     for batch in batches:
         leaves = pytree.tree_leaves(batch)
-        if not all(isinstance(leaf, (Tensor, *_HOST_KINDS)) for leaf in leaves):
-            # A class of its own may hold tensors that record_stream would have to know: copied where it is used.
-            moved = send_to_device(batch, device, non_blocking=True)
-            return moved, torch.cuda.current_stream(device).record_event()
+        # A class of its own may hold tensors that record_stream would have to know.
+        known = all(isinstance(leaf, (Tensor, *_HOST_KINDS)) for leaf in leaves)
+        if not known or all(_is_small(leaf) for leaf in leaves):
+            return send_to_device(batch, device, non_blocking=True), None
         pinned = pytree.tree_map_only(Tensor, _pinned, batch)  # the host would wait for pageable memory
         side.wait_stream(torch.cuda.current_stream(device))  # samples that live on the device may be in the making
         with torch.cuda.stream(side):
             return send_to_device(pinned, device, non_blocking=True), side.record_event()
     return None
+
+
+def _is_small(leaf: Any) -> bool:
+    return not isinstance(leaf, Tensor) or leaf.numel() * leaf.element_size() <= _SMALL
 
 
 def _pinned(tensor: Tensor) -> Tensor:

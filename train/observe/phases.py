@@ -78,47 +78,47 @@ class HostClock:
 
 @dataclass(slots=True)
 class CudaClock:
-    """Times phases by events on the current CUDA stream; data loading, which is host work, by `now`."""
+    """Times phases by events on the stream that is current when it is made.
 
-    now: Callable[[], float]
+    A phase begins on the device when all before it is done there, so data are what the device had to wait for, and
+    nothing of a batch that came while it worked. Making an event costs as much as recording one: they are used again.
+    """
+
     tell: Callable[[str], None] = _nobody
     current: str = "optimizer"
-    _host: HostClock = field(init=False)
+    _stream: torch.cuda.Stream = field(default_factory=torch.cuda.current_stream)
     _marks: list[tuple[str, Any]] = field(default_factory=list)
+    _read: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._host = HostClock(self.now, self.tell)
         self._mark(BETWEEN)
 
     def enter(self, phase: str) -> None:
         """Record an event; nothing waits for it."""
-        self._host.enter(phase)
         self.current = phase
         self._mark(phase)
+        self.tell(phase)
 
     def take(self) -> Reading:
         """Events of the step that ends; read them where losses are read anyway."""
-        data_seconds = self._host.take()()[0]
         self._mark(BETWEEN)
         marks, self._marks = self._marks, self._marks[-1:]
-        return lambda: _elapsed(marks, data_seconds)
+        return lambda: self._elapsed(marks)
 
     def skip(self) -> None:
         """Count from here on."""
-        self._host.skip()
         self._marks.clear()
         self._mark(BETWEEN)
 
     def _mark(self, phase: str) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event: Any = self._read.pop() if self._read else torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
         self._marks.append((phase, event))
 
-
-def _elapsed(marks: list[tuple[str, Any]], data_seconds: float) -> list[float]:
-    marks[-1][1].synchronize()
-    seconds = dict.fromkeys((*PHASES, BETWEEN), 0.0)
-    for (phase, begin), (_, end) in itertools.pairwise(marks):
-        seconds[phase] += begin.elapsed_time(end) / 1000
-    seconds["data"] = data_seconds
-    return list(seconds.values())
+    def _elapsed(self, marks: list[tuple[str, Any]]) -> list[float]:
+        marks[-1][1].synchronize()
+        seconds = dict.fromkeys((*PHASES, BETWEEN), 0.0)
+        for (phase, begin), (_, end) in itertools.pairwise(marks):
+            seconds[phase] += begin.elapsed_time(end) / 1000
+            self._read.append(begin)  # the last one is the next step's first
+        return list(seconds.values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,19 @@ from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import MicroBatch, StepPlan
 from samestep.train.recipe import Outcome, SampleWeighted
 
-Value = Tensor | float
+
+class Product(NamedTuple):
+    """A number on the device and what it is to be multiplied with in float64, when it is read."""
+
+    tensor: Tensor
+    factor: float
+
+    def __float__(self) -> float:
+        """Read now."""
+        return float(self.tensor) * self.factor
+
+
+Value = Tensor | Product | float
 Values = list[list[Value]]  # of one rank: a list for each shard, of equally many columns
 
 
@@ -55,10 +68,13 @@ class StepTally:
             )
         self._brings_weights |= brings_weights
         names = list(outcome.log) if self.extras is None else self.extras
-        if self._reads and isinstance(outcome, SampleWeighted):
-            total: Value = outcome.read()
-        else:
+        total: Value
+        if not isinstance(outcome, SampleWeighted):
             total = self._kept(outcome.total)
+        elif self._reads:
+            total = outcome.read()
+        else:
+            total = Product(outcome.output.detach(), outcome.weight if outcome.is_mean else 1)
         values = [total, self._kept(outcome.weight)]
         values += [self._kept(outcome.log[name] * outcome.weight) for name in names]
         if part.first:
@@ -77,7 +93,7 @@ class StepTally:
         """The weight of the shard that was added last, if it has to be summed: float64, shape (1,), else (0,)."""
         return scalar(self._values[-1][1], self.device).reshape(1) if self.width else self._nothing
 
-    def _kept(self, value: Value) -> Value:
+    def _kept(self, value: Tensor | float) -> Tensor | float:
         """The value without its graph: a tensor without dimensions, or the number."""
         if not isinstance(value, Tensor):
             return value
@@ -101,33 +117,36 @@ class StepTally:
 
 
 def _plus(left: Value, right: Value, device: torch.device) -> Value:
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
-        return scalar(left, device) + scalar(right, device)
-    return left + right
+    if isinstance(left, int | float) and isinstance(right, int | float):
+        return left + right
+    return scalar(left, device) + scalar(right, device)
 
 
 def table(steps: list[Values], width: int, columns: int, device: torch.device) -> Tensor:
     """float64 of shape (steps, width, columns), zero where a step has fewer shards; reads nothing from the device."""
     missing: list[Value] = [0.0] * columns
-    flat: list[float] = []
+    flat: list[float] = []  # numbers, and factors of what is on the device
     by_type: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
     for values in steps:
         for value in itertools.chain(*values, *[missing] * (width - len(values))):
-            if isinstance(value, Tensor):
-                places, tensors = by_type.setdefault(value.dtype, ([], []))
-                places.append(len(flat))
-                tensors.append(value)
-                value = 0.0
-            flat.append(value)
+            if isinstance(value, int | float):
+                flat.append(value)
+                continue
+            tensor, factor = value if isinstance(value, Product) else (value, 1.0)
+            places, tensors = by_type.setdefault(tensor.dtype, ([], []))
+            places.append(len(flat))
+            tensors.append(tensor)
+            flat.append(factor)
     result = torch.tensor(flat, dtype=torch.float64).to(device, non_blocking=True)
     for places, tensors in by_type.values():
-        stacked = torch.stack(tensors).to(device, torch.float64)
-        result[torch.tensor(places).to(device, non_blocking=True)] = stacked
+        result[torch.tensor(places).to(device, non_blocking=True)] *= torch.stack(tensors).to(device, torch.float64)
     return result.view(len(steps), width, columns)
 
 
-def scalar(value: Tensor | float, device: torch.device) -> Tensor:
+def scalar(value: Value, device: torch.device) -> Tensor:
     """float64 scalar tensor on `device`, without gradient and without reading it."""
+    if isinstance(value, Product):
+        return scalar(value.tensor, device) * value.factor
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=torch.float64).reshape(())
     return torch.full((), float(value), dtype=torch.float64, device=device)  # without a copy, for which the host waits

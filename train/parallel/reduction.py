@@ -4,9 +4,8 @@ Earlier shards of a rank run on the raw module through `torch.autograd.grad`, wh
 asleep. The last one runs through DistributedDataParallel, whose communication hook adds the pending partial sums and
 exchanges bucket by bucket while backward goes on. Where one shard is all there is, its gradient is the sum and plain
 backward leaves it. A shard that runs in several parts adds up their gradients from left to right, in the same ways.
-Where some rank has nothing to do in a step, and in the first step
-(which finds out whether parameters stay unused), all shards take the first way and the exchange follows backward; the
-bits are the same.
+Where some rank has nothing to do in a step, and in the first step (which finds out whether parameters stay unused), all
+shards take the first way and the exchange follows backward; the bits are the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,8 +80,7 @@ class GradientReducer:
         self._alone = self.group.world_size == 1 and self.present == 1
         self._called = False
         self.overlaps = self._replica is not None and plan.everyone_works(self.group.world_size)
-        # the shard after whose parts other collectives may be issued, between the same ones on every rank
-        self.sends_after = self.mine[-1] if self.overlaps or self.group.world_size == 1 else None
+        self.sends_after = self.mine[-1] if self.overlaps or self.group.world_size == 1 else None  # see StepSums
         if self._alone:
             return
         spans = present_roots(self.group.world_size, self.shards, self.present)[self.group.rank]

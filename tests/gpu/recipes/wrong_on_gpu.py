@@ -35,7 +35,7 @@ def build(config: WrongConfig) -> Components:
     generator = torch.Generator().manual_seed(5)
     x, y = torch.randn(512, 8, generator=generator), torch.randint(0, 4, (512,), generator=generator)
     if WRONG == "label":
-        y[100] = 7
+        y[::10] = 7
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     return Components(model=model, loss=loss, optimizer=optimizer, train_data=TensorDataset(x, y))
