@@ -86,12 +86,40 @@ def characters(model: Any, lines: Tensor) -> Tensor:
     return F.cross_entropy(model(lines[:, :-1]).flatten(0, 1), lines[:, 1:].flatten(), ignore_index=0)
 
 
+class Transformer(nn.Module):
+    """85 million parameters in 12 layers, 512 tokens a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(1024, 768)
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.1, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+        self.head = nn.Linear(768, 1024)
+
+    def forward(self, ids: Tensor) -> Any:
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
+        return self.head(self.layers(self.tokens(ids), mask=mask, is_causal=True))
+
+
+def transformer() -> Components:
+    torch.manual_seed(0)
+    model = Transformer()
+    data = torch.randint(1, 1024, (STEPS_PER_EPOCH * 8, 513))
+    return Components(
+        model=model,
+        loss=characters,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
+        train_data=data,
+    )
+
+
 WORKLOADS = {
     "MLP 0.2 ms": Workload(mlp(32, 1, 32), squared, 32, 400),
     "MLP 1 ms": Workload(mlp(256, 2, 64), squared, 64, 100),
     "MLP 5 ms": Workload(mlp(512, 2, 192), squared, 192, 100),
     "digits CNN": Workload(recipe("digits_cnn", "DigitsConfig"), classes, 64, 46),
     "char LM": Workload(recipe("char_lm", "CharConfig"), characters, 16, 15),
+    "transformer 85M": Workload(transformer, characters, 8, 20),  # for a GPU
 }
 
 

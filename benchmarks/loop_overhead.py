@@ -53,7 +53,8 @@ def main(name: str, rounds: int, device: str = "cpu") -> None:
                 member.group.barrier()
                 seconds[loop].append((time.perf_counter() - begin) / workload.steps)
     if env.rank == 0:
-        print(json.dumps({"workload": name, "W": env.world_size, "loops": table(seconds)}), flush=True)
+        on = "cpu" if device == "cpu" else torch.cuda.get_device_name()
+        print(json.dumps({"workload": name, "W": env.world_size, "device": on, "loops": table(seconds)}), flush=True)
     member.group.barrier()
 
 

@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint of 100 million parameters (400 MB), and who notices a flipped bit.
 
-    python benchmarks/save_stall.py FOLDER
+    python benchmarks/save_stall.py FOLDER [DEVICE]
 
 Alternately in one process: samestep's saver (copy, then a thread), torch.save, torch.distributed.checkpoint.async_save.
 Prints one JSON line: milliseconds until training may go on (median and range of the rounds after each one's first).
@@ -37,9 +37,9 @@ from samestep.train.state.train_state import TrainState
 ROUNDS = 6
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, device: str = "cpu") -> None:
     torch.set_num_threads(1)
-    model = nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(100)))
+    model = nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(100))).to(device)
     data = TensorDataset(torch.zeros(1, 1000), torch.zeros(1, 1000))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     components = Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=data)
@@ -67,8 +67,12 @@ def main(folder: Path) -> None:
     stalls: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(ROUNDS):
         for name, save in contenders.items():
+            if device != "cpu":
+                torch.cuda.synchronize()
             begin = time.perf_counter()
             finish = save(number)
+            if device != "cpu":
+                torch.cuda.synchronize()  # copies that only the device waits for count too
             stalls[name].append(1000 * (time.perf_counter() - begin))
             finish()  # its own time: the next contender starts on a quiet machine
             os.sync()
@@ -118,4 +122,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    main(target)
+    main(target, *sys.argv[2:])

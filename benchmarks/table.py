@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import blocks
 HERE = Path(__file__).resolve().parent
 LOOPS = ("hand-written", "samestep", "accelerate", "fabric")
 WORKLOADS = ("MLP 0.2 ms", "MLP 1 ms", "MLP 5 ms", "digits CNN", "char LM")
+GPU_WORKLOADS = ("MLP 0.2 ms", "MLP 5 ms", "digits CNN", "char LM", "transformer 85M")
 COSTS = (("small", 2, 2), ("small", 4, 4), ("heavy", 2, 2), ("large", 2, 2), ("large", 4, 4), ("large", 1, 8))
 SECONDS = 900  # a row may take
 MATRIX_SECONDS = 7200
@@ -123,9 +125,9 @@ def worker_choice(quick: bool) -> Lines:
     return lines
 
 
-def checkpoint_stall(quick: bool) -> Lines:
+def checkpoint_stall(_quick: bool, device: str = "cpu") -> Lines:
     with tempfile.TemporaryDirectory() as folder:
-        row = script("save_stall", folder)
+        row = script("save_stall", folder, device)
     flips = row["flips"]
     noticed = {"samestep": flips["samestep"], "torch.save": flips["torch.load"]}
     lines = ["A checkpoint of 100 million float32 parameters: median (range) of 5.", ""]
@@ -135,6 +137,19 @@ def checkpoint_stall(quick: bool) -> Lines:
         told = f"{noticed[name]} of {flips['of']}" if name in noticed else "not measured"
         lines.append(f"| {name} | {row[name]['ms']} ms ({low} to {high}) | {told} |")
     return lines
+
+
+def on_a_gpu(quick: bool) -> Lines:
+    lines = ["Milliseconds a step and ratio to a hand-written loop that copies from pinned memory; one rank.", ""]
+    lines += [f"| Workload | {' | '.join(LOOPS)} |", "|" + "---|" * (1 + len(LOOPS))]
+    device = ""
+    for name in GPU_WORKLOADS[:1] if quick else GPU_WORKLOADS:
+        row = script("loop_overhead", name, 5 if quick else 7, "cuda")
+        device, loops = row["device"], row["loops"]
+        cells = [f"{loops[loop]['ms']:g} ms, {_ratio(loops[loop])}" for loop in LOOPS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", *checkpoint_stall(quick, "cuda")]
+    return [f"One {device}.", "", *lines]
 
 
 def deaths(_quick: bool) -> Lines:
@@ -164,10 +179,15 @@ PARTS: dict[str, Callable[[bool], Lines]] = {
     "Faults": faults,
     "Loader workers": worker_choice,
     "Checkpoint": checkpoint_stall,
+    "On a GPU": on_a_gpu,
 }
 
 _RATIOS = "gloo on loopback. Ratios are taken round by round: median (lowest to highest)."
 LONG = ("A rank's end", "Faults")  # not among the quick ones
+
+
+def _has_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None
 
 
 def _ratio(value: dict[str, Any], digits: int = 2) -> str:
@@ -182,7 +202,7 @@ def _seconds(spread: list[float]) -> str:
 def main(only: list[str], *, quick: bool) -> int:
     failed = 0
     for title, part in PARTS.items():
-        if (only and title not in only) or (quick and title in LONG):
+        if (only and title not in only) or (quick and title in LONG) or (title == "On a GPU" and not _has_gpu()):
             continue
         try:
             made = part(quick)

@@ -175,8 +175,10 @@ def test_a_snapshot_is_of_the_moment_it_was_taken(device: torch.device) -> None:
     copies = CopyBuffers()
     for number in range(3):
         weights["w"].add_(1)
+        torch.cuda._sleep(LONG // 100)
         kept = copies.copy(Snapshot(number, weights, {}, {}, {}))
         weights["w"].add_(100).sub_(100)
+        copies.wait()
         assert kept.weights["w"].is_pinned()
         assert kept.weights["w"].device.type == "cpu"
         assert bool((kept.weights["w"] == number + 1).all())

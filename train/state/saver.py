@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_all
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,19 +76,29 @@ class Saver:
 
 
 class CopyBuffers:
-    """Host copies of a snapshot's tensors, kept from save to save: only the first clone costs page faults."""
+    """Host copies of a snapshot's tensors, kept from save to save: only the first clone costs page faults.
+
+    From a GPU they are copied in the order of its stream, before what training launches next, and nobody waits for them
+    but who reads them.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self._there: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Return when the copies are whole; on any thread."""
+        if self._there is not None:
+            self._there.synchronize()
 
     def copy(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with tensors that training will not touch; they are valid until the next call."""
+        """The snapshot with tensors that training will not touch: whole after `wait`, valid until the next call."""
         live = {f"w/{n}": t for n, t in snapshot.weights.items()} | {f"t/{n}": t for n, t in snapshot.tensors.items()}
         kept = {name: self._buffer(name, tensor) for name, tensor in live.items()}
         for name, tensor in live.items():
             kept[name].copy_(tensor, non_blocking=True)
-        if any(tensor.device.type == "cuda" for tensor in live.values()):
-            torch.cuda.synchronize()
+        device = next((tensor.device for tensor in live.values() if tensor.device.type == "cuda"), None)
+        self._there = None if device is None else torch.cuda.current_stream(device).record_event()
         self._kept = kept
         weights = {name: kept[f"w/{name}"] for name in snapshot.weights}
         tensors = {name: kept[f"t/{name}"] for name in snapshot.tensors}
@@ -136,8 +147,12 @@ class WritingSaver(Saver):
         snapshot = self._copies.copy(state.capture(reporter.offset()))
         protected = {state.best_step} if state.best_step is not None else set()
         where = (self.run_dir, self.generation, self.keep, protected, self.fence)
-        written = self._thread.submit(commit, snapshot, *where)
+        written = self._thread.submit(self._write, snapshot, *where)
         self._writing = (state.step, time.perf_counter() - begin, written)
+
+    def _write(self, *what: Any) -> Path:
+        self._copies.wait()
+        return commit(*what)
 
     def wait(self, reporter: Reporter) -> bool:
         """True once nothing is being written any more; reports what came of it. False where time is over before."""
