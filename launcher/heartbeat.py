@@ -10,6 +10,7 @@ import mmap
 import os
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,11 @@ _COUNT = struct.Struct("<Q")
 # A slot: the number of beats, which says which of two records is the newest; the other one is being written.
 _RECORD_BYTES = 128
 SLOT_BYTES = 3 * _RECORD_BYTES
+# Beside the number of beats: where the device stood after so many of them, step and phase. Another thread writes it.
+_DEVICE, _DEVICE_AT = struct.Struct("<QqH"), 64
+_LOOK_SECONDS = 0.5
 SPANS = ("edge", "step", "evaluation", "checkpoint", "closing")
+Device = Callable[[], tuple[int, str] | None]  # steps that it is behind the host, and its phase; None where it is done
 _READS = 8
 
 
@@ -49,6 +54,7 @@ class Beat:
         since: `time.monotonic()` of the last change.
         longest: seconds of the longest finished edge, step, evaluation and so on; 0.0 before the first.
         idle: past the forward pass of this step without one: it has no sample in this batch.
+        device: step and phase in which the device is at work, while the rank stands still; else None.
     """
 
     beats: int = 0
@@ -59,6 +65,12 @@ class Beat:
     since: float = 0.0
     longest: tuple[float, ...] = (0.0,) * len(SPANS)
     idle: bool = False
+    device: tuple[int, str] | None = None
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Step and phase of the rank: of its device, which the host runs ahead of, where that is known."""
+        return self.device or (self.step, self.phase)
 
 
 class Board:
@@ -84,8 +96,9 @@ class Board:
                 break
             raw = again
         beats, step, collectives, phase, edge, idle, since, *longest = raw
-        name = PHASES[phase] if phase < len(PHASES) else ""
-        return Beat(beats, step, name, bool(edge), collectives, since, tuple(longest), bool(idle))
+        at, *place = _DEVICE.unpack_from(self._memory, rank * SLOT_BYTES + _DEVICE_AT)
+        device = (place[0], _name(place[1])) if beats and at == beats else None
+        return Beat(beats, step, _name(phase), bool(edge), collectives, since, tuple(longest), bool(idle), device)
 
     def _copy(self, rank: int) -> tuple[int, tuple[Any, ...]]:
         begin = rank * SLOT_BYTES
@@ -100,6 +113,10 @@ class Board:
         """Let go of the memory; that of the ranks stays until they end."""
         self._memory.close()
         os.close(self.fd)
+
+
+def _name(phase: int) -> str:
+    return PHASES[phase] if phase < len(PHASES) else ""
 
 
 def _newest(begin: int, count: int) -> int:
@@ -119,6 +136,9 @@ class Pulse(Protocol):
     def count_by(self, collectives: Callable[[], int]) -> None:
         """From now on this gives the number of collectives that the rank has entered."""
 
+    def follow(self, device: Device) -> None:
+        """From now on `device` is asked, on a thread of its own, where the rank stands still."""
+
     def at(self, step: int, phase: str) -> None:
         """Something begins: a step, an evaluation, a checkpoint."""
 
@@ -130,6 +150,9 @@ class NoPulse:
     """Nobody listens: the launcher is not ours."""
 
     def count_by(self, collectives: Callable[[], int]) -> None:
+        """Nothing."""
+
+    def follow(self, device: Device) -> None:
         """Nothing."""
 
     def at(self, step: int, phase: str) -> None:
@@ -147,7 +170,7 @@ class Heartbeat:
         self._offset = rank * SLOT_BYTES
         self._now = now
         self._beats = int(_COUNT.unpack_from(memory, self._offset)[0])  # of an earlier run in this process
-        self._step, self._edge, self._worked = 0, False, False
+        self._step, self._edge, self._worked, self._left = 0, False, False, False
         self._span, self._begun = "", now()
         self._longest = [0.0] * len(SPANS)
         self._collectives: Callable[[], int] = int
@@ -155,6 +178,21 @@ class Heartbeat:
     def count_by(self, collectives: Callable[[], int]) -> None:
         """From now on this gives the number of collectives that the rank has entered."""
         self._collectives = collectives
+
+    def follow(self, device: Device) -> None:
+        """See Pulse; until the rank has left training."""
+        threading.Thread(target=self._look_after, args=(device,), name="device", daemon=True).start()
+
+    def _look_after(self, device: Device) -> None:
+        seen = self._beats
+        while not self._left:
+            time.sleep(_LOOK_SECONDS)
+            if self._beats == seen and (found := device()) is not None:
+                behind, phase = found
+                _DEVICE.pack_into(
+                    self._memory, self._offset + _DEVICE_AT, seen, self._step - behind, _NUMBER.get(phase, 0)
+                )
+            seen = self._beats
 
     def at(self, step: int, phase: str) -> None:
         """Something begins; the time of what ends is kept if it is the longest of its kind."""
@@ -165,7 +203,7 @@ class Heartbeat:
         in_step = phase == "step"
         self._edge = in_step and self._span not in ("edge", "step")
         self._span, self._begun = ("edge" if self._edge else phase), moment
-        self._step, self._worked = step, False
+        self._step, self._worked, self._left = step, False, not phase
         self._write("data" if in_step else phase, moment)
 
     def enter(self, phase: str) -> None:

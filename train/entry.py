@@ -161,6 +161,8 @@ def _train(
     environment.pin(threads, config.allow_nondeterministic)  # joining may have set the thread count
     leave.end_hard(member)
     progress.pulse.count_by(member.group.collectives)
+    if member.device.type == "cuda":
+        progress.pulse.follow(progress.device)
     with start.owned(run_dir, member) as fence:
         agreed = micro_batches.agree(config.micro_batches, stored, run_dir.micro_batches, member.group)
         joined = _Joined(config, member, run_dir, shards, generation, fence, stored, agreed)

@@ -33,6 +33,10 @@ class Progress:
         """Inside a step the phase that its clock is in."""
         return self.clock.current if self.phase == "step" and self.clock is not None else self.phase
 
+    def device(self) -> tuple[int, str] | None:
+        """Steps that the device is behind, and its phase; None where it is done, or not known yet."""
+        return None if self.clock is None else self.clock.behind()
+
     def failed(self, reason: Exception, env: WorkerEnv, run_dir: RunDir, generation: int) -> None:
         """Write down what ended this rank, with what the next start does about it."""
         accused = reason.missing[0] if isinstance(reason, JoinTimeoutError) else None

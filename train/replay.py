@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from samestep.launcher import manifest
 from samestep.launcher.contract import ENV_PDB, RunDir, UsageError
-from samestep.launcher.heartbeat import Pulse
+from samestep.launcher.heartbeat import Device, Pulse
 from samestep.train.config import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -110,6 +110,10 @@ class Debugger:
     def count_by(self, collectives: Callable[[], int]) -> None:
         """As without a debugger."""
         self.inner.count_by(collectives)
+
+    def follow(self, device: Device) -> None:
+        """As without a debugger."""
+        self.inner.follow(device)
 
     def at(self, step: int, phase: str) -> None:
         """Something begins."""

@@ -21,17 +21,33 @@ def tell_stills(stills: Mapping[int, Still], now: float) -> dict[str, list[Any]]
 def _numbers(still: Still, now: float) -> list[Any]:
     beat = still.sample.beat
     where = [beat.beats, beat.step, PHASES.index(beat.phase), int(beat.edge), beat.collectives]
+    device = [beat.device[0], PHASES.index(beat.device[1])] if beat.device else []
     times = [now - beat.since, still.quiet, still.idle, still.stopped, *beat.longest]
-    return [*where, int(still.sample.stopped), *(round(seconds, 4) for seconds in times)]
+    return [*where, int(still.sample.stopped), device, *(round(seconds, 4) for seconds in times)]
 
 
 def hear_stills(told: Mapping[str, list[Any]], now: float) -> dict[int, Still]:
     """What `tell_stills` has told, in this machine's time. Raises ValueError for something else."""
     found = {}
-    for rank, (beats, step, phase, edge, collectives, stopped, age, quiet, idle, halted, *longest) in told.items():
-        if not 0 <= phase < len(PHASES) or len(longest) != len(SPANS):
+    for rank, (
+        beats,
+        step,
+        phase,
+        edge,
+        collectives,
+        stopped,
+        device,
+        age,
+        quiet,
+        idle,
+        halted,
+        *longest,
+    ) in told.items():
+        if not 0 <= phase < len(PHASES) or len(longest) != len(SPANS) or not isinstance(device, list):
             raise ValueError(f"rank {rank} is told in another form: the machines need the same version of samestep")
-        beat = Beat(beats, step, PHASES[phase], bool(edge), collectives, now - age, tuple(longest))
+        place = (device[0], PHASES[device[1]]) if device else None
+        times = (now - age, tuple(longest))
+        beat = Beat(beats, step, PHASES[phase], bool(edge), collectives, *times, device=place)
         found[int(rank)] = Still(Sample(beat, stopped=bool(stopped)), quiet, idle, halted)
     return found
 

@@ -174,28 +174,41 @@ class Watchdog:
             return None
         rank, how = found
         beat = self._still[rank].sample.beat
-        own = stacks.get(rank)
+        own = stacks.get(rank) if beat.device is None else None  # its device is at work for a call that is long over
+        step, phase = beat.place
         return Hang(
             rank=rank,
-            step=beat.step,
-            phase=beat.phase,
+            step=step,
+            phase=phase,
             seconds=max(0.0, now - beat.since) if beat.beats else self._still[rank].stopped,
-            usual=self.longest["step"] if beat.phase in IN_STEP else self.longest.get(beat.phase, 0.0),
+            usual=self.longest["step"] if phase in IN_STEP else self.longest.get(phase, 0.0),
             frame=(own.user_frame or own.innermost) if own else "",
-            how=how,
+            how=how if beat.device is None else how or "its GPU does not come to an end",
         )
 
     def _culprit(self, suspicion: Suspicion, stacks: Mapping[int, Stacks]) -> tuple[int, str] | None:
         if suspicion.stopped:
             return suspicion.ranks[0], "stopped by a signal"
         known = {rank: stacks[rank] for rank in suspicion.ranks if rank in stacks and stacks[rank].main}
-        free = [rank for rank in suspicion.ranks if rank in known and not known[rank].waits_for_others]
+        free = [rank for rank in suspicion.ranks if rank in known and not self._waits(rank, known[rank])]
         unread = [rank for rank in suspicion.ranks if rank not in known and rank not in self._elsewhere]
         if free or unread or not known:  # all that can be read wait: for the one that can't
             return self._longest_quiet(free or unread or suspicion.ranks), ""
         if self._network_may_recover(suspicion.ranks):
             return None
         return self._odd_one(suspicion.ranks, stacks)
+
+    def _waits(self, rank: int, stacks: Stacks) -> bool:
+        """Whether it waits for others. A host that waits for its device is known by what the device does.
+
+        That waits in a sync, and where the hosts, at one place, did not all enter the same collectives.
+        """
+        device = self._still[rank].sample.beat.device
+        if device is None:
+            return stacks.waits_for_others
+        beats = [still.sample.beat for still in self._still.values() if still.sample.beat.phase]
+        at_one_place = len({(beat.step, beat.phase) for beat in beats}) == 1
+        return device[1] == "sync" or (at_one_place and len({beat.collectives for beat in beats}) > 1)
 
     def _network_may_recover(self, waiting: Sequence[int]) -> bool:
         if not self._elsewhere or self.patience.strict:
@@ -246,7 +259,10 @@ class Watchdog:
 
 
 def _after(before: Still | None, sample: Sample, seconds: float, crowding: float) -> Still:
-    if before is None or before.sample.beat.beats != sample.beat.beats:
+    if before is None or (before.sample.beat.beats, before.sample.beat.device) != (
+        sample.beat.beats,
+        sample.beat.device,
+    ):
         return Still(sample)
     fair = seconds / crowding
     starved = sample.starved - before.sample.starved
@@ -261,7 +277,8 @@ def _after(before: Still | None, sample: Sample, seconds: float, crowding: float
 
 def position(beat: Beat) -> tuple[int, int]:
     """Orders ranks by how far they got."""
-    return beat.step, PHASES.index(beat.phase)
+    step, phase = beat.place
+    return step, PHASES.index(phase)
 
 
 def _minority(places: Mapping[int, str]) -> int | None:

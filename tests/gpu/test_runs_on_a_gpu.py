@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .conftest import SHARING
 
 BIN = Path(sys.executable).parent
 HERE = Path(__file__).resolve().parent
@@ -82,6 +85,42 @@ def test_a_full_gpu_costs_restarts_in_smaller_parts(trained: Any, tmp_path: Path
     peaks = [max(event["memory"]["device"]) for event in fitting.events("step") if "memory" in event]
     assert peaks
     assert all(2**20 < peak < 300 * 2**20 for peak in peaks)
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("kill", "rank 1 failed: killed by SIGKILL"),
+        ("raise", "rank 1 failed: ValueError: of rank 1"),
+        ("host", "rank 1 failed: hang: "),
+        ("device", "rank 1 failed: hang: "),
+    ],
+)
+def test_a_rank_that_fails_is_named_and_costs_no_bit(trained: Any, tmp_path: Path, fault: str, named: str) -> None:
+    """Two machines of one rank each; in "device" both hosts wait for their devices, and one of these for the other."""
+    recipe = HERE / "recipes" / "failing.py"
+    flags = ("--shards", "2", "--max-steps", "50", "--device", "cuda")
+    digest = trained("failing", *flags[:4]).digest
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
+    launchers = []
+    for number in range(2):
+        words = [str(BIN / "samestep"), "run", *where, "--node-rank", str(number), str(recipe), *flags]
+        environ = os.environ | SHARING | {"NCCL_HOSTID": f"machine-{number}", "FAULT": fault}
+        with (tmp_path / f"{number}.out").open("w") as out:
+            more: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT, "cwd": tmp_path, "env": environ}
+            launchers.append(subprocess.Popen([*words, "--checkpoint-every", "10", "--run-dir", "run"], **more))
+    codes = [launcher.wait(timeout=120) for launcher in launchers]
+    said = (tmp_path / "0.out").read_text()
+    assert codes == [0, 0], said
+    assert named in said
+    assert events(tmp_path / "run", "run_finished")[-1]["digest"] == digest
+    (failed,) = events(tmp_path / "run", "worker_failed")
+    assert (failed["rank"], failed["phase"]) == (1, "forward")
+    if fault == "device":
+        assert failed["step"] == 29
+        assert "its GPU does not come to an end" in failed["cause"]
 
 
 @pytest.mark.parametrize(

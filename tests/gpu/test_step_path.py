@@ -144,6 +144,29 @@ def test_time_on_the_device_is_attributed_to_its_phase(device: torch.device) -> 
     assert len(clock._read) == 3 * (len(PHASES) + 1)
 
 
+def test_where_the_device_is_can_be_asked(device: torch.device) -> None:
+    clock = CudaClock()
+
+    def step(slow: str = "") -> Callable[[], list[float]]:
+        for phase in PHASES:
+            clock.enter(phase)
+            if phase == slow:
+                torch.cuda._sleep(LONG)
+        return clock.take()
+
+    step()()
+    torch.cuda.synchronize()
+    assert clock.behind() is None
+    readings = [step("backward"), step(), step()]
+    assert soon(lambda: clock.behind() == (2, "backward"))
+    clock.enter("data")
+    assert clock.behind() == (3, "backward")
+    for reading in readings:
+        reading()
+    torch.cuda.synchronize()
+    assert clock.behind() is None
+
+
 def test_data_are_what_the_device_had_to_wait_for(device: torch.device) -> None:
     clock = CudaClock()
     seconds = []

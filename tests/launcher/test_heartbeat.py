@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,24 @@ def test_a_rank_that_comes_to_sync_without_a_forward_pass_is_idle_in_that_step(b
         heart.at(1, "step") if phase == "step" else heart.enter(phase)
         seen.append(board.read(1).idle)
     assert seen == [True, True, False, False, False, False, False, False, False, False, True]
+
+
+def test_where_a_rank_stands_still_its_device_is_asked(board):
+    heart, places = beating(board), [(3, "sync")]
+    heart.at(10, "step")
+    heart.follow(lambda: places[0] if places else None)
+    try:
+        wait_until(lambda: board.read(1).device == (7, "sync"), "the device")
+        assert board.read(1).place == (7, "sync")
+        heart.enter("optimizer")
+        places.clear()
+        assert board.read(1).device is None
+        assert board.read(1).place == (10, "optimizer")
+        places.append((0, "backward"))
+        wait_until(lambda: board.read(1).place == (10, "backward"), "the device")
+    finally:
+        heart.at(10, "")
+    wait_until(lambda: not any(thread.name == "device" for thread in threading.enumerate()), "the device")
 
 
 def test_a_second_run_of_a_process_goes_on_counting(board):

@@ -25,8 +25,8 @@ STEADY = longest(edge=1.0, step=0.1)
 
 def still(phase, *, step=7, known=STEADY, edge=False, collectives=0, **more):
     """A rank that stays where it is: it came there after so many seconds, `came`."""
-    came, idle = more.pop("came", 0.0), more.pop("idle", False)
-    return lambda t: Sample(Beat(1, step, phase, edge, collectives, came, known, idle), **more)
+    came, idle, device = more.pop("came", 0.0), more.pop("idle", False), more.pop("device", None)
+    return lambda t: Sample(Beat(1, step, phase, edge, collectives, came, known, idle, device), **more)
 
 
 def moving(step=7, known=STEADY):
@@ -247,6 +247,49 @@ def judged(ranks, files):
         suspicion = dog.observe({rank: at(0) for rank, at in enumerate(ranks)}, TICK_SECONDS)
     read = {rank: stack(rank, *names) for rank, names in enumerate(files) if names is not None}
     return dog.judge(suspicion, read, now=100.0)
+
+
+GPU = "its GPU does not come to an end"
+
+
+@pytest.mark.parametrize(
+    ("devices", "collectives", "culprit", "how"),
+    [
+        # all hosts wait for their devices: the one whose device the others wait for
+        ([(7, "sync"), (7, "forward")], (9, 9), 1, GPU),
+        ([(6, "optimizer"), (7, "sync"), (7, "sync")], (9, 9, 9), 0, GPU),
+        ([(7, "sync"), None], (9, 9), 1, ""),
+        # nothing tells them apart
+        ([(7, "sync"), (7, "sync"), (7, "sync")], (9, 9, 9), 2, "all ranks wait for one another"),
+        # devices that wait in a collective of the loss, which one passed by, or only one entered
+        (
+            [(7, "forward"), (7, "sync"), (7, "forward")],
+            (9, 8, 9),
+            1,
+            "it did not enter a collective that others entered",
+        ),
+        ([(7, "forward"), (7, "sync"), (7, "sync")], (9, 8, 8), 0, "it entered a collective that others did not enter"),
+    ],
+)
+def test_on_gpus_it_counts_where_the_devices_are(devices, collectives, culprit, how):
+    """Their hosts have gone on to where losses are read, but one without work for its device."""
+    places = enumerate(zip(devices, collectives, strict=True))
+    ranks = [
+        still("optimizer" if device else "forward", device=device, collectives=count, came=rank)
+        for rank, (device, count) in places
+    ]
+    hang = judged(ranks, [WORKS] * len(ranks))
+    assert hang is not None
+    assert (hang.rank, hang.how.partition(" at ")[0]) == (culprit, how)
+    if devices[culprit] is not None:
+        assert (hang.step, hang.phase, hang.frame) == (*devices[culprit], "")
+
+
+def test_a_device_that_goes_on_is_a_sign_of_life():
+    """The host waits at one place for the hundred steps that it has launched."""
+    goes_on = lambda t: still("optimizer", step=100, device=(int(t), "backward"))(t)  # noqa: E731
+    assert suspected([goes_on], until=90) is None
+    assert suspected([still("optimizer", device=(3, "backward"))])[1] == (0,)
 
 
 def test_who_waits_in_a_collective_for_a_rank_with_time_is_left_alone():

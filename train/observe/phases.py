@@ -8,6 +8,7 @@ a step.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -39,6 +40,9 @@ class PhaseClock(Protocol):
 
     def skip(self) -> None:
         """Between two steps: the time since the last one was for something that is reported by itself."""
+
+    def behind(self) -> tuple[int, str] | None:
+        """Steps that the device is behind the host and its phase, None where nothing is left to do; on any thread."""
 
 
 @dataclass(slots=True)
@@ -75,6 +79,9 @@ class HostClock:
         """Count from here on."""
         self._since = self.now()
 
+    def behind(self) -> None:
+        """The host is what computes."""
+
 
 @dataclass(slots=True)
 class CudaClock:
@@ -89,6 +96,7 @@ class CudaClock:
     _stream: torch.cuda.Stream = field(default_factory=torch.cuda.current_stream)
     _marks: list[tuple[str, Any]] = field(default_factory=list)
     _read: list[Any] = field(default_factory=list)
+    _unread: deque[tuple[str, Any]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self._mark(BETWEEN)
@@ -110,10 +118,22 @@ class CudaClock:
         self._marks.clear()
         self._mark(BETWEEN)
 
+    def behind(self) -> tuple[int, str] | None:
+        """See PhaseClock: the device is in the phase before the first event that it has not come to."""
+        marks = list(self._unread)
+        ahead = next((number for number, (_, event) in enumerate(marks) if not event.query()), None)
+        if ahead is None:
+            return None
+        # what it does between two steps counts to the second one, as for the host
+        phases = [name for name, _ in marks[max(0, ahead - 1) :] if name != BETWEEN]
+        steps = sum(name == BETWEEN for name, _ in marks[ahead:])
+        return (steps - (marks[-1][0] == BETWEEN), phases[0]) if phases else None
+
     def _mark(self, phase: str) -> None:
         event: Any = self._read.pop() if self._read else torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         self._marks.append((phase, event))
+        self._unread.append((phase, event))
 
     def _elapsed(self, marks: list[tuple[str, Any]]) -> list[float]:
         marks[-1][1].synchronize()
@@ -121,4 +141,6 @@ class CudaClock:
         for (phase, begin), (_, end) in itertools.pairwise(marks):
             seconds[phase] += begin.elapsed_time(end) / 1000
             self._read.append(begin)  # the last one is the next step's first
+        while self._unread[0][1] is not marks[-1][1]:
+            self._unread.popleft()
         return list(seconds.values())

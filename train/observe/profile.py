@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from samestep.launcher.heartbeat import Pulse
+from samestep.launcher.heartbeat import Device, Pulse
 from samestep.train.observe.clocks import measure_offsets
 from samestep.train.observe.trace import Mark, Place, part
 from samestep.train.parallel.group import Group
@@ -67,6 +67,10 @@ class Profile:
     def count_by(self, collectives: Callable[[], int]) -> None:
         """As without a profile."""
         self.inner.count_by(collectives)
+
+    def follow(self, device: Device) -> None:
+        """As without a profile."""
+        self.inner.follow(device)
 
     def at(self, step: int, phase: str) -> None:
         """Something begins, `step` steps are done: the window opens before a step and closes after one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -127,6 +128,8 @@ def test_what_is_told_is_what_is_heard_in_another_time():
     assert found == Still(Sample(Beat(12, 3, "backward", True, 41, 5.5, beat.longest), stopped=True), 2.5, 1.5, 0.75)
     with pytest.raises(ValueError, match="the same version"):
         hear_stills({"4": told["4"][:-1]}, 7.0)
+    on_a_gpu = tell_stills({4: Still(Sample(replace(beat, device=(2, "sync"))))}, 1002.0)
+    assert hear_stills(json.loads(json.dumps(on_a_gpu)), 7.0)[4].sample.beat.device == (2, "sync")
 
 
 def test_a_look_keeps_what_names_the_culprit():
