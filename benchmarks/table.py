@@ -26,6 +26,7 @@ import blocks
 HERE = Path(__file__).resolve().parent
 LOOPS = ("hand-written", "samestep", "accelerate", "fabric")
 WORKLOADS = ("MLP 0.2 ms", "MLP 1 ms", "MLP 5 ms", "digits CNN", "char LM")
+GPU = "On a GPU"  # left out where there is none
 GPU_WORKLOADS = ("MLP 0.2 ms", "MLP 5 ms", "digits CNN", "char LM", "transformer 85M")
 COSTS = (("small", 2, 2), ("small", 4, 4), ("heavy", 2, 2), ("large", 2, 2), ("large", 4, 4), ("large", 1, 8))
 SECONDS = 900  # a row may take
@@ -179,10 +180,11 @@ PARTS: dict[str, Callable[[bool], Lines]] = {
     "Faults": faults,
     "Loader workers": worker_choice,
     "Checkpoint": checkpoint_stall,
-    "On a GPU": on_a_gpu,
+    GPU: on_a_gpu,
 }
 
-_RATIOS = "gloo on loopback. Ratios are taken round by round: median (lowest to highest)."
+_RATIOS = "Ratios are taken round by round: median (lowest to highest)."
+_HOST = f"gloo on loopback. {_RATIOS}"
 LONG = ("A rank's end", "Faults")  # not among the quick ones
 
 
@@ -202,7 +204,7 @@ def _seconds(spread: list[float]) -> str:
 def main(only: list[str], *, quick: bool) -> int:
     failed = 0
     for title, part in PARTS.items():
-        if (only and title not in only) or (quick and title in LONG) or (title == "On a GPU" and not _has_gpu()):
+        if (only and title not in only) or (quick and title in LONG) or (title == GPU and not _has_gpu()):
             continue
         try:
             made = part(quick)
@@ -212,7 +214,7 @@ def main(only: list[str], *, quick: bool) -> int:
             continue
         option = "--quick" if quick else f"--only '{title}'"
         about = blocks.circumstances(f"./scripts/bench {option}", "lightning-fabric")
-        text = "\n".join([f"{about} {_RATIOS}", "", *made]) + "\n"
+        text = "\n".join([f"{about} {_RATIOS if title == GPU else _HOST}", "", *made]) + "\n"
         print(f"\n## {title}\n\n{text}", end="", flush=True)
         if not quick:
             blocks.write(HERE / "results.md", title, text)

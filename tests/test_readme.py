@@ -35,6 +35,7 @@ ABOUT = {
     "tests/train/": "the worker, file by file",
     "tests/end_to_end/": "a file a promise",
     "tests/cluster/": "real MPIs, a real Slurm, machines in network namespaces (slow)",
+    "tests/gpu/": "one GPU, shared by all ranks of a run (skipped where there is none)",
     "tests/peers/": "other people's code as the judge",
 }
 TOUR = {  # where a stranger begins to read; each folder holds more
