@@ -26,6 +26,11 @@ def paced(every: int, microseconds: int, pace_seconds: float) -> int:
     return min(2 * every, max(1, int(every * pace_seconds * 1e6 / max(1, microseconds))))
 
 
+def words_after(before: list[Words], words: Words) -> Words:
+    """What a rank says once it has heard `before`: a clock that ran out then is wound up only after this. Pure."""
+    return [words[0], 0, *words[2:]] if before and before[0][1] else words
+
+
 @dataclass(slots=True)
 class AtOnce:
     """Gathers on the host."""
@@ -53,9 +58,8 @@ class OneLater:
         if self._answer is not None and self._there is not None:
             self._there.synchronize()
             before = self._answer.tolist()
-        if before and before[0][1]:
-            words = [words[0], 0, *words[2:]]  # it ran out once, and is wound up after this call
-        rows = self.group.gather(torch.tensor(words).pin_memory().to(self.device, non_blocking=True))
+        said = torch.tensor(words_after(before, words)).pin_memory()
+        rows = self.group.gather(said.to(self.device, non_blocking=True))
         self._answer = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
         self._there = torch.cuda.current_stream(self.device).record_event()
         return before

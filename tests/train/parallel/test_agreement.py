@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samestep.train.parallel.agreement import Agreement, AtOnce, paced
+from samestep.train.parallel.agreement import Agreement, AtOnce, paced, words_after
 from samestep.train.parallel.group import SoloGroup
 
 
@@ -64,6 +64,39 @@ def test_only_rank_zeros_clock_counts() -> None:
     in_time = Agreement(group, AtOnce(group), lambda: 0, lambda: False)  # type: ignore[arg-type]
     assert (late.after_step(), late.stop) == (True, 0)
     assert not in_time.after_step()
+
+
+@dataclass
+class Later:
+    """As between GPUs: what was said at one exchange is heard at the next one."""
+
+    group: Script
+    before: list[list[int]] = field(default_factory=list)
+
+    def __call__(self, words: list[int]) -> list[list[int]]:
+        heard, said = self.before, words_after(self.before, words)
+        self.before = self.group.gather(torch.tensor(said)).tolist()
+        return heard
+
+
+def test_what_is_heard_one_exchange_later_is_acted_on_once() -> None:
+    moment, wound = 0.0, [0.0]
+    agreement = Agreement(
+        Script([0, 0, 0, 1]),  # type: ignore[arg-type]
+        Later(Script([0, 0, 0, 1])),
+        lambda: 15 if moment > 50 else 0,
+        lambda: moment - wound[0] >= 10,
+        now=lambda: moment,
+    )
+    saves, stops = [], []
+    for second in range(60):
+        moment = float(second)
+        if agreement.after_step():
+            saves.append(second)
+            wound[0] = moment
+            stops += [second] * bool(agreement.stop)
+    assert saves[:4] == [11, 22, 33, 44]
+    assert stops[0] == 52
 
 
 def test_with_a_pace_of_nothing_every_step_is_asked_about() -> None:
