@@ -23,33 +23,25 @@ def _numbers(still: Still, now: float) -> list[Any]:
     where = [beat.beats, beat.step, PHASES.index(beat.phase), int(beat.edge), beat.collectives]
     device = [beat.device[0], PHASES.index(beat.device[1])] if beat.device else []
     times = [now - beat.since, still.quiet, still.idle, still.stopped, *beat.longest]
-    return [*where, int(still.sample.stopped), device, *(round(seconds, 4) for seconds in times)]
+    return [*where, int(still.sample.stopped), device, [round(seconds, 4) for seconds in times]]
 
 
 def hear_stills(told: Mapping[str, list[Any]], now: float) -> dict[int, Still]:
     """What `tell_stills` has told, in this machine's time. Raises ValueError for something else."""
-    found = {}
-    for rank, (
-        beats,
-        step,
-        phase,
-        edge,
-        collectives,
-        stopped,
-        device,
-        age,
-        quiet,
-        idle,
-        halted,
-        *longest,
-    ) in told.items():
-        if not 0 <= phase < len(PHASES) or len(longest) != len(SPANS) or not isinstance(device, list):
-            raise ValueError(f"rank {rank} is told in another form: the machines need the same version of samestep")
-        place = (device[0], PHASES[device[1]]) if device else None
-        times = (now - age, tuple(longest))
-        beat = Beat(beats, step, PHASES[phase], bool(edge), collectives, *times, device=place)
-        found[int(rank)] = Still(Sample(beat, stopped=bool(stopped)), quiet, idle, halted)
-    return found
+    try:
+        return {int(rank): _still(numbers, now) for rank, numbers in told.items()}
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError("ranks are told in another form: the machines need the same version of samestep") from error
+
+
+def _still(numbers: list[Any], now: float) -> Still:
+    beats, step, phase, edge, collectives, stopped, device, (age, quiet, idle, halted, *longest) = numbers
+    if len(longest) != len(SPANS) or phase < 0:
+        raise ValueError(numbers)
+    place = (device[0], PHASES[device[1]]) if device else None
+    known = {"since": now - age, "longest": tuple(longest), "device": place}
+    beat = Beat(beats, step, PHASES[phase], bool(edge), collectives, **known)
+    return Still(Sample(beat, stopped=bool(stopped)), quiet, idle, halted)
 
 
 def tell_look(look: Look, file: str) -> dict[str, list[Any]]:

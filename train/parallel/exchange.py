@@ -12,9 +12,10 @@ callback: blocking there deadlocks, and asynchronous chaining there gave silentl
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,11 @@ def present_roots(world_size: int, shards: int, present: int) -> tuple[tuple[Spa
     """For each rank the roots it contributes when shards `present`.. are empty."""
     everything = [roots(owned_span(rank, world_size, shards), (0, shards)) for rank in range(world_size)]
     return tuple(tuple(span for span in owned if span[0] < present) for owned in everything)
+
+
+def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[Any]:
+    """Work beside the current stream; torch's own context for None would start CUDA on ranks that compute on a CPU."""
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 class Flight(Protocol):
@@ -87,7 +93,7 @@ class _TreeFlight:
     def advance(self) -> None:
         if self.total is not None:
             return
-        with torch.cuda.stream(self.aside):
+        with _on(self.aside):
             self.work.wait()
             known = dict(zip(self.spans, self.received.unbind(0), strict=True))
             part = tree_sum((0, self.shards), known, torch.add)
@@ -100,7 +106,7 @@ class _TreeFlight:
     def finish(self) -> Tensor:
         self.advance()
         assert self.total is not None
-        with torch.cuda.stream(self.aside):
+        with _on(self.aside):
             self.work.wait()  # what was allocated beside is used again beside
         if self.aside is not None:
             torch.cuda.current_stream(self.aside.device).wait_stream(self.aside)

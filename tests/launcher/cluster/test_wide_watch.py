@@ -126,8 +126,9 @@ def test_what_is_told_is_what_is_heard_in_another_time():
     told = json.loads(json.dumps(tell_stills({4: Still(Sample(beat, stopped=True), 2.5, 1.5, 0.75)}, 1002.0)))
     (found,) = hear_stills(told, 7.0).values()
     assert found == Still(Sample(Beat(12, 3, "backward", True, 41, 5.5, beat.longest), stopped=True), 2.5, 1.5, 0.75)
-    with pytest.raises(ValueError, match="the same version"):
-        hear_stills({"4": told["4"][:-1]}, 7.0)
+    for other in (told["4"][:-1], [*told["4"][:-1], told["4"][-1][:-1]], [*told["4"][:2], 99, *told["4"][3:]]):
+        with pytest.raises(ValueError, match="the same version"):
+            hear_stills({"4": other}, 7.0)
     on_a_gpu = tell_stills({4: Still(Sample(replace(beat, device=(2, "sync"))))}, 1002.0)
     assert hear_stills(json.loads(json.dumps(on_a_gpu)), 7.0)[4].sample.beat.device == (2, "sync")
 

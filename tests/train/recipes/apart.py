@@ -5,9 +5,12 @@ import runpy
 import sys
 from pathlib import Path
 
+import torch
+
 from samestep.train.parallel import group
 
 vars(group)["open_arena"] = lambda *_: None
+vars(torch.cuda)["stream"] = None  # ranks that compute on a CPU do not start CUDA on a machine that has it
 
 if __name__ == "__main__":
     sys.argv[0] = str(Path(__file__).with_name(f"{os.environ['RECIPE']}.py"))
