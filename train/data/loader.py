@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -96,6 +97,7 @@ class FetchingLoader:
     choice: Choice
     watch: Watch
     copies: CopyWatch
+    settle: Callable[[], None]  # returns when the device is done with what was launched so far
     now: Callable[[], float] = time.perf_counter
     computing: Callable[[], float] = time.thread_time
     _stream: WorkerStream | None = None
@@ -122,6 +124,8 @@ class FetchingLoader:
             yield self._next(begun, number, samples)
 
     def _next(self, begun: SameOrderSampler, number: int, samples: ShardSamples) -> Batch:
+        if self.watch.choosing:
+            self.settle()
         asked, computed = self.now(), self.computing()
         if self._coming is not None:
             self._take_over()
@@ -161,6 +165,10 @@ class FetchingLoader:
         self._stream = self._coming = self._continues_at = None
 
 
+def _at_once() -> None:
+    """A CPU has done what it was told."""
+
+
 def build_loader(
     dataset: Any,
     sampler: SameOrderSampler,
@@ -197,4 +205,5 @@ def build_loader(
         choice=Choice(0 if num_workers == "auto" else num_workers),
         watch=Watch(lambda: room_of(ranks_here, threads), tell.choice, looking=auto),
         copies=CopyWatch(copied_bytes, tell.warning, time.monotonic),
+        settle=partial(torch.cuda.synchronize, device) if device.type == "cuda" else _at_once,
     )

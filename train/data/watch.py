@@ -63,6 +63,11 @@ class Watch:
             self._bytes = max(self._bytes, sum(sizes))
 
     @property
+    def choosing(self) -> bool:
+        """Whether nothing is decided yet, by these first measurements."""
+        return self.looking and not self._decided
+
+    @property
     def due(self) -> bool:
         """Whether enough was measured."""
         count = len(self._fetches)

@@ -155,8 +155,11 @@ def test_auto_measures_says_one_line_and_uses_what_it_chose(monkeypatch: pytest.
     ticks = iter(range(10**6))
     loader.now = lambda: next(ticks) * 0.1  # a clock by which every fetch takes long
     loader.computing = lambda: 0.0
+    settled: list[int] = []
+    loader.settle = lambda: settled.append(len(said))
     found = run(loader, sampler)
     assert len(said) >= 1
+    assert set(settled) == {0}  # a device is waited for before the first choice alone
     assert "loader workers a rank" in said[0]
     assert makers(found) != {os.getpid()}
     loader.close()
