@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from samestep.launcher.contract import RunDir, UsageError
 from samestep.launcher.heartbeat import NoPulse, Pulse
@@ -25,6 +24,7 @@ from samestep.train.finite import FiniteGuard, Investigation, Unguarded
 from samestep.train.finite import guard as finite_guard
 from samestep.train.loop import Run
 from samestep.train.micro_batches import Agreed, MicroBatches, largest_count
+from samestep.train.moving_average import MovingAverage
 from samestep.train.observe.guards.check import Subject
 from samestep.train.observe.guards.watch import Guards, guards_for
 from samestep.train.observe.ledger import Ledger
@@ -136,7 +136,7 @@ def _step(
     setting: Setting,
     autocast: contextlib.AbstractContextManager[None],
     scaler: Scaling,
-    ema: AveragedModel | None,
+    ema: MovingAverage | None,
     guard: FiniteGuard,
     reporter: Reporter,
 ) -> OptimizerStep:
@@ -227,13 +227,12 @@ def _nobody(model: nn.Module) -> None:
     """No average follows."""
 
 
-def _ema(components: Components) -> AveragedModel | None:
-    """Weights that follow the model's, on every rank alike; buffers are kept as the model's."""
+def _ema(components: Components) -> MovingAverage | None:
     if components.ema is None:
         return None
     if not 0 < components.ema < 1:
         raise UsageError(f"Components.ema is expected to be between 0 and 1, but is {components.ema}")
-    return AveragedModel(components.model, multi_avg_fn=get_ema_multi_avg_fn(components.ema))
+    return MovingAverage(components.model, components.ema)
 
 
 def _sampler(dataset: Any, setting: Setting, *, shuffle: bool) -> SameOrderSampler:

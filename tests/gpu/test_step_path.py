@@ -46,6 +46,10 @@ def test_neither_does_one_of_a_single_shard(trained: Any, weigh: str) -> None:
     assert trained("unwaited", "--weigh", weigh, "--shards", 1, "--num-workers", 0).events("run_finished")
 
 
+def test_neither_does_one_that_averages_weights(trained: Any) -> None:
+    assert trained("unwaited", "--average", "--shards", 1, "--num-workers", 0).events("run_finished")
+
+
 def pinned(count: int) -> Iterator[Tensor]:
     for number in range(count):
         yield torch.full((1 << 20,), float(number)).pin_memory()

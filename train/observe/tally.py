@@ -148,5 +148,6 @@ def scalar(value: Value, device: torch.device) -> Tensor:
     if isinstance(value, Product):
         return scalar(value.tensor, device) * value.factor
     if isinstance(value, Tensor):
-        return value.detach().to(device=device, dtype=torch.float64).reshape(())
+        aside = device.type == "cuda"  # from the host a number is taken over at once
+        return value.detach().to(device=device, dtype=torch.float64, non_blocking=aside).reshape(())
     return torch.full((), float(value), dtype=torch.float64, device=device)  # without a copy, for which the host waits

@@ -21,6 +21,7 @@ class UnwaitedConfig(TrainConfig):
     max_steps: int | None = 30
     log_every: int = 100
     weigh: str = "samples"
+    average: bool = False
 
 
 def strict(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,6 +62,7 @@ def build(config: UnwaitedConfig) -> Components:
         loss=loss,
         optimizer=optimizer,
         train_data=TensorDataset(x, y),
+        ema=0.9 if config.average else None,
         scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.5),
     )
 

@@ -1,0 +1,60 @@
+"""The average of the weights: torch's bits, step by step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from samestep.train.moving_average import MovingAverage
+
+
+class Mixed(nn.Module):
+    """Tied, frozen, of several types, with buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.last.weight = self.first.weight
+        self.narrow = nn.Parameter(torch.randn(7, dtype=torch.bfloat16))
+        self.broad = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.frozen = nn.Parameter(torch.randn(2), requires_grad=False)
+        self.count = nn.Parameter(torch.tensor([3]), requires_grad=False)
+        self.norm = nn.BatchNorm1d(5)
+
+
+def test_it_has_the_bits_of_torchs_average() -> None:
+    model = Mixed()
+    ours = MovingAverage(model, 0.9)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.add_(torch.randn_like(parameter))
+            model.norm(torch.randn(4, 5))
+        ours.update_parameters(model)
+        theirs.update_parameters(model)
+        mine, others = ours.state_dict(), theirs.state_dict()
+        assert list(mine) == list(others)
+        assert all(torch.equal(mine[name], others[name]) for name in others)
+
+
+def test_a_state_goes_from_one_to_the_other() -> None:
+    model = nn.Linear(3, 3)
+    saved, restored = MovingAverage(model, 0.5), MovingAverage(nn.Linear(3, 3), 0.5)
+    for average in (saved, saved, restored):
+        average.update_parameters(model)
+        nn.init.ones_(model.weight)
+    restored.load_state_dict(saved.state_dict())
+    for average in (saved, restored):
+        average.update_parameters(model)
+    mine, others = saved.state_dict(), restored.state_dict()
+    assert all(torch.equal(mine[name], others[name]) for name in others)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1])
+def test_a_decay_that_is_none_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay"):
+        MovingAverage(nn.Linear(1, 1), decay)
