@@ -59,23 +59,26 @@ def taken():
     return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN and c.laddr}
 
 
-def shared(pids):
-    """Names in shared memory that tell of a process of the run."""
+def in_shared_memory():
+    return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 (only listed)
+
+
+def shared(pids, before):
+    """Names in shared memory that tell of a process of the run, and not of one that had its number before."""
     own = {str(pid) for pid in pids}
-    names = [path.name for path in Path("/dev/shm").iterdir()]  # noqa: S108 (only listed)
-    return [name for name in names if own & set(re.findall(r"\d+", name))]
+    return [name for name in in_shared_memory() - before if own & set(re.findall(r"\d+", name))]
 
 
-def wait_until_gone(pids, ports, run_dir):
+def wait_until_gone(pids, ports, run_dir, before):
     end = time.monotonic() + 2
-    while any(map(lives, pids)) or of_the_run(run_dir) or ports & taken() or shared(pids):
-        left = [pid for pid in pids if lives(pid)], of_the_run(run_dir), ports & taken(), shared(pids)
+    while any(map(lives, pids)) or of_the_run(run_dir) or ports & taken() or shared(pids, before):
+        left = [pid for pid in pids if lives(pid)], of_the_run(run_dir), ports & taken(), shared(pids, before)
         assert time.monotonic() < end, f"still there: {left}"
         psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=0.05)
 
 
 def kill_at(command, moment, run_dir, temporary):
-    environ = os.environ | {"TMPDIR": str(temporary)}
+    environ, before = os.environ | {"TMPDIR": str(temporary)}, in_shared_memory()
     launcher = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         with pytest.raises(subprocess.TimeoutExpired):
@@ -87,7 +90,7 @@ def kill_at(command, moment, run_dir, temporary):
         launcher.wait()
     assert launcher.stderr is not None
     launcher.stderr.close()
-    wait_until_gone(below, ports, run_dir)
+    wait_until_gone(below, ports, run_dir, before)
 
 
 @pytest.mark.timeout(1500)
