@@ -27,8 +27,17 @@ def environment():
 def struck(tmp_path, *options, recipe="everything.py", flags=FLAGS, status=0, seconds=170.0):
     words = [*SAMESTEP, *map(str, options), str(RECIPES / recipe), *flags]
     done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=seconds)
-    assert done.returncode == status, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return json.loads(done.stdout) if done.stdout else done.stderr
+    verdict = json.loads(done.stdout) if done.stdout else done.stderr
+    assert done.returncode == status, f"{wrong(verdict)}\n{done.stderr[-3000:]}"
+    return verdict
+
+
+def wrong(verdict):
+    """Of a verdict with hundreds of faults, what it objects to."""
+    if isinstance(verdict, str):
+        return verdict
+    runs = [run for run in verdict["runs"] if not run["same"] or run["left_behind"]]
+    return runs, [fault for fault in hits(verdict) if not fault["survived"]]
 
 
 def hits(verdict):
