@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ _LEAVE_SECONDS = 2.0
 _JOIN_SECONDS = 0.1  # a part of the joining, in which forked ranks meet
 _LAST_BREATH = 0.25  # seconds in which ranks that are about to end may still do steps
 _PROBE, _PROBE_NAME = b"blat", 8
+_OF_TORCH = re.compile(r"tmp[a-z0-9_]{8}")
 _START_AGAIN = frozenset({ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT, ExitCode.INTERRUPTED, ExitCode.TERMINATED})
 
 
@@ -219,13 +221,15 @@ def left_in(folder: Path) -> set[str]:
 
 
 def _is_nobodys(path: Path) -> bool:
-    """Torch's cache for later runs, or a file by which Python's tempfile module has tried whether it may write there.
+    """Torch's cache for later runs, or a file that was to be there for a moment, in which its program was killed.
 
-    The latter, eight characters that hold `blat`, is there for a moment in every program's first use of the module,
-    and stays if that program is killed in that moment.
+    Python's tempfile module tries with eight characters that hold `blat` whether it may write there. Torch's DataLoader
+    tries with ten empty ones, tmp and eight characters, how many it can open, when it has lost one of its processes.
     """
     if path.is_dir():
         return path.name.startswith("torchinductor_")
+    if _OF_TORCH.fullmatch(path.name) and path.is_file():
+        return not path.stat().st_size
     if len(path.name) != _PROBE_NAME or not path.is_file() or path.stat().st_size > len(_PROBE):
         return False
     return path.read_bytes() in (b"", _PROBE)

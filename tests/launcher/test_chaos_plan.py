@@ -220,8 +220,11 @@ def test_what_no_run_can_help_does_not_count_as_left_behind(tmp_path):
     (tmp_path / "torchinductor_someone").mkdir()
     (tmp_path / "a1b2c3_4").write_bytes(b"blat")
     (tmp_path / "4_c3b2a1").write_bytes(b"")
+    (tmp_path / "tmpbcajb61e").write_bytes(b"")
     assert left_in(tmp_path) == set()
     (tmp_path / "pymp-ab12cd3").mkdir()
     (tmp_path / "tmpab12c").write_bytes(b"data of the run")
+    (tmp_path / "tmpbcajb62e").write_bytes(b"data of the run")
+    (tmp_path / "tmpab12cd3").write_bytes(b"")
     (tmp_path / "blat").write_bytes(b"blat")
-    assert left_in(tmp_path) == {"pymp-ab12cd3", "tmpab12c", "blat"}
+    assert left_in(tmp_path) == {"pymp-ab12cd3", "tmpab12c", "tmpbcajb62e", "tmpab12cd3", "blat"}
