@@ -8,6 +8,7 @@ the host while backward runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -78,8 +79,10 @@ class TogetherSums:
     def finish(self) -> Sums:
         """See StepSums."""
         total = self.sums.finish()
+        if not self.sums.width:
+            return Sums(total, math.nan, total)
         weights, buffers = total[: self._weights], total[self._weights :]
-        return Sums(weights, float(weights) if self._weights else float("nan"), buffers)
+        return Sums(weights, weights.item() if self._weights else math.nan, buffers)
 
 
 @dataclass(slots=True)
@@ -120,7 +123,7 @@ class EarlySums:
 
     def finish(self) -> Sums:
         """See StepSums."""
-        weight = float("nan")
+        weight = math.nan
         if self.weights.width:
             there = self._there or self._send()
             torch.cuda.current_stream(self.device).wait_event(there)
