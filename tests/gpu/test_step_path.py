@@ -35,7 +35,7 @@ def soon(condition: Callable[[], bool], seconds: float = 0.5) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("weigh", ["samples", "mean", "numbers", "tokens"])
+@pytest.mark.parametrize("weigh", ["samples", "mean", "numbers", "host", "tokens"])
 def test_no_step_waits_for_the_device(trained: Any, weigh: str, ranks: int) -> None:
     flags = ("--weigh", weigh, "--shards", 2, "--num-workers", 0, "--clip-grad-norm", 1.0)
     assert trained("unwaited", *flags, ranks=ranks).events("run_finished")

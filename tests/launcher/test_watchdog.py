@@ -258,6 +258,7 @@ GPU = "its GPU does not come to an end"
         # all hosts wait for their devices: the one whose device the others wait for
         ([(7, "sync"), (7, "forward")], (9, 9), 1, GPU),
         ([(6, "optimizer"), (7, "sync"), (7, "sync")], (9, 9, 9), 0, GPU),
+        ([(7, "backward"), (7, "forward")], (9, 9), 1, GPU),
         ([(7, "sync"), None], (9, 9), 1, ""),
         # nothing tells them apart
         ([(7, "sync"), (7, "sync"), (7, "sync")], (9, 9, 9), 2, "all ranks wait for one another"),

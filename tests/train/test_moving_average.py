@@ -34,11 +34,20 @@ def test_it_has_the_bits_of_torchs_average() -> None:
                 if parameter.is_floating_point():
                     parameter.add_(torch.randn_like(parameter))
             model.norm(torch.randn(4, 5))
-        ours.update_parameters(model)
         theirs.update_parameters(model)
+        ours.update_parameters(model)
         mine, others = ours.state_dict(), theirs.state_dict()
         assert list(mine) == list(others)
         assert all(torch.equal(mine[name], others[name]) for name in others)
+
+
+def test_torchs_own_updates_are_not_asked_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make the host wait for a GPU."""
+    average = MovingAverage(nn.Linear(3, 3), 0.5)
+    average.update_parameters(nn.Linear(3, 3))
+    monkeypatch.delattr(AveragedModel, "update_parameters")
+    average.update_parameters(nn.Linear(3, 3))
+    assert int(average.n_averaged) == 2
 
 
 def test_a_state_goes_from_one_to_the_other() -> None:

@@ -126,19 +126,19 @@ def table(steps: list[Values], width: int, columns: int, device: torch.device) -
     """float64 of shape (steps, width, columns), zero where a step has fewer shards; reads nothing from the device."""
     missing: list[Value] = [0.0] * columns
     flat: list[float] = []  # numbers, and factors of what is on the device
-    by_type: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
+    alike: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[Tensor]]] = {}
     for values in steps:
         for value in itertools.chain(*values, *[missing] * (width - len(values))):
             if isinstance(value, int | float):
                 flat.append(value)
                 continue
             tensor, factor = value if isinstance(value, Product) else (value, 1.0)
-            places, tensors = by_type.setdefault(tensor.dtype, ([], []))
+            places, tensors = alike.setdefault((tensor.dtype, tensor.device), ([], []))
             places.append(len(flat))
             tensors.append(tensor)
             flat.append(factor)
     result = torch.tensor(flat, dtype=torch.float64).to(device, non_blocking=True)
-    for places, tensors in by_type.values():
+    for places, tensors in alike.values():
         result[torch.tensor(places).to(device, non_blocking=True)] *= torch.stack(tensors).to(device, torch.float64)
     return result.view(len(steps), width, columns)
 
