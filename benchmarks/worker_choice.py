@@ -1,10 +1,11 @@
-"""Loader workers chosen by measurement against fixed numbers, for a dataset whose samples take 5 ms.
+"""Loader workers chosen by measurement against fixed numbers.
 
-    python benchmarks/worker_choice.py {computing,waiting} ROUNDS STEPS
+    python benchmarks/worker_choice.py {computing,waiting,digits} ROUNDS STEPS
 
-`computing` decodes (a core is busy), `waiting` reads from somewhere slow. Each contender is a whole run of the same
-recipe in this process, workers started and ended in it; the choice's own measuring counts. Prints one JSON line: median
-seconds, and ratio to the best fixed number of the same round.
+Samples take 5 ms: `computing` decodes (a core is busy), `waiting` reads from somewhere slow. `digits` is the recipe
+whose samples are so small that workers can cost more than they save. Each contender is a whole run in this process,
+workers started and ended in it; the choice's own measuring counts. Prints one JSON line: median seconds, and ratio to
+the best fixed number of the same round.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import WORKLOADS
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -53,17 +55,24 @@ class Images(Dataset[Any]):
         return torch.full((3, 64, 64), index / self.samples), index % 10
 
 
-def seconds_of(workers: Any, member: Membership, steps: int, *, computes: bool) -> float:
-    torch.manual_seed(0)
+def images(steps: int, *, computes: bool) -> Components:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
     model(torch.zeros(1, 3, 64, 64))
-    components = Components(
+    return Components(
         model=model,
         loss=supervised(nn.CrossEntropyLoss()),
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
         train_data=Images(BATCH * steps, computes=computes),
     )
-    config = TrainConfig(global_batch_size=BATCH, num_workers=workers, epochs=1)
+
+
+def seconds_of(workers: Any, member: Membership, steps: int, kind: str) -> float:
+    torch.manual_seed(0)
+    digits = WORKLOADS["digits CNN"]
+    components = digits.make() if kind == "digits" else images(steps, computes=kind == "computing")
+    components.eval_data = None
+    batch = digits.batch if kind == "digits" else BATCH
+    config = TrainConfig(global_batch_size=batch, num_workers=workers, epochs=10**6, max_steps=steps)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(config, member, RunDir(Path(folder)), 1, 0, {"seed": 0})
         run = assemble(components, setting, lambda step, phase: None)
@@ -83,7 +92,7 @@ def main(kind: str, rounds: int, steps: int) -> None:
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for workers in (0, "auto", 1, 2, 4):
-            took = seconds_of(workers, member, steps, computes=kind == "computing")
+            took = seconds_of(workers, member, steps, kind)
             seconds.setdefault(str(workers), []).append(took)
     best = [min(values) for values in zip(*(v for name, v in seconds.items() if name != "auto"), strict=True)]
     row: dict[str, Any] = {"kind": kind}

@@ -141,9 +141,14 @@ class FetchingLoader:
         return batch
 
     def _start(self, choice: Choice, begun: SameOrderSampler, number: int, ahead: int) -> None:
-        """Start workers that take over after `ahead` more lists, the rank itself or older workers giving these."""
+        """Start workers that take over after `ahead` more lists, the rank itself or older workers giving these.
+
+        Without workers the rank goes on by itself at once.
+        """
         self.choice = choice
-        if choice.workers:
+        if not choice.workers:
+            self.close()
+        else:
             lists = ListsAhead(begun, self.epochs, number + ahead)
             self._coming = WorkerStream(self.shards, lists, choice, pin_memory=self.device.type == "cuda")
             self._lists_until_coming = ahead

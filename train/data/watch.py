@@ -1,7 +1,9 @@
 """Decides about loader workers from what fetching and stepping take; see `workers` for the rule.
 
-The first lists are fetched in the rank itself and timed. Later, a rank that waits for its data measures again: workers
-are only ever added, a few times at most.
+The first lists are fetched in the rank itself and timed. The rule can't know what else workers cost (cores that share
+a cache or a clock, memory touched first by another process), so the first ones are on trial: where lists do not come
+5 % faster the rank goes back to fetching by itself. Later, a rank that waits for its data measures again, a few times
+at most.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samestep.train.data.workers import Choice, Room, Timing, choose
+from samestep.train.data.workers import GAIN, Choice, Room, Timing, choose, seconds_a_list
 
 _WARM_UP, _FEW, _ENOUGH, _SECONDS = 1, 3, 16, 0.25  # lists not counted, at least and at most measured; or for how long
 _WINDOW = 64  # lists between two later looks
@@ -43,6 +45,10 @@ class Watch:
     lists_to_start: int = 0  # that pass while newly started workers get ready
     _workers: int = 0
     _decided: int = 0
+    _on_trial: bool = False
+    _alone: float = 0.0  # seconds a list took before workers came
+    _hoped: float = 0.0  # and was expected to take with them
+    _slower: float = 1.0  # times that workers took what was expected of them
     _cpu: float = 1.0
     _bytes: int = 0
     _warm_up: int = _WARM_UP
@@ -64,30 +70,36 @@ class Watch:
 
     @property
     def choosing(self) -> bool:
-        """Whether nothing is decided yet, by these first measurements."""
-        return self.looking and not self._decided
+        """Whether the first measurements are going on, or those of workers on trial."""
+        return self._on_trial or (self.looking and not self._decided)
 
     @property
     def due(self) -> bool:
         """Whether enough was measured."""
         count = len(self._fetches)
-        if self._decided:
+        if not self.choosing:
             return count >= _WINDOW
-        return count >= _ENOUGH or (count >= _FEW and sum(self._fetches) + sum(self._steps) >= _SECONDS)
+        few = max(_FEW, 2 * self._workers)  # workers may deliver all at once
+        return count >= max(_ENOUGH, few) or (count >= few and sum(self._fetches) + sum(self._steps) >= _SECONDS)
 
     def decision(self) -> Choice | None:
         """What to change to; None to go on as it is. Measures anew from here on."""
+        if self._on_trial:
+            return self._verdict()
         fetch = statistics.median(self._fetches)
         step = sorted(self._steps)[len(self._steps) // 4]  # the first steps import and allocate: later ones are shorter
         longest, all_fetches, all_steps = max(self._fetches), sum(self._fetches), sum(self._steps)
         waiting = all_fetches / (all_fetches + all_steps)
         if not self._workers:
             self._cpu = min(1.0, self._computing / all_fetches)
+            self._alone = self._seconds_a_list()
         self._forget()
         if self._decided and waiting <= _STARVED:
             return None
         alone = (fetch + step) * self._workers if self._workers else fetch  # starved workers work all the time
-        choice = choose(Timing(alone, max(longest, alone), self._cpu, step, self._bytes), self.room())
+        timing, room = Timing(alone, max(longest, alone), self._cpu, step, self._bytes), self.room()
+        choice = choose(timing, room, self._slower)
+        self._hoped = seconds_a_list(timing, room, choice.workers)
         if self._decided and choice.workers <= self._workers:
             return None
         again = f" (measured again: {100 * waiting:.0f}% of the time was spent waiting for data)"
@@ -97,13 +109,32 @@ class Watch:
         self.lists_to_start = min(_MOST_AHEAD, 1 + int(_START_SECONDS / (fetch + step)))
         return choice
 
+    def _verdict(self) -> Choice | None:
+        took, self._on_trial = self._seconds_a_list(), False
+        self._forget()
+        if took <= self._alone * GAIN:
+            return None
+        back = Choice(0, reason=f"with {self._workers} a batch takes {_ms(took)}, without {_ms(self._alone)}")
+        self._slower, self._workers = max(1.0, took / self._hoped), 0
+        self.say(back, f"0 loader workers a rank: {back.reason}")
+        return back
+
+    def _seconds_a_list(self) -> float:
+        """That it takes as a rule: a batch that comes late counts, a step between which there was an evaluation not."""
+        return statistics.fmean(self._fetches) + sorted(self._steps)[len(self._steps) // 4]
+
     def workers_took_over(self, choice: Choice) -> None:
         """What was measured before says nothing about these workers."""
+        self._on_trial = self.looking and not self._workers
         self._workers, self._warm_up = choice.workers, choice.workers * choice.prefetch
         self._forget()
 
     def _forget(self) -> None:
         self._fetches, self._steps, self._computing = [], [], 0.0
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 MOST_WORKERS = 16
 _WORKER_BYTES = 128 << 20  # what a forked worker writes to of its parent's memory, without the dataset
 _TAKE_SECONDS, _TAKE_BYTES_A_SECOND = 0.0003, 2e9  # one batch from a worker: a message, and its shared memory mapped
-_GAIN, _TIE = 0.95, 1.02  # workers have to bring 5 %; among equals within 2 % the fewest
+GAIN, _TIE = 0.95, 1.02  # workers have to bring 5 %; among equals within 2 % the fewest
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +54,20 @@ def seconds_a_list(timing: Timing, room: Room, workers: int) -> float:
     return max(timing.step + take, timing.fetch / workers, work / room.cores)
 
 
-def choose(timing: Timing, room: Room) -> Choice:
-    """The fewest workers that are about as fast as any number that there is room for."""
+def choose(timing: Timing, room: Room, slower: float = 1.0) -> Choice:
+    """The fewest workers that are about as fast as any number that there is room for.
+
+    `slower`: times that workers were seen to take what is expected of them.
+    """
     prefetch = 4 if timing.longest > 4 * timing.fetch else 2  # uneven samples need more in store
     ahead = prefetch * timing.batch_bytes
     by_shared = room.shared_bytes // 2 // max(1, ahead)
     by_memory = room.memory_bytes // 2 // (_WORKER_BYTES + ahead)
     most = max(0, min(MOST_WORKERS, by_shared, by_memory))
-    expected = [seconds_a_list(timing, room, workers) for workers in range(most + 1)]
+    expected = [seconds_a_list(timing, room, workers) * (slower if workers else 1.0) for workers in range(most + 1)]
     best = min(expected)
     workers = next(n for n, seconds in enumerate(expected) if seconds <= best * _TIE)
-    if expected[workers] > expected[0] * _GAIN:
+    if expected[workers] > expected[0] * GAIN:
         workers = 0
     return Choice(workers, prefetch, _reason(timing, room, workers, min(by_shared, by_memory)))
 

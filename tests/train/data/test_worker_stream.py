@@ -111,6 +111,18 @@ def test_workers_that_take_over_on_the_way_change_no_batch(expected: list[Tensor
     loader.close()
 
 
+@pytest.mark.parametrize("back", [9, 10, 11, 15])
+def test_workers_that_are_sent_away_leave_batches_as_they_are(expected: list[Tensor], back: int) -> None:
+    loader, sampler = loader_of("auto")
+    loader.watch = Scripted({4: 2, back: 0}, 2)
+    found = run(loader, sampler)
+    assert same(found, expected)
+    theirs = [index for index, batch in enumerate(found) if makers([batch]) != {os.getpid()}]
+    assert theirs == list(range(6, back)), "this process goes on at once"
+    assert not any(psutil.pid_exists(pid) for pid in makers(found) - {os.getpid()})
+    loader.close()
+
+
 def test_more_workers_take_over_from_fewer(expected: list[Tensor]) -> None:
     loader, sampler = loader_of("auto")
     loader.watch = Scripted({2: 1, 12: 2}, 2)
@@ -155,11 +167,12 @@ def test_auto_measures_says_one_line_and_uses_what_it_chose(monkeypatch: pytest.
     ticks = iter(range(10**6))
     loader.now = lambda: next(ticks) * 0.1  # a clock by which every fetch takes long
     loader.computing = lambda: 0.0
-    settled: list[int] = []
-    loader.settle = lambda: settled.append(len(said))
+    settled: list[bool] = []
+    loader.settle = lambda: settled.append(loader.watch.choosing)
     found = run(loader, sampler)
     assert len(said) >= 1
-    assert set(settled) == {0}  # a device is waited for before the first choice alone
+    assert all(settled), "a device is waited for only where a choice depends on it"
+    assert 0 < len(settled) < len(found)
     assert "loader workers a rank" in said[0]
     assert makers(found) != {os.getpid()}
     loader.close()
