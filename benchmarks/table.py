@@ -117,12 +117,17 @@ def starts(quick: bool) -> Lines:
 
 
 def worker_choice(quick: bool) -> Lines:
+    kinds = ("waiting",) if quick else ("computing", "waiting", "digits")
+    lines = ["Seconds of a run and ratio to the best fixed number of loader workers: samples of 5 ms, and the digits.", ""]
+    return lines + _choices(kinds, 1 if quick else 3, 100 if quick else 500)
+
+
+def _choices(kinds: tuple[str, ...], rounds: int, steps: int, device: str = "cpu") -> Lines:
     numbers = ("auto", "0", "1", "2", "4")
-    lines = ["Samples of 5 ms: seconds of a run and ratio to the best fixed number of loader workers.", ""]
-    lines += [f"| Samples | {' | '.join(numbers)} |", "|" + "---|" * (1 + len(numbers))]
-    for kind in ("waiting",) if quick else ("computing", "waiting"):
-        row = script("worker_choice", kind, 1 if quick else 3, 100 if quick else 500)
-        lines.append(f"| {kind} | " + " | ".join(f"{row[n]['s']:g} s, {_ratio(row[n], 2)}" for n in numbers) + " |")
+    lines = [f"| Samples | {' | '.join(numbers)} |", "|" + "---|" * (1 + len(numbers))]
+    for kind in kinds:
+        row = script("worker_choice", kind, rounds, steps, device)
+        lines.append(f"| {kind} | " + " | ".join(f"{row[n]['s']:g} s, {_ratio(row[n])}" for n in numbers) + " |")
     return lines
 
 
@@ -149,6 +154,8 @@ def on_a_gpu(quick: bool) -> Lines:
         device, loops = row["device"], row["loops"]
         cells = [f"{loops[loop]['ms']:g} ms, {_ratio(loops[loop])}" for loop in LOOPS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    workers = "Seconds of 500 steps of the digits and ratio to the best fixed number of loader workers; above it is 0."
+    lines += ["", workers, "", *_choices(("digits",), 3, 500, "cuda")]
     lines += ["", *checkpoint_stall(quick, "cuda")]
     return [f"One {device}.", "", *lines]
 

@@ -1,6 +1,6 @@
 """Loader workers chosen by measurement against fixed numbers.
 
-    python benchmarks/worker_choice.py {computing,waiting,digits} ROUNDS STEPS
+    python benchmarks/worker_choice.py {computing,waiting,digits} ROUNDS STEPS [DEVICE]
 
 Samples take 5 ms: `computing` decodes (a core is busy), `waiting` reads from somewhere slow. `digits` is the recipe
 whose samples are so small that workers can cost more than they save. Each contender is a whole run in this process,
@@ -70,6 +70,7 @@ def seconds_of(workers: Any, member: Membership, steps: int, kind: str) -> float
     torch.manual_seed(0)
     digits = WORKLOADS["digits CNN"]
     components = digits.make() if kind == "digits" else images(steps, computes=kind == "computing")
+    components.model.to(member.device)
     components.eval_data = None
     batch = digits.batch if kind == "digits" else BATCH
     config = TrainConfig(global_batch_size=batch, num_workers=workers, epochs=10**6, max_steps=steps)
@@ -84,10 +85,10 @@ def seconds_of(workers: Any, member: Membership, steps: int, kind: str) -> float
         return time.perf_counter() - begin
 
 
-def main(kind: str, rounds: int, steps: int) -> None:
+def main(kind: str, rounds: int, steps: int, device: str = "cpu") -> None:
     env = who_started.worker(os.environ)
     environment.pin(1, False)
-    member = join(env, pick_device("cpu", env))
+    member = join(env, pick_device(device, env))
     environment.pin(1, False)
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
@@ -108,4 +109,4 @@ def main(kind: str, rounds: int, steps: int) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -27,21 +27,21 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 
 def _one_ahead(batches: Iterator[Batch], device: torch.device, side: Any) -> Iterator[Batch]:
     """Copy the next batch while the device works on this one; the host waits for neither."""
-    coming = _start_copy(batches, device, side)
+    use = torch.cuda.current_stream(device)
+    coming = _start_copy(batches, device, side, use)
     while coming is not None:
         batch, copied = coming
         if copied is not None:
-            use = torch.cuda.current_stream(device)
             use.wait_event(copied)
             for leaf in pytree.tree_leaves(batch):
                 if isinstance(leaf, Tensor):  # in the side stream's memory, not to be used again before `use` is done
                     leaf.record_stream(use)
-        coming = _start_copy(batches, device, side)
+        coming = _start_copy(batches, device, side, use)
         yield batch
         del batch
 
 
-def _start_copy(batches: Iterator[Batch], device: torch.device, side: Any) -> tuple[Batch, Any] | None:
+def _start_copy(batches: Iterator[Batch], device: torch.device, side: Any, use: Any) -> tuple[Batch, Any] | None:
     """The next batch on its way and the event after it, if it is on the side; None where there is none."""
     for batch in batches:
         leaves = pytree.tree_leaves(batch)
@@ -50,8 +50,8 @@ def _start_copy(batches: Iterator[Batch], device: torch.device, side: Any) -> tu
         if not known or all(_is_small(leaf) for leaf in leaves):
             return send_to_device(batch, device, non_blocking=True), None
         pinned = pytree.tree_map_only(Tensor, _pinned, batch)  # the host would wait for pageable memory
-        side.wait_stream(torch.cuda.current_stream(device))  # samples that live on the device may be in the making
-        with torch.cuda.stream(side):
+        side.wait_stream(use)  # samples that live on the device may be in the making
+        with side:
             return send_to_device(pinned, device, non_blocking=True), side.record_event()
     return None
 

@@ -34,8 +34,8 @@ def present_roots(world_size: int, shards: int, present: int) -> tuple[tuple[Spa
 
 
 def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[Any]:
-    """Work beside the current stream; torch's own context for None would start CUDA on ranks that compute on a CPU."""
-    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+    """Work beside the current stream; torch.cuda.stream(None) would start CUDA on ranks that compute on a CPU."""
+    return contextlib.nullcontext() if stream is None else stream
 
 
 class Flight(Protocol):

@@ -87,23 +87,27 @@ class TogetherSums:
 
 @dataclass(slots=True)
 class EarlySums:
-    """On a GPU: the weights' exchange goes ahead of the last backward."""
+    """On a GPU: the weights' exchange goes ahead of the last backward; without other ranks it is a copy to the host."""
 
     weights: ShardSums
     buffers: ShardSums
     device: torch.device
     _last: int | None = None
+    _sent: bool = False
+    _use: torch.cuda.Stream = field(init=False)
     _aside: torch.cuda.Stream = field(init=False)
     _host: Tensor = field(init=False)
-    _there: torch.cuda.Event | None = None
+    _known: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    _there: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
     def __post_init__(self) -> None:
-        self._aside = torch.cuda.Stream(self.device)
+        self._use = torch.cuda.current_stream(self.device)
+        self._aside = torch.cuda.Stream(self.device) if self.weights.group.world_size > 1 else self._use
         self._host = torch.empty(1, dtype=torch.float64, pin_memory=True)
 
     def begin(self, plan: StepPlan, weights: int, buffers: int, last: int | None) -> None:
         """See StepSums."""
-        self._last, self._there = last, None
+        self._last, self._sent = last, False
         self.weights.begin(plan, weights)
         self.buffers.begin(plan, buffers)
 
@@ -125,18 +129,20 @@ class EarlySums:
         """See StepSums."""
         weight = math.nan
         if self.weights.width:
-            there = self._there or self._send()
-            torch.cuda.current_stream(self.device).wait_event(there)
-            there.synchronize()
+            if not self._sent:
+                self._send()
+            self._use.wait_event(self._there)
+            self._there.synchronize()
             weight = self._host.item()
         return Sums(self.weights.finish(), weight, self.buffers.finish())
 
-    def _send(self) -> torch.cuda.Event:
-        self._aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._aside):
+    def _send(self) -> None:
+        self._known.record(self._use)
+        self._aside.wait_event(self._known)
+        with self._aside:
             self._host.copy_(self.weights.finish(), non_blocking=True)
-            self._there = self._aside.record_event()
-        return self._there
+            self._there.record(self._aside)
+        self._sent = True
 
 
 def step_sums(group: Group, exchange: Exchange, shards: int, device: torch.device) -> StepSums:
