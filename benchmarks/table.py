@@ -118,8 +118,11 @@ def starts(quick: bool) -> Lines:
 
 def worker_choice(quick: bool) -> Lines:
     kinds = ("waiting",) if quick else ("computing", "waiting", "digits")
-    lines = ["Seconds of a run and ratio to the best fixed number of loader workers: samples of 5 ms, and the digits.", ""]
-    return lines + _choices(kinds, 1 if quick else 3, 100 if quick else 500)
+    lines = [
+        "Seconds of a run and ratio to the best fixed number of loader workers: samples of 5 ms, and the digits.",
+        "",
+    ]
+    return [*lines, *_choices(kinds, 1 if quick else 3, 100 if quick else 500)]
 
 
 def _choices(kinds: tuple[str, ...], rounds: int, steps: int, device: str = "cpu") -> Lines:
