@@ -135,7 +135,7 @@ def samestep(workload: Workload, member: Membership, folder: Path, **more: Any) 
     run.saver = Saver(run.saver.schedule)
     if member.group.rank == 0:
         run.reporter.stream = io.StringIO()  # type: ignore[attr-defined]
-        run.reporter.started(0, member.group.world_size, [])
+        run.reporter.started(0, member.group.world_size, [], 0)
     leave.end_hard(run)
 
     def train(steps: int) -> None:

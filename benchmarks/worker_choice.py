@@ -79,7 +79,7 @@ def seconds_of(workers: Any, member: Membership, steps: int, kind: str) -> float
         run = assemble(components, setting, lambda step, phase: None)
         run.saver = Saver(run.saver.schedule)
         run.reporter.stream = io.StringIO()  # type: ignore[attr-defined]
-        run.reporter.started(0, 1, [])
+        run.reporter.started(0, 1, [], steps)
         begin = time.perf_counter()
         run_to_the_end(run)
         return time.perf_counter() - begin

@@ -271,18 +271,15 @@ def _reporter(setting: Setting, sampler: SameOrderSampler) -> Reporter:
     if setting.member.group.rank:
         return Reporter()
     config = setting.config
-    per_epoch = -(-sampler.samples // config.global_batch_size)
-    total = per_epoch * config.epochs
     reporter = RankZeroReporter(
         log=EventLog(setting.run_dir.events, time.time),
         epochs=config.epochs,
-        steps_per_epoch=per_epoch,
-        total_steps=total if config.max_steps is None else min(total, config.max_steps),
+        samples=sampler.samples,
+        global_batch_size=config.global_batch_size,
         log_every=config.log_every,
     )
-    return tracked(
-        reporter, wanted(config.trackers), setting.run_dir.path, plain(config), (per_epoch, config.log_every)
-    )
+    rhythm = (config.global_batch_size, config.log_every)
+    return tracked(reporter, wanted(config.trackers), setting.run_dir.path, plain(config), rhythm)
 
 
 def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -48,9 +48,11 @@ class Run:
 
     @property
     def max_steps(self) -> int:
-        """Steps after which the run is over."""
-        per_epoch = -(-self.sampler.samples // self.config.global_batch_size)
-        whole = per_epoch * self.config.epochs
+        """Steps after which the run is over, counted from what is left: batches may have had another size before."""
+        samples, size, state = self.sampler.samples, self.config.global_batch_size, self.state
+        whole = state.step
+        if state.epoch < self.config.epochs:
+            whole += -(-(samples - state.cursor) // size) - (-samples // size) * (self.config.epochs - state.epoch - 1)
         if self.config.replay is not None:
             whole = min(whole, self.config.replay)
         return whole if self.config.max_steps is None else min(whole, self.config.max_steps)

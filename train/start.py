@@ -294,6 +294,6 @@ def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generat
             "environment": environment.record(member.device),
         }
         run_dir.config.write_text(json.dumps(content, indent=1) + "\n")
-    run.reporter.started(max(generation, run.state.restarts), shards, ranks)
+    run.reporter.started(max(generation, run.state.restarts), shards, ranks, run.max_steps)
     for hint in filter(None, [fused_hint(run.components.optimizer, member.device)]):
         run.reporter.note(hint)

@@ -60,13 +60,13 @@ class StepRecords:
     def __len__(self) -> int:
         return len(self.plans)
 
-    def due(self, every: int, steps_per_epoch: int) -> Iterator[int]:
+    def due(self, every: int, global_batch_size: int) -> Iterator[int]:
         """Rows of the steps after which something is shown, each `every` steps of an epoch."""
-        return (row for row, plan in enumerate(self.plans) if _position(plan, steps_per_epoch) % every == 0)
+        return (row for row in range(len(self)) if self.position(row, global_batch_size) % every == 0)
 
-    def position(self, row: int, steps_per_epoch: int) -> int:
-        """Steps done in the epoch after that of `row`."""
-        return _position(self.plans[row], steps_per_epoch)
+    def position(self, row: int, global_batch_size: int) -> int:
+        """Steps done in the epoch after that of `row`, of the size that they have now."""
+        return -(-self.plans[row].end // global_batch_size)
 
     def logged(self, row: int) -> dict[str, float]:
         """Further averages of one step."""
@@ -75,10 +75,6 @@ class StepRecords:
     def samples_per_second(self, row: int) -> float:
         """Of all ranks; 0 where no time has passed."""
         return self.plans[row].samples / self.walls[row] if self.walls[row] else 0.0
-
-
-def _position(plan: StepPlan, steps_per_epoch: int) -> int:
-    return plan.step + 1 - plan.epoch * steps_per_epoch
 
 
 @dataclass(slots=True)

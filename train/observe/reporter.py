@@ -24,8 +24,8 @@ from samestep.train.observe.phases import PHASES
 class Reporter:
     """Told what happened, in order. This one says nothing: what every rank but zero has."""
 
-    def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
-        """All ranks have joined."""
+    def started(self, generation: int, shards: int, ranks: list[RankInfo], total_steps: int) -> None:
+        """All ranks have joined a run of so many steps."""
 
     def resumed(self, step: int, epoch: int, source: str) -> None:
         """State was loaded after `step` steps."""
@@ -101,16 +101,16 @@ class RankZeroReporter(Reporter):
 
     log: EventLog
     epochs: int
-    steps_per_epoch: int
-    total_steps: int
+    samples: int
+    global_batch_size: int
     log_every: int
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     _bar: Bar = field(default_factory=PlainLines)
     _of_epoch: list[StepRecords] = field(default_factory=list)
 
-    def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
+    def started(self, generation: int, shards: int, ranks: list[RankInfo], total_steps: int) -> None:
         """Write who takes part."""
-        self._bar = bar(self.stream, self.total_steps, self.epochs)
+        self._bar = bar(self.stream, total_steps, self.epochs)
         event = "restarted" if generation else "run_started"
         self._write(
             [{"event": event, "generation": generation, "world_size": len(ranks), "shards": shards, "ranks": ranks}]
@@ -126,11 +126,12 @@ class RankZeroReporter(Reporter):
         lines = self.log.write_steps(records)
         self._bar.take(map(json.loads, lines))  # parsed by a view on a terminal alone
         self._of_epoch.append(records)
-        for row in records.due(self.log_every, self.steps_per_epoch):
+        per_epoch = -(-self.samples // self.global_batch_size)
+        for row in records.due(self.log_every, self.global_batch_size):
             extra = "".join(f", {name}: {value:.4f}" for name, value in records.logged(row).items())
             self._print(
                 f"Epoch [{records.plans[row].epoch + 1}/{self.epochs}], "
-                f"Step [{records.position(row, self.steps_per_epoch)}/{self.steps_per_epoch}], "
+                f"Step [{records.position(row, self.global_batch_size)}/{per_epoch}], "
                 f"Loss: {records.losses[row]:.4f}{extra}"
             )
 

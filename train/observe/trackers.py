@@ -169,19 +169,21 @@ class TrackedReporter(Reporter):
     inner: Reporter
     feeds: list[Feed]
     config: dict[str, Any]
-    steps_per_epoch: int
+    global_batch_size: int
     log_every: int
+    _step: int = 0  # of the last records
 
-    def started(self, generation: int, shards: int, ranks: list[RankInfo]) -> None:
+    def started(self, generation: int, shards: int, ranks: list[RankInfo], total_steps: int) -> None:
         """Start the trackers too."""
-        self.inner.started(generation, shards, ranks)
+        self.inner.started(generation, shards, ranks, total_steps)
         for feed in self.feeds:
             feed.start(self.config | {"shards": shards})
 
     def steps(self, records: StepRecords) -> None:
         """Send the steps for which a line is printed."""
         self.inner.steps(records)
-        for row in records.due(self.log_every, self.steps_per_epoch):
+        self._step = records.plans[-1].step + 1
+        for row in records.due(self.log_every, self.global_batch_size):
             plan, speed = records.plans[row], records.samples_per_second(row)
             values = {"loss": records.losses[row], "samples_per_s": speed, "epoch": plan.epoch + 1.0}
             self._send("train", plan.step + 1, values | records.logged(row))
@@ -189,7 +191,7 @@ class TrackedReporter(Reporter):
     def epoch(self, epoch: int, sums: EpochSums) -> None:
         """Send the average, at the last step of the epoch."""
         self.inner.epoch(epoch, sums)
-        self._send("epoch", (epoch + 1) * self.steps_per_epoch, {"loss": sums.loss, "seconds": sums.seconds})
+        self._send("epoch", self._step, {"loss": sums.loss, "seconds": sums.seconds})
 
     def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
         """Send all metrics."""
@@ -244,7 +246,7 @@ class TrackedReporter(Reporter):
 def tracked(
     inner: Reporter, names: list[str], run_dir: Path, config: dict[str, Any], rhythm: tuple[int, int]
 ) -> Reporter:
-    """`inner` itself without trackers; `rhythm` is steps an epoch, and steps between two printed lines."""
+    """`inner` itself without trackers; `rhythm` is samples a step, and steps between two printed lines."""
     if not names:
         return inner
     sent = Sent(run_dir / "trackers.json")

@@ -139,6 +139,17 @@ def test_a_change_that_can_only_move_bits_is_a_warning_with_both_values(go):
     assert "epochs" not in resumed.stderr
 
 
+@pytest.mark.parametrize(("stop", "size", "steps"), [(7, 50, 9), (7, 8, 20), (9, 50, 11), (9, 8, 18), (9, 200, 10)])
+def test_epochs_are_epochs_whatever_the_batch_size_was_before(go, stop, size, steps):
+    go("--max-steps", stop, "--checkpoint-every", stop)
+    resumed = go("--global-batch-size", size)
+    assert f"warning: --global-batch-size changed from 16 to {size}" in resumed.stderr
+    assert f"Finished Training: {steps} steps" in resumed.stdout
+    assert [event["epoch"] for event in resumed.events("epoch")] == [1, 2]
+    assert [event["samples"] for event in resumed.events("epoch")] == [100, 100]
+    assert f"Already finished: {steps} steps" in go("--global-batch-size", 100).stdout
+
+
 def test_a_state_that_is_not_finite_is_never_saved(go):
     ended = go(*EVERY, fault="nan", code=1)
     assert "is not finite" in ended.stderr
