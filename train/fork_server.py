@@ -7,6 +7,7 @@ as that of any child. Requests and answers are JSON lines; a rank's pipes and so
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -61,13 +62,16 @@ def _serve(launcher: socket.socket, own: Collection[str]) -> _Rank | None:
             _answer(launcher, {"refused": problem})
         else:
             try:
-                pid = _fork()
+                pid, gate = _fork()
             except OSError as error:
                 _answer(launcher, {"refused": str(error)})
             else:
                 if pid == 0:
                     return _Rank(job, fds)
                 _answer(launcher, {"pid": pid})
+                with contextlib.suppress(BrokenPipeError):  # it was killed already
+                    os.write(gate, b"go")
+                os.close(gate)
         for fd in fds:
             os.close(fd)
     return None
@@ -111,8 +115,11 @@ def shadowed(names: Collection[str], modules: Collection[str]) -> str:
     return found[0] if found else ""
 
 
-def _fork() -> int:
-    """Fork a process whose parent is the launcher; zero in it, once that is so.
+def _fork() -> tuple[int, int]:
+    """Fork a process whose parent is the launcher; its number, and where to write that it may begin.
+
+    In that process zero, once this was written, and -1. A launcher that got no answer in time starts the rank in
+    another way and ends this server: then nothing is written, and the process ends.
 
     Raises:
         OSError: the system refuses.
@@ -127,18 +134,19 @@ def _fork() -> int:
             os._exit(0)
         for fd in (told, tell, gate):
             os.close(fd)
-        os.read(go, 1)  # ends when the server has seen the end of the process in between
+        if not os.read(go, 2):
+            os._exit(0)
         os.close(go)
-        return 0
+        return 0, -1
     for fd in (tell, go):
         os.close(fd)
     text = os.read(told, 32)
     os.waitpid(between, 0)
-    for fd in (told, gate):
-        os.close(fd)
+    os.close(told)
     if not text or int(text) < 0:
+        os.close(gate)
         raise OSError("the system starts no further process")
-    return int(text)
+    return int(text), gate
 
 
 def _fork_again() -> int:

@@ -97,12 +97,19 @@ class ForkServer:
         if "pid" not in answer:
             for fd in pipes.values():
                 os.close(fd)
-            raise NoForkError(answer.get("refused", "the fork server has ended"))
+            if "refused" not in answer:
+                self._abandon()
+            raise NoForkError(answer.get("refused", "the fork server has ended, or does not answer"))
         return Worker(command, answer["pid"], pipes)
 
     def close(self) -> None:
         """End it."""
         self._socket.close()
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Have it fork nobody any more: an answer that comes late would be taken for that to the next request."""
+        self._ready = False
         if self._popen.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
