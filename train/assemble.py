@@ -19,7 +19,7 @@ from samestep.train.data.loader import Loader, build_loader
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.data.watch import Tell
 from samestep.train.data.worker_stream import Epochs
-from samestep.train.evaluate import Evaluator
+from samestep.train.evaluate import Evaluator, require_metrics
 from samestep.train.finite import FiniteGuard, Investigation, Unguarded
 from samestep.train.finite import guard as finite_guard
 from samestep.train.loop import Run
@@ -200,10 +200,7 @@ def _evaluator(
 ) -> Evaluator | None:
     kept = {name: StateMetric.of(function) for name, function in components.metrics.items()}
     functions = {"loss": components.loss, **components.metrics}
-    best = setting.config.best
-    if best is not None and (components.eval_data is None or best.partition(":")[2] not in functions):
-        known = ", ".join(functions) if components.eval_data is not None else "none without eval_data"
-        raise UsageError(f"--best is expected to name a metric of the evaluation ({known}), but is {best}")
+    require_metrics(components, setting.config.best, functions)
     if components.eval_data is None:
         return None
     sampler = _sampler(components.eval_data, setting, shuffle=False)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from samestep.launcher.contract import UsageError
 from samestep.train.data.loader import Loader
 from samestep.train.data.rng import seed_evaluation
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.observe.tally import Value, Values, table
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import owned_span
-from samestep.train.recipe import Loss, weigh
+from samestep.train.recipe import Components, Loss, weigh
 from samestep.train.state_metrics import StateMetrics
 
 
@@ -88,4 +90,27 @@ class Evaluator:
         by_rank = [iter(part) for part in group.gather(mine).cpu()]
         return torch.stack(
             [next(by_rank[r]) for plan in sampler.plans() for r, s in enumerate(spans) for _ in plan.present(s)]
+        )
+
+
+def require_metrics(components: Components, best: str | None, names: Collection[str]) -> None:
+    """Refuse a name of a metric, wherever one is given, that the evaluation will not have.
+
+    Raises:
+        UsageError: `--best` or `plateau_metric` names none, or there is no evaluation for them.
+    """
+    known = ", ".join(names)
+    if best is not None and (components.eval_data is None or best.partition(":")[2] not in names):
+        there = known if components.eval_data is not None else "none without eval_data"
+        raise UsageError(f"--best is expected to name a metric of the evaluation ({there}), but is {best}")
+    if not isinstance(components.scheduler, ReduceLROnPlateau):
+        return
+    if components.eval_data is None:
+        raise UsageError(
+            "eval_data is expected, since ReduceLROnPlateau is stepped after each evaluation, but there is none",
+            "pass eval_data to Components, or another scheduler",
+        )
+    if components.plateau_metric not in names:
+        raise UsageError(
+            f"plateau_metric is expected to name a metric of the evaluation ({known}), but is {components.plateau_metric}"
         )

@@ -29,7 +29,7 @@ from samestep.train.step import OptimizerStep
 
 @dataclass(slots=True)
 class Run:
-    """Everything that a run is made of, assembled by `entry`."""
+    """Everything that a run is made of; see `assemble`."""
 
     config: TrainConfig
     components: Components

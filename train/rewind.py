@@ -40,4 +40,5 @@ def _go_back(run: Run, bad: BadStep, member: Membership, run_dir: RunDir) -> Non
     run.state.passed_over.update(known)
     run.ledger.forget()
     run.guards.forget()
+    run.step.clock.take()  # nobody reads the times of the step that was not finished
     run.reporter.warning(f"{bad}; back to {found.source}, and past that step")

@@ -83,7 +83,9 @@ class StateMetrics:
             for state, value in each.metric.metric_state.items():
                 parts = enumerate(value) if isinstance(value, list) else [(-1, value)]
                 for part, tensor in parts:
-                    self._states[f"{place}/{name}/{state}/{part}"] = tensor.detach().cpu().clone()
+                    self._states[f"{place}/{name}/{state}/{part}"] = (
+                        tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                    )
 
     def values(self) -> dict[str, float]:
         """One value a metric, the same on every rank. A collective.

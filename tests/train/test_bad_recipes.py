@@ -42,6 +42,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "nothing": (("build", "Components", "NoneType"), "Components("),
     "class": (("model", "torch.nn.Module", "type"), None),
     "pickle": (("optimizer", "extra", "Stubborn"), "pickle"),
+    "plateau": (("eval_data", "ReduceLROnPlateau"), "another scheduler"),
+    "plateau metric": (("plateau_metric", "(loss)", "precision"), None),
     "late weights": (("weights", "step 2"), "Weighted"),
 }
 

@@ -73,7 +73,16 @@ def build(config: MistakenConfig) -> Any:  # noqa: C901 (one case a mistake)
         optimizer.param_groups[0]["extra"] = Stubborn()
     if mistake == "eval":
         return Components(model=model, loss=loss, optimizer=optimizer, train_data=data, eval_data=Stream())
-    return Components(model=model, loss=loss, optimizer=optimizer, train_data=data)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer) if mistake.startswith("plateau") else None
+    return Components(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        train_data=data,
+        eval_data=data if mistake == "plateau metric" else None,
+        scheduler=plateau,
+        plateau_metric="precision" if mistake == "plateau metric" else "loss",
+    )
 
 
 if __name__ == "__main__":
