@@ -111,6 +111,5 @@ def require_metrics(components: Components, best: str | None, names: Collection[
             "pass eval_data to Components, or another scheduler",
         )
     if components.plateau_metric not in names:
-        raise UsageError(
-            f"plateau_metric is expected to name a metric of the evaluation ({known}), but is {components.plateau_metric}"
-        )
+        named = components.plateau_metric
+        raise UsageError(f"plateau_metric is expected to name a metric of the evaluation ({known}), but is {named}")
