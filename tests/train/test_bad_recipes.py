@@ -31,6 +31,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "number": (("loss", "tensor", "float"), ".item()"),
     "none": (("loss", "tensor", "NoneType"), "tensor"),
     "detached": (("no gradient",), ".detach()"),
+    "no parameter": (("trainable parameter", "step 1", "gradient"), "model returns"),
     "shape": (("(4,)", "(4, 2)"), "Weighted"),
     "total": (("Weighted.total", "(4, 2)"), None),
     "not callable": (("loss", "int"), "supervised"),
@@ -65,7 +66,7 @@ def test_batchnorm_with_two_samples_a_shard_is_fine(trained: Any) -> None:
     trained("mistaken", "--mistake", "norm", "--shards", 1)
 
 
-@pytest.mark.parametrize("mistake", ["empty", "shape", "norm"])
+@pytest.mark.parametrize("mistake", ["empty", "shape", "norm", "no parameter"])
 def test_all_ranks_stop_and_rank_zero_alone_speaks(start: Any, mistake: str) -> None:
     ended = start("mistaken", "--run-dir", "run", "--mistake", mistake, "--shards", 2, ranks=2)
     assert ended.codes == [2, 2], ended.stderrs

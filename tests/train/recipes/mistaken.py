@@ -40,6 +40,7 @@ def build(config: MistakenConfig) -> Any:  # noqa: C901 (one case a mistake)
         "number": lambda m, b: m(b[0]).mean().item(),
         "none": lambda *_: None,
         "detached": lambda m, b: m(b[0]).detach().mean(),
+        "no parameter": lambda _, b: b[0].clone().requires_grad_().square().mean(),
         "shape": lambda m, b: m(b[0]),
         "total": lambda m, b: Weighted(m(b[0]), len(b[0])),
         "not callable": 3,
