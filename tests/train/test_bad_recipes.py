@@ -31,6 +31,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "number": (("loss", "tensor", "float"), ".item()"),
     "none": (("loss", "tensor", "NoneType"), "tensor"),
     "detached": (("no gradient",), ".detach()"),
+    "no parameter": (("trainable parameter", "step 1", "gradient"), "model returns"),
     "shape": (("(4,)", "(4, 2)"), "Weighted"),
     "total": (("Weighted.total", "(4, 2)"), None),
     "not callable": (("loss", "int"), "supervised"),
@@ -45,6 +46,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "plateau": (("eval_data", "ReduceLROnPlateau"), "another scheduler"),
     "plateau metric": (("plateau_metric", "(loss)", "precision"), None),
     "late weights": (("weights", "step 2"), "Weighted"),
+    "lost weights": (("weights", "step 2"), "Weighted"),
 }
 
 
@@ -54,6 +56,21 @@ def test_a_mistake_in_build_is_named_with_its_fix(start: Any, mistake: str) -> N
     ended = start("mistaken", "--run-dir", "run", "--mistake", mistake)
     expect(ended, *words, hint=hint)
     assert not list(ended.run_dir.glob("checkpoints/*")), "nothing was saved"
+
+
+@pytest.mark.parametrize("flags", [("--shards", 2), ("--shards", 1, "--micro-batches", 2)], ids=["shards", "parts"])
+@pytest.mark.parametrize("mistake", ["late weights", "lost weights"])
+def test_a_loss_that_brings_weights_for_a_part_of_the_first_step_is_named(
+    start: Any, mistake: str, flags: tuple[Any, ...]
+) -> None:
+    expect(start("mistaken", "--run-dir", "run", "--mistake", mistake, *flags), "every shard", hint="Weighted")
+
+
+@pytest.mark.parametrize("mistake", ["late weights", "lost weights"])
+def test_all_ranks_stop_where_one_brings_weights_for_some_of_its_shards(start: Any, mistake: str) -> None:
+    ended = start("mistaken", "--run-dir", "run", "--mistake", mistake, "--shards", 3, ranks=2)
+    assert ended.codes == [2, 2], ended.stderrs
+    assert ended.stderr.count("error: ") == 1
 
 
 def test_batchnorm_with_a_shard_of_one_sample_is_refused_before_the_first_step(start: Any) -> None:
@@ -67,7 +84,7 @@ def test_batchnorm_with_two_samples_a_shard_is_fine(trained: Any) -> None:
     trained("mistaken", "--mistake", "norm", "--shards", 1)
 
 
-@pytest.mark.parametrize("mistake", ["empty", "shape", "norm"])
+@pytest.mark.parametrize("mistake", ["empty", "shape", "norm", "no parameter"])
 def test_all_ranks_stop_and_rank_zero_alone_speaks(start: Any, mistake: str) -> None:
     ended = start("mistaken", "--run-dir", "run", "--mistake", mistake, "--shards", 2, ranks=2)
     assert ended.codes == [2, 2], ended.stderrs

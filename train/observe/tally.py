@@ -52,21 +52,25 @@ class StepTally:
         self._plan = plan
         self._values: list[list[Value]] = []
         self._expected = len(shards)
-        self._brings_weights = False
+        self._kinds: set[bool] = set()  # of this step's losses so far: whether they bring weights
         self.width = int(self.extras is None or self.own_weights)  # numbers of a shard that are summed at once
         if not self._expected:
             self._complete([])
 
     def add(self, outcome: Outcome, part: MicroBatch) -> None:
-        """Take the loss of a shard, or of a part of it."""
+        """Take the loss of a shard, or of a part of it.
+
+        Raises:
+            UsageError: it brings weights and others did not, or the other way round.
+        """
         brings_weights = not isinstance(outcome, SampleWeighted)
-        if brings_weights and self.extras is not None and not self.own_weights:
+        self._kinds.add(brings_weights)
+        if self.extras is not None and brings_weights != self.own_weights:
             raise UsageError(
-                f"loss is expected to bring weights in every step or in none, "
-                f"but did so first in step {self._plan.step + 1}",
+                f"loss is expected to bring weights in every step or in none, but in step {self._plan.step + 1} "
+                f"it {'did so first' if brings_weights else 'brought none, unlike before'}",
                 "return Weighted(total, weight) always",
             )
-        self._brings_weights |= brings_weights
         names = list(outcome.log) if self.extras is None else self.extras
         total: Value
         if not isinstance(outcome, SampleWeighted):
@@ -80,7 +84,8 @@ class StepTally:
         if part.first:
             self._values.append(values)
         else:
-            self._values[-1] = [_plus(*pair, self.device) for pair in zip(self._values[-1], values, strict=True)]
+            alike = len(self._kinds) == 1  # else _agree says so
+            self._values[-1] = [_plus(*pair, self.device) for pair in zip(self._values[-1], values, strict=alike)]
         if part.last and len(self._values) == self._expected:
             self._complete(names)
 
@@ -107,13 +112,16 @@ class StepTally:
             self._agree(names)
 
     def _agree(self, names: list[str]) -> None:
-        record = json.dumps({"extras": names, "own_weights": self._brings_weights, "shards": self._expected}).encode()
+        record = json.dumps({"extras": names, "own_weights": sorted(self._kinds)}).encode()
         records = [json.loads(part) for part in self.group.gather_bytes(record)]
-        kinds = {part["own_weights"] for part in records if part["shards"]}
+        kinds = {kind for part in records for kind in part["own_weights"]}
         if len(kinds) > 1:
-            raise UsageError("loss is expected to bring weights on every rank or on none", "return Weighted always")
+            raise UsageError(
+                "loss is expected to bring weights for every shard of a step or for none, but did so for some of them",
+                "return Weighted(total, weight) always",
+            )
         self.extras = max((part["extras"] for part in records), key=len)
-        self.own_weights = any(part["own_weights"] for part in records)
+        self.own_weights = True in kinds
 
 
 def _plus(left: Value, right: Value, device: torch.device) -> Value:

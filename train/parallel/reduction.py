@@ -20,6 +20,7 @@ from samestep.launcher.contract import UsageError
 from samestep.train.parallel.exchange import Exchange, Flight, present_roots
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import CompressionHook
+from samestep.train.parallel.missing_gradients import incomplete_backward, refuse_reentrant_checkpoints, require_some
 from samestep.train.parallel.replica import replicate
 from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
 
@@ -64,6 +65,7 @@ class GradientReducer:
         self._position = {id(p): index for index, p in enumerate(self.parameters)}
         self._replica: nn.Module | None = None
         self._called = False  # the replica's forward, in this step
+        self._looked = False  # at the graphs of this rank's first step
         self._done: Callable[[], None] = lambda: None  # told when this rank's gradients are computed
         self._flights: list[tuple[Flight, list[Tensor], torch.futures.Future[Tensor]]] = []
         self.enter: Callable[[str], None] = _nobody  # told where backward waits for other ranks
@@ -109,6 +111,8 @@ class GradientReducer:
             if self._compress is not None:  # hooks of torch wait by themselves
                 self._done()
             return
+        if not self._looked:
+            refuse_reentrant_checkpoints(total)
         gradients: Sequence[Tensor | None] = torch.autograd.grad(total, self.parameters, start, allow_unused=True)
         leaf = []
         for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
@@ -122,9 +126,14 @@ class GradientReducer:
         done()
 
     def finish(self) -> Gradients:
-        """Leave the sums in `p.grad` and return those that are not None."""
+        """Leave the sums in `p.grad` and return those that are not None.
+
+        Raises:
+            UsageError: all are.
+        """
         if self._alone:
             return self._of_one_shard()
+        self._looked |= bool(self.mine)
         if self.overlaps:
             self._collect()
         elif self.group.world_size == 1:
@@ -135,7 +144,7 @@ class GradientReducer:
         self._folds, self._results, self._leaf = {}, [], None
         if self._replica is None and self.group.world_size > 1:
             self._wrap()
-        return [p.grad for p in self.parameters if p.grad is not None]
+        return self._left()
 
     # Without other ranks, or after backward.
 
@@ -243,7 +252,8 @@ class GradientReducer:
     def _collect(self) -> None:
         if not self._results or self._flights:
             self._flights.clear()
-            raise self._incomplete()
+            missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+            raise incomplete_backward(self._step, called=self._called, missing=missing)
         if not self._find_unused:
             return
         for parameters, total in self._results:
@@ -256,27 +266,17 @@ class GradientReducer:
             if not kept:
                 parameter.grad = None
 
-    def _incomplete(self) -> UsageError:
-        """Why backward has not been through all of DDP's buckets."""
-        if not self._called:
-            return UsageError(
-                f"the loss is expected to call the model that it is given, but in step {self._step + 1} it did not",
-                "use the first argument of loss(model, batch) as model(x): neither the model from outside the "
-                "function nor its layers, since with several ranks it is a DistributedDataParallel",
-            )
-        missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
-        return UsageError(
-            f"every parameter is expected to be used in each step as in the first one, but in step {self._step + 1} "
-            f"this rank did not use {', '.join(missing[:3]) or 'some of them'}",
-            "pass find_unused_parameters=True to Components",
-        )
-
     def _of_one_shard(self) -> Gradients:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = self._left()
         if any(gradient.layout != torch.strided for gradient in gradients):
             for index, parameter in enumerate(self.parameters):
                 if parameter.grad is not None:
                     self._dense(index, parameter.grad)
+        return gradients
+
+    def _left(self) -> Gradients:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        require_some(gradients, self._step)
         return gradients
 
     def _fold_of(self, shard: int) -> Fold[Gradients]:

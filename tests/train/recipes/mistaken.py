@@ -40,21 +40,23 @@ def build(config: MistakenConfig) -> Any:  # noqa: C901 (one case a mistake)
         "number": lambda m, b: m(b[0]).mean().item(),
         "none": lambda *_: None,
         "detached": lambda m, b: m(b[0]).detach().mean(),
+        "no parameter": lambda _, b: b[0].clone().requires_grad_().square().mean(),
         "shape": lambda m, b: m(b[0]),
         "total": lambda m, b: Weighted(m(b[0]), len(b[0])),
         "not callable": 3,
         "outside": lambda _, b: (model(b[0]) - b[1]).square().mean(1),
     }
     loss = losses.get(mistake, loss)
-    if mistake == "late weights":
+    if mistake.endswith(" weights"):
         calls = []
 
-        def late(m: Any, b: Any) -> Any:
+        def changing(m: Any, b: Any) -> Any:
+            """Without weights first, or (lost weights) with them."""
             calls.append(1)
             mean = m(b[0]).square().mean()
-            return mean if len(calls) < 2 else Weighted(mean * 3, 3)
+            return Weighted(mean * 3, 3) if (len(calls) > 1) == (mistake == "late weights") else mean
 
-        loss = late
+        loss = changing
     if mistake == "empty":
         data = TensorDataset(x[:0], y[:0])
     if mistake == "iterable":
