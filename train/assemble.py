@@ -153,7 +153,7 @@ def _step(
         components.find_unused_parameters,
         compression_hook(config.comm_hook, device) if group.world_size > 1 else None,
     )
-    reducer.enter = clock.enter
+    reducer.flights.enter = clock.enter
     has_buffers = next(components.model.buffers(), None) is not None
     return OptimizerStep(
         components=components,

@@ -17,18 +17,16 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket
 
 from samestep.launcher.contract import UsageError
-from samestep.train.parallel.exchange import Exchange, Flight, present_roots
+from samestep.train.parallel.bucket_flights import BucketFlights
+from samestep.train.parallel.exchange import Exchange, present_roots
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import CompressionHook
+from samestep.train.parallel.layout import flat, like, numbers, views
 from samestep.train.parallel.missing_gradients import incomplete_backward, refuse_reentrant_checkpoints, require_some
 from samestep.train.parallel.replica import replicate
 from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
 
 Gradients = list[Tensor]
-
-
-def _nobody(phase: str) -> None:
-    """Nobody wants to know."""
 
 
 def _add(left: Gradients, right: Gradients) -> Gradients:
@@ -56,25 +54,32 @@ class GradientReducer:
         self.exchange = exchange
         self.owned = owned_span(group.rank, group.world_size, shards)
         self.shards = shards
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._every = list(model.parameters())  # also those that are frozen now
+        self._every = dict(model.named_parameters())  # also those that are frozen now
         self._accelerator = accelerator
         self._compress = compress
         self._find_unused = find_unused_parameters
-        self._position = {id(p): index for index, p in enumerate(self.parameters)}
-        self._replica: nn.Module | None = None
         self._called = False  # the replica's forward, in this step
         self._looked = False  # at the graphs of this rank's first step
         self._done: Callable[[], None] = lambda: None  # told when this rank's gradients are computed
-        self._flights: list[tuple[Flight, list[Tensor], torch.futures.Future[Tensor]]] = []
-        self.enter: Callable[[str], None] = _nobody  # told where backward waits for other ranks
+        self.flights = BucketFlights()
+        self._replica: nn.Module | None = None
+        self._train([p.requires_grad for p in self._every.values()])
+
+    def _train(self, trained: list[bool]) -> None:
+        """Sum the gradients of these of the parameters from now on; DDP is made anew for others."""
+        self._trained = trained
+        named = [pair for pair, trains in zip(self._every.items(), trained, strict=True) if trains]
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self._position = {id(p): index for index, p in enumerate(self.parameters)}
+        if self._replica is not None:
+            self._replica, self.overlaps = None, False
+            self._accelerator.free_memory()  # holds it too, and its hooks would go on
 
     # One step: begin, then for each owned shard module and backward, then finish.
 
     def begin(self, plan: StepPlan) -> None:
         """Prepare for the shards of one step: no gradient is left of the one before, whoever holds the parameter."""
-        for parameter in self._every:
+        for parameter in self._every.values():
             parameter.grad = None
         self.mine = plan.present(self.owned)
         self.present = min(plan.samples, self.shards)
@@ -99,8 +104,14 @@ class GradientReducer:
     def backward(self, part: MicroBatch, total: Tensor, start: Tensor, done: Callable[[], None]) -> None:
         """Take the gradient of one part's unnormalised loss; backward starts from `start`.
 
-        `done` is called when this rank has computed it, before anything waits for other ranks.
+        `done` is called when this rank has computed it, before anything waits for other ranks. What trains in this
+        step is seen here, since only a forward can freeze a layer or thaw it.
         """
+        if part.first and part.shard == self.mine[0]:
+            trained = [p.requires_grad for p in self._every.values()]
+            if trained != self._trained:
+                self._train(trained)
+                self._used = [False] * len(self.parameters)
         if self._alone:
             total.backward(start)
             done()
@@ -155,7 +166,7 @@ class GradientReducer:
         sums = fold.total
         assert sums is not None
         for parameter, gradient, used in zip(self.parameters, sums, self._used, strict=True):
-            parameter.grad = gradient if used else None
+            parameter.grad = like(gradient, parameter) if used else None
 
     def _exchange_all(self) -> None:
         used = self._used_anywhere()
@@ -165,12 +176,13 @@ class GradientReducer:
         totals = [fold.total for fold in self._folds.values()]
         for kind in {(p.dtype, p.device): None for p in self.parameters}:
             members = [i for i, p in enumerate(self.parameters) if (p.dtype, p.device) == kind]
-            mine = [torch.cat([total[i].reshape(-1) for i in members]) for total in totals if total is not None]
-            numel = sum(self.parameters[i].numel() for i in members)
-            like = mine[0] if mine else torch.empty(numel, dtype=kind[0], device=kind[1])
-            flat = self.exchange.start(mine, like, self.present).finish()
-            for i, part in zip(members, flat.split([self.parameters[i].numel() for i in members]), strict=True):
-                self.parameters[i].grad = part.view_as(self.parameters[i]) if used[i] else None
+            parameters = [self.parameters[i] for i in members]
+            mine = [flat([total[i] for i in members], parameters) for total in totals if total is not None]
+            size = sum(map(numbers, parameters))
+            like_them = mine[0] if mine else torch.empty(size, dtype=kind[0].to_real(), device=kind[1])
+            whole = self.exchange.start(mine, like_them, self.present).finish()
+            for i, parameter, view in zip(members, parameters, views(whole, parameters), strict=True):
+                parameter.grad = view if used[i] else None
 
     def _used_anywhere(self) -> list[bool]:
         bits = torch.tensor(self._used, dtype=torch.uint8, device=self.parameters[0].device)
@@ -202,7 +214,7 @@ class GradientReducer:
         one_of_many = partials or len(self._folds) > 1
         positions = [self._position[id(p)] for p in parameters] if one_of_many else []
         for partial in reversed(partials):
-            torch._foreach_add_(bucket.gradients(), [partial[i] for i in positions])
+            torch._foreach_add_(views(buffer, parameters), [partial[i] for i in positions])
         if self._compress is not None:
             return self._compressed(bucket, parameters, self._compress)
         flats = []
@@ -212,28 +224,20 @@ class GradientReducer:
             else:
                 total = fold.total
                 assert total is not None
-                flats.append(torch.cat([total[i].reshape(-1) for i in positions]))
-        devices: list[int | str | torch.device] | None = [buffer.device] if buffer.device.type == "cuda" else None
-        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
-        self._flights.append((self.exchange.start(flats, buffer, self.present), parameters, future))
-        if len(self._flights) > 1:
-            self._wait(self._flights[-2][0].advance)
+                flats.append(flat([total[i] for i in positions], parameters))
+        future = self.flights.send(self.exchange.start(flats, buffer, self.present), parameters, buffer.device)
         if bucket.is_last():
             self._done()
-            self._wait(self._drain)
+            self._results += self.flights.land()
         return future
-
-    def _wait(self, for_others: Callable[[], None]) -> None:
-        self.enter("sync")
-        for_others()
-        self.enter("backward")
 
     def _compressed(
         self, bucket: GradBucket, parameters: list[Tensor], compress: CompressionHook
     ) -> torch.futures.Future[Tensor]:
         for span, fold in self._folds.items():
             if not span[0] <= self.mine[-1] < span[1] and (total := fold.total) is not None:
-                torch._foreach_add_(bucket.gradients(), [total[self._position[id(p)]] for p in parameters])
+                ours = views(bucket.buffer(), parameters)
+                torch._foreach_add_(ours, [total[self._position[id(p)]] for p in parameters])
 
         def keep(done: torch.futures.Future[Tensor]) -> Tensor:
             self._results.append((parameters, done.value()))
@@ -241,26 +245,17 @@ class GradientReducer:
 
         return compress(bucket).then(keep)
 
-    def _drain(self) -> None:
-        for flight, parameters, future in self._flights:
-            flight.advance()
-            total = flight.finish()
-            self._results.append((parameters, total))
-            future.set_result(total)
-        self._flights.clear()
-
     def _collect(self) -> None:
-        if not self._results or self._flights:
-            self._flights.clear()
+        if not self._results or self.flights.sent:
+            self.flights.sent.clear()
             missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
             raise incomplete_backward(self._step, called=self._called, missing=missing)
         if not self._find_unused:
             return
         for parameters, total in self._results:
-            views = total.split([p.numel() for p in parameters])
-            for parameter, view in zip(parameters, views, strict=True):
+            for parameter, view in zip(parameters, views(total, parameters), strict=True):
                 self._used[self._position[id(parameter)]] |= parameter.grad is not None
-                parameter.grad = view.view_as(parameter)
+                parameter.grad = view
         used = self._used_anywhere()
         for parameter, kept in zip(self.parameters, used, strict=True):
             if not kept:

@@ -1,0 +1,49 @@
+"""Where parameters lie in flat buffers, against what DDP itself does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from samestep.train.parallel.layout import flat, like, numbers, views
+
+FORMS: dict[str, Tensor] = {
+    "rows": torch.randn(3, 4),
+    "scalar": torch.randn(()),
+    "none": torch.randn(0, 3),
+    "turned": torch.randn(5, 4).t(),
+    "channels last": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
+    "one channel": torch.randn(4, 1, 3, 3).to(memory_format=torch.channels_last),
+    "any stride of one": torch.randn(4).as_strided((1, 4, 1), (7, 1, 9)),
+    "three turned": torch.randn(2, 3, 4).permute(2, 0, 1),
+    "gaps": torch.randn(4, 6)[:, ::2],
+    "complex": torch.randn(2, 3, dtype=torch.complex64),
+    "complex turned": torch.randn(2, 3, dtype=torch.complex64).t(),
+}
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_what_is_laid_out_is_found_again(is_complex: bool, contiguous: bool) -> None:
+    parameters = [form for form in FORMS.values() if form.is_complex() == is_complex]  # as in DDP's buckets
+    gradients = [torch.randn_like(p) for p in parameters]
+    gradients = [g.contiguous() for g in gradients] if contiguous else gradients
+    buffer = flat(gradients, parameters)
+    assert buffer.shape == (sum(map(numbers, parameters)),)
+    for view, gradient in zip(views(buffer, parameters), gradients, strict=True):
+        assert torch.equal(view, gradient)
+        assert view.numel() == 0 or view.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    "name", ["rows", "turned", "channels last", "one channel", "any stride of one", "three turned"]
+)
+def test_elements_lie_as_in_the_parameters_own_memory(name: str) -> None:
+    parameter = FORMS[name]
+    memory = parameter.as_strided((parameter.numel(),), (1,))
+    assert torch.equal(flat([parameter], [parameter]), memory)
+    assert torch.equal(flat([parameter.contiguous()], [parameter]), memory)
+    turned = like(parameter.contiguous(), parameter)
+    assert torch.equal(turned, parameter)
+    assert torch.equal(turned.as_strided((parameter.numel(),), (1,)), memory)
