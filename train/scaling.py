@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -52,10 +53,14 @@ class Unscaled:
 
 
 class LossScaling:
-    """torch's GradScaler, which follows the gradients' size."""
+    """torch's GradScaler, which follows the gradients' size.
+
+    It makes its state when it first scales a loss. A rank without a sample scales none, and unscales all the same.
+    """
 
     def __init__(self, device: str) -> None:
         self._scaler = GradScaler(device)
+        self._scaler.scale(torch.zeros((), device=device))
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the scale of now."""

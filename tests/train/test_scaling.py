@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -43,3 +45,42 @@ def test_the_scale_is_part_of_the_state_and_there_is_none_without_float16() -> N
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict() != LossScaling("cpu").state_dict()
     assert Unscaled().state_dict() == {}
+
+
+def test_a_rank_that_scaled_no_loss_yet_updates_as_the_others_also_from_a_loaded_state() -> None:
+    busy = LossScaling("cpu")
+    busy.update(gradients_of(busy, float("inf"))[1])
+    for state in (None, busy.state_dict()):
+        idle = LossScaling("cpu")
+        if state is not None:
+            idle.load_state_dict(state)
+        scale = idle.state_dict()["scale"]
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([weight], lr=0.5)
+        weight.grad = torch.full((2,), 0.25 * scale)  # from the other ranks
+        idle.unscale(optimizer)
+        assert idle.update(optimizer)
+        assert weight.tolist() == [0.875, 0.875]
+
+
+def test_a_state_that_is_loaded_after_steps_replaces_theirs() -> None:
+    first, second = LossScaling("cpu"), LossScaling("cpu")
+    fresh = first.state_dict()
+    first.update(gradients_of(first, float("inf"))[1])
+    assert first.state_dict() != fresh
+    second.update(gradients_of(second, 0.25)[1])
+    second.load_state_dict(first.state_dict())
+    first.load_state_dict(fresh)
+    assert first.state_dict() == fresh
+    assert second.state_dict()["scale"] == fresh["scale"] / 2
+
+
+def test_float16_trains_on_ranks_without_a_sample_in_the_bits_of_one_rank(trained: Any) -> None:
+    """Batches of one sample leave rank one idle in every step; a tail of one, in the first step after a resume."""
+    one = ("--precision", "fp16", "--shards", 2, "--samples", 5, "--epochs", 1, "--global-batch-size", 1)
+    alone = trained("small", *one, cwd="alone").bits
+    assert trained("small", *one, ranks=2, cwd="idle").bits == alone
+    tail = ("--precision", "fp16", "--shards", 2, "--samples", 9, "--epochs", 2, "--global-batch-size", 4)
+    alone = trained("small", *tail, cwd="tail").bits
+    trained("small", *tail, "--max-steps", 2, ranks=2, cwd="resumed")
+    assert trained("small", *tail, ranks=2, cwd="resumed").bits == alone

@@ -95,8 +95,11 @@ class StepTally:
         return self._values
 
     def of_shard(self) -> Tensor:
-        """The weight of the shard that was added last, if it has to be summed: float64, shape (1,), else (0,)."""
-        return scalar(self._values[-1][1], self.device).reshape(1) if self.width else self._nothing
+        """The weight of the shard that was added last, if it has to be summed: float64, shape (1,), else (0,).
+
+        A tensor of its own, since an exchange may leave the sum in it.
+        """
+        return scalar(self._values[-1][1], self.device, own=True).reshape(1) if self.width else self._nothing
 
     def _kept(self, value: Tensor | float) -> Tensor | float:
         """The value without its graph: a tensor without dimensions, or the number."""
@@ -151,11 +154,11 @@ def table(steps: list[Values], width: int, columns: int, device: torch.device) -
     return result.view(len(steps), width, columns)
 
 
-def scalar(value: Value, device: torch.device) -> Tensor:
-    """float64 scalar tensor on `device`, without gradient and without reading it."""
+def scalar(value: Value, device: torch.device, *, own: bool = False) -> Tensor:
+    """float64 scalar tensor on `device`, without gradient and without reading it; with `own` never `value` itself."""
     if isinstance(value, Product):
         return scalar(value.tensor, device) * value.factor
     if isinstance(value, Tensor):
         aside = device.type == "cuda"  # from the host a number is taken over at once
-        return value.detach().to(device=device, dtype=torch.float64, non_blocking=aside).reshape(())
+        return value.detach().to(device=device, dtype=torch.float64, non_blocking=aside, copy=own).reshape(())
     return torch.full((), float(value), dtype=torch.float64, device=device)  # without a copy, for which the host waits
