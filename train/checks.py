@@ -39,6 +39,12 @@ def check_components(components: object) -> Components:
     require_map_style(components.train_data, "train_data")
     if components.eval_data is not None:
         require_map_style(components.eval_data, "eval_data")
+    if components.scheduler_interval not in ("step", "epoch"):
+        raise UsageError(
+            f"scheduler_interval of Components is expected to be 'step' or 'epoch', but is "
+            f"{components.scheduler_interval!r}",
+            'a step is a global batch: "step" calls scheduler.step() after each optimizer step',
+        )
     _check_parameters(components.model, components.optimizer)
     return components
 
@@ -63,6 +69,23 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
         raise UsageError(
             "the optimizer is expected to hold a trainable parameter of the model, but holds none",
             "make the optimizer from model.parameters()",
+        )
+
+
+def check_gradient_hooks(model: nn.Module, shards: int, world_size: int) -> None:
+    """Refuse hooks that only plain backward calls, on one rank with one shard: elsewhere shards' gradients are summed.
+
+    Raises:
+        UsageError: a parameter has one, and it would never be called or change the sums on one rank alone.
+    """
+    hooked = [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
+    if hooked and (shards > 1 or world_size > 1):
+        raise UsageError(
+            f"parameters are expected to have no hook of register_post_accumulate_grad_hook with {shards} shards on "
+            f"{world_size} ranks, where gradients are summed outside of backward, but {hooked[0]} has one"
+            + (f", as have {len(hooked) - 1} more" if len(hooked) > 1 else ""),
+            "clip with --clip-grad-norm, change gradients in the optimizer's register_step_pre_hook, or those of each "
+            "shard in Tensor.register_hook",
         )
 
 

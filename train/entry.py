@@ -25,7 +25,7 @@ from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
 from samestep.launcher.heartbeat import pulse
 from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
-from samestep.train.checks import check_components, check_samples_repeat
+from samestep.train.checks import check_components, check_gradient_hooks, check_samples_repeat
 from samestep.train.compilation import compile_in_place
 from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
@@ -191,6 +191,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     progress(0, "build")
     seed_everything(config.seed)
     components = check_components(build(config))
+    check_gradient_hooks(components.model, shards, member.env.world_size)
     if config.weights is not None and found.snapshot is None:
         start.load_weights(components.model, config.weights)
     components.model.to(member.device)

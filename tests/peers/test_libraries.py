@@ -62,6 +62,7 @@ def test_torchmetrics_states_give_the_same_numbers_on_any_ranks(trained):
         ("one_cycle", "step"),
         ("cosine_restarts", "epoch"),
         ("sequential", "step"),
+        ("milestones", "step"),
         ("cyclic_momentum", "step"),
         ("plateau", "step"),
     ],

@@ -49,6 +49,11 @@ def test_a_loss_finds_the_models_attributes_on_any_number_of_ranks(trained: Any)
     assert one.bits == two.bits
 
 
+def test_parameters_that_share_memory_by_transposing_share_it_on_any_number_of_ranks(trained: Any) -> None:
+    runs = [trained("transposed", "--shards", 2, "--device", "cpu", ranks=ranks, cwd=f"on-{ranks}") for ranks in (1, 2)]
+    assert runs[0].bits == runs[1].bits
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_keeps_the_promise(trained: Any, precision: str) -> None:
     assert differing(trained, "--precision", precision, shards=4, worlds=(2, 3)) == []

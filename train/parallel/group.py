@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
@@ -165,7 +165,7 @@ def pick_device(wanted: str, env: WorkerEnv) -> torch.device:
     except RuntimeError:
         raise UsageError(f"--device is expected to be auto, cpu, cuda or cuda:N, but is {wanted}") from None
     if device.type == "cpu":
-        return device
+        return torch.device("cpu")
     if device.type != "cuda":
         raise UsageError(f"--device is expected to be auto, cpu, cuda or cuda:N, but is {wanted}")
     indexed = device.index is not None  # torch's types say that it always is
@@ -206,6 +206,9 @@ def join(
             f"but is rank {accelerator.process_index} of {accelerator.num_processes}",
             "unset ACCELERATE_* variables that contradict the launcher",
         )
+    if device.type == "cpu":
+        # accelerate's is cpu:0 with several ranks, to torch another device: what is moved is copied, and shared no more
+        accelerator.state.device = PartialState().device = torch.device("cpu")
     if env.world_size == 1:
         return Membership(env, SoloGroup(), accelerator)
     group = RankGroup(env.rank, env.world_size, device)

@@ -2,13 +2,13 @@
 
 Dicts with string keys, lists, strings, booleans, None, integers and floats are JSON as they are (Python writes floats
 so that they read back to the same bits). Other containers and tensors become `{"$kind": payload}`: `$tensor` names a
-tensor kept beside, `$tuple` a tuple, `$set` a sorted set, `$map` a dict with any keys as pairs. Anything else is
-refused by name.
+tensor kept beside, `$tuple` a tuple, `$set` a sorted set, `$map` a dict with any keys as pairs, `$counter` a Counter as
+pairs. Anything else is refused by name.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from typing import Any
 
 import numpy as np
@@ -46,14 +46,15 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:  # noqa: 
         return {"$tuple": [_encode(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
     if isinstance(value, set | frozenset):
         return {"$set": [_encode(item, path, tensors) for item in sorted(value)]}
-    if type(value) in (dict, OrderedDict, defaultdict) or _is_counter(value):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+    if type(value) in (dict, OrderedDict, defaultdict, Counter):
+        counts = type(value) is Counter
+        if not counts and all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: _encode(item, f"{path}.{key}", tensors) for key, item in value.items()}
         pairs = [
             [_encode(key, f"{path}.key", tensors), _encode(item, f"{path}.{key}", tensors)]
             for key, item in value.items()
         ]
-        return {"$map": pairs}
+        return {"$counter" if counts else "$map": pairs}
     raise UsageError(
         f"{path} is expected to be made of tensors, numbers, strings and containers of them, "
         f"but holds a {type(value).__module__}.{type(value).__qualname__}",
@@ -61,12 +62,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:  # noqa: 
     )
 
 
-def _is_counter(value: Any) -> bool:
-    return isinstance(value, dict) and type(value).__module__ == "collections"
-
-
 def decode(value: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: PLR0911 (one case a kind)
-    """Inverse of `encode`; dict subclasses come back as dict.
+    """Inverse of `encode`; dict subclasses other than Counter come back as dict.
 
     Raises:
         ValueError: an unknown kind.
@@ -87,8 +84,13 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: PLR0911 (one
                 return {decode(item, tensors) for item in payload}
             case "$map":
                 return {decode(key, tensors): decode(item, tensors) for key, item in payload}
+            case "$counter":
+                return Counter({decode(key, tensors): decode(item, tensors) for key, item in payload})
         raise ValueError(f"unknown kind {kind!r} in a saved state")
-    return {key: decode(item, tensors) for key, item in value.items()}
+    tree = {key: decode(item, tensors) for key, item in value.items()}
+    if isinstance(tree.get("milestones"), dict):  # MultiStepLR's, from before `$counter`
+        tree["milestones"] = Counter(tree["milestones"])
+    return tree
 
 
 def unshared(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,6 +18,11 @@ MAKE: dict[str, Any] = {
         [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4), lr_scheduler.ExponentialLR(optimizer, 0.9)],
         [4],
     ),
+    "milestones": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=7), lr_scheduler.MultiStepLR(optimizer, [1, 3, 3])],
+        [7],  # after the stop
+    ),
     "cyclic_momentum": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=3),
     "plateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5),
 }

@@ -83,10 +83,21 @@ def test_numpy_scalars_become_numbers() -> None:
 
 
 def test_containers_of_torch_and_the_standard_library_become_plain_ones() -> None:
-    tree = collections.OrderedDict(
-        a=collections.defaultdict(dict, {1: {"step": torch.tensor(2.0)}}), b=collections.Counter("aab")
-    )
-    assert same(round_trip(tree), {"a": {1: {"step": torch.tensor(2.0)}}, "b": {"a": 2, "b": 1}})
+    tree = collections.OrderedDict(a=collections.defaultdict(dict, {1: {"step": torch.tensor(2.0)}}))
+    assert same(round_trip(tree), {"a": {1: {"step": torch.tensor(2.0)}}})
+
+
+@pytest.mark.parametrize("counted", ["aab", "", [3, 6, 6]])
+def test_a_counter_stays_one(counted: Any) -> None:
+    tree = {"milestones": collections.Counter(counted), "other": collections.Counter(counted)}
+    assert same(round_trip(tree), tree)
+
+
+@pytest.mark.parametrize("old", [{"$map": [[3, 1], [6, 2]]}, {}])
+def test_milestones_that_were_saved_without_their_kind_are_a_counter_again(old: Any) -> None:
+    (scheduler,) = decode({"_schedulers": [{"milestones": old}]}, {})["_schedulers"]
+    assert type(scheduler["milestones"]) is collections.Counter
+    assert list(scheduler["milestones"].elements()) == ([3, 6, 6] if old else [])
 
 
 class Custom:

@@ -1,0 +1,44 @@
+"""Parts that torch takes and a run can't use: a sentence with a hint, exit 2, no traceback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def refused(ended: Any, *words: str, hint: str) -> None:
+    """Every rank left with 2, and rank zero alone spoke."""
+    assert set(ended.codes) == {2}, ended.stderrs
+    assert "Traceback" not in ended.stderrs
+    assert ended.stderrs.count("error: ") == 1
+    said, _, fix = ended.stderr.partition("\nhint: ")
+    assert all(word in said for word in words), said
+    assert hint in fix
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "interval": (("scheduler_interval", "'step' or 'epoch'", "'batch'"), '"step"'),
+}
+
+
+@pytest.mark.parametrize("part", REFUSED)
+def test_a_part_that_a_run_can_not_use_is_named_before_the_first_step(start: Any, part: str) -> None:
+    words, hint = REFUSED[part]
+    ended = start("unusual", "--run-dir", "run", "--part", part)
+    refused(ended, *words, hint=hint)
+    assert not (ended.run_dir / "events.jsonl").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_hook_that_backward_would_not_call_is_refused_with_shards(start: Any, ranks: int) -> None:
+    ended = start("unusual", "--run-dir", "run", "--part", "hook", "--shards", 2, ranks=ranks)
+    refused(ended, "register_post_accumulate_grad_hook with 2 shards", "weight has one", hint="--clip-grad-norm")
+
+
+def test_a_hook_that_backward_calls_is_called_with_one_shard(trained: Any) -> None:
+    early, late = (trained("unusual", "--part", "hook", "--max-steps", n, cwd=f"{n}").weights for n in (1, 3))
+    assert early["weight"].equal(late["weight"]), "its gradient is set to zero"
+    assert not early["bias"].equal(late["bias"])
