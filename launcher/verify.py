@@ -44,6 +44,10 @@ class VerifyConfig:
         sizes, stops = ranks_of("--world-sizes", self.world_sizes), ranks_of("--stops", self.stops)
         if not sizes:
             raise UsageError("--world-sizes is expected to name at least one number of ranks, but is empty")
+        if len(set(sizes)) < len(sizes):
+            raise UsageError(f"--world-sizes is expected to name each number once, but is {self.world_sizes}")
+        if self.shards is not None and self.shards < 1:
+            raise UsageError(f"--shards is expected to be at least 1, but is {self.shards}")
         if self.steps < max(1, len(stops)):
             raise UsageError(f"--steps is expected to be at least {max(1, len(stops))}, but is {self.steps}")
 
@@ -91,6 +95,7 @@ def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say
     with tempfile.TemporaryDirectory(prefix="samestep-verify-") as temporary:
         folder = config.keep or Path(temporary)
         rows = plan_rows(config, folder)
+        _refuse_old_runs(rows)
         shards = config.shards or max(size for row in rows for size, _ in row.legs)
         results = []
         for row in rows:
@@ -107,6 +112,16 @@ def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say
             for line in table(results, differing, shards):
                 say(line)
         return ExitCode.FAILED if any(differing.values()) else ExitCode.DONE
+
+
+def _refuse_old_runs(rows: Sequence[Row]) -> None:
+    """A run that is there already would be resumed and judged in place of what the recipe does now."""
+    old = next((row.run_dir.path for row in rows if row.run_dir.path.exists()), None)
+    if old is not None:
+        raise UsageError(
+            f"--keep is expected to name a folder without earlier runs, but {old} is there",
+            "name a new folder, or remove the old runs",
+        )
 
 
 def _run_row(row: Row, recipe: Recipe, shards: int, environ: Mapping[str, str]) -> int:
