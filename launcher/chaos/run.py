@@ -52,9 +52,13 @@ class ChaosConfig:
             UsageError: a number that is too small, or a kind that does not exist.
         """
         for name, least in {"faults": 1, "nproc_per_node": 1, "per_run": 1, "every": 0, "stuck_seconds": 1}.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # nan is not
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is expected to be at least {least}, but is {getattr(self, name)}")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise UsageError(f"--minutes is expected to be above 0 and finite, but is {self.minutes}")
+        if self.every == float("inf"):
+            raise UsageError("--every is expected to be finite, but is inf")
         chosen(self.kinds)
 
 
@@ -106,6 +110,7 @@ def chaos(config: ChaosConfig, recipe: Recipe, environ: Mapping[str, str], say: 
     """Run everything, print the table, and return 0 only if all is well."""
     with tempfile.TemporaryDirectory(prefix="samestep-chaos-") as temporary:
         folder = (config.keep or Path(temporary)).absolute()
+        _refuse_old_runs(folder)
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
         liveness, _life = os.pipe()  # open until this process ends
         stage = _Stage(config, recipe, environ, folder, liveness)
@@ -122,6 +127,16 @@ def chaos(config: ChaosConfig, recipe: Recipe, environ: Mapping[str, str], say: 
             for line in table(verdict):
                 say(line)
         return ExitCode.DONE if verdict.good else ExitCode.FAILED
+
+
+def _refuse_old_runs(folder: Path) -> None:
+    """A run that is there already would be resumed: one that is done is struck by nothing."""
+    old = next((path for path in (folder / "reference", *folder.glob("run-*")) if path.exists()), None)
+    if old is not None:
+        raise UsageError(
+            f"--keep is expected to name a folder without earlier runs, but {old} is there",
+            "name a new folder, or remove the old runs",
+        )
 
 
 def _reference(stage: _Stage) -> tuple[Course, Expected, float]:
