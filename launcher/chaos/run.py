@@ -25,7 +25,8 @@ from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.command_line.options import Option, nearest_hint, peek
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.diagnosis import memory_signs
-from samestep.launcher.supervise.process import start_in_session
+from samestep.launcher.supervise.process import end, start_in_session
+from samestep.launcher.tidy import ends_tidily
 
 _FORM = {"module": ["-m"], "command": ["--no-python"]}
 
@@ -108,7 +109,7 @@ class _Stage:
 
 def chaos(config: ChaosConfig, recipe: Recipe, environ: Mapping[str, str], say: Callable[[str], None]) -> int:
     """Run everything, print the table, and return 0 only if all is well."""
-    with tempfile.TemporaryDirectory(prefix="samestep-chaos-") as temporary:
+    with ends_tidily(), tempfile.TemporaryDirectory(prefix="samestep-chaos-") as temporary:
         folder = (config.keep or Path(temporary)).absolute()
         _refuse_old_runs(folder)
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,11 @@ def _reference(stage: _Stage) -> tuple[Course, Expected, float]:
     run_dir, said = RunDir(stage.folder / "reference"), stage.folder / "reference.err"
     begin, wall = time.monotonic(), time.time()
     with said.open("wb") as file:
-        code = stage.start(run_dir, (), file.fileno()).wait()
+        launcher = stage.start(run_dir, (), file.fileno())
+        try:
+            code = launcher.wait()
+        finally:
+            end(launcher)
     trace = Trace(run_dir)
     trace.update()
     finished = trace.last("run_finished")

@@ -18,6 +18,7 @@ from samestep.launcher.plan import Command
 from samestep.launcher.supervise.events import Stream
 from samestep.launcher.supervise.signals import OPERATOR
 
+_GONE_SECONDS = 10.0
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): macOS counts bytes
 
 
@@ -161,6 +162,17 @@ def start_in_session(
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def end(launcher: subprocess.Popen[bytes]) -> None:
+    """Kill a launcher that was started so, and wait until nothing below it lives."""
+    below = []
+    with contextlib.suppress(psutil.Error):
+        below = psutil.Process(launcher.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        launcher.kill()
+    launcher.wait()
+    psutil.wait_procs(below, timeout=_GONE_SECONDS)
 
 
 def _before_exec(launcher: int, liveness: int, mask: set[int | signal.Signals]) -> None:
