@@ -8,6 +8,7 @@ directories only.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.command_line.options import Option
 from samestep.launcher.contract import WEIGHTS, ExitCode, RunDir, UsageError
 from samestep.launcher.digest import file_digest, tensor_digests
+from samestep.launcher.supervise.process import end, start_in_session
+from samestep.launcher.tidy import ends_tidily
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,10 @@ class VerifyConfig:
         sizes, stops = ranks_of("--world-sizes", self.world_sizes), ranks_of("--stops", self.stops)
         if not sizes:
             raise UsageError("--world-sizes is expected to name at least one number of ranks, but is empty")
+        if len(set(sizes)) < len(sizes):
+            raise UsageError(f"--world-sizes is expected to name each number once, but is {self.world_sizes}")
+        if self.shards is not None and self.shards < 1:
+            raise UsageError(f"--shards is expected to be at least 1, but is {self.shards}")
         if self.steps < max(1, len(stops)):
             raise UsageError(f"--steps is expected to be at least {max(1, len(stops))}, but is {self.steps}")
 
@@ -88,15 +95,17 @@ def plan_rows(config: VerifyConfig, folder: Path) -> list[Row]:
 
 def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say: Callable[[str], None]) -> int:
     """Run everything, print the table, and return 0 only if all rows are equal."""
-    with tempfile.TemporaryDirectory(prefix="samestep-verify-") as temporary:
+    with ends_tidily(), tempfile.TemporaryDirectory(prefix="samestep-verify-") as temporary:
         folder = config.keep or Path(temporary)
         rows = plan_rows(config, folder)
+        _refuse_old_runs(rows)
         shards = config.shards or max(size for row in rows for size, _ in row.legs)
         results = []
+        liveness, _life = os.pipe()  # open until this process ends
         for row in rows:
             if not (config.json or config.quiet):
                 print(f"ranks {row.name}: {config.steps} steps ...", file=sys.stderr, flush=True)
-            status = _run_row(row, recipe, shards, environ)
+            status = _run_row(row, recipe, shards, environ, liveness)
             if status:
                 return status
             results.append(_result(row))
@@ -109,7 +118,17 @@ def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say
         return ExitCode.FAILED if any(differing.values()) else ExitCode.DONE
 
 
-def _run_row(row: Row, recipe: Recipe, shards: int, environ: Mapping[str, str]) -> int:
+def _refuse_old_runs(rows: Sequence[Row]) -> None:
+    """A run that is there already would be resumed and judged in place of what the recipe does now."""
+    old = next((row.run_dir.path for row in rows if row.run_dir.path.exists()), None)
+    if old is not None:
+        raise UsageError(
+            f"--keep is expected to name a folder without earlier runs, but {old} is there",
+            "name a new folder, or remove the old runs",
+        )
+
+
+def _run_row(row: Row, recipe: Recipe, shards: int, environ: Mapping[str, str], liveness: int) -> int:
     """Start each leg through the public command; a failure is shown and ends everything."""
     form = {"module": ["-m"], "command": ["--no-python"]}.get(recipe.kind.value, [])
     for world_size, last_step in row.legs:
@@ -117,11 +136,22 @@ def _run_row(row: Row, recipe: Recipe, shards: int, environ: Mapping[str, str]) 
         command += ["--nproc-per-node", str(world_size), *form, recipe.target, *recipe.arguments]
         command += ["--shards", str(shards), "--max-steps", str(last_step), "--run-dir", str(row.run_dir.path)]
         command += ["--resume", "auto"]
-        done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stderr[-4000:], end="", file=sys.stderr)
-            return done.returncode
+        status, said = _run(command, environ, liveness)
+        if status:
+            print(said[-4000:], end="", file=sys.stderr)
+            return status
     return 0
+
+
+def _run(command: Sequence[str], environ: Mapping[str, str], liveness: int) -> tuple[int, str]:
+    """Exit code and stderr of a launcher that does not outlive us, nor do its ranks."""
+    null = subprocess.DEVNULL
+    launcher = start_in_session(command, dict(environ), liveness, stdin=null, stdout=null, stderr=subprocess.PIPE)
+    try:
+        said = launcher.communicate()[1]
+    finally:
+        end(launcher)
+    return launcher.returncode, said.decode(errors="replace")
 
 
 def _newest(row: Row) -> Path:

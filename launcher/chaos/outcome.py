@@ -61,9 +61,11 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Everything was survived, ended in the same bits and left nothing behind."""
-        return all(strike.survived for strike in self.strikes) and all(
-            trial.same and not trial.left_behind for trial in self.trials
+        """Something was hit, and everything was survived, ended in the same bits and left nothing behind."""
+        return (
+            bool(self.strikes)
+            and all(strike.survived for strike in self.strikes)
+            and all(trial.same and not trial.left_behind for trial in self.trials)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +123,8 @@ def _line(name: str, strikes: Sequence[Strike], verdict: Verdict) -> str:
 
 
 def _wrong(verdict: Verdict) -> list[str]:
-    found = [
+    found = [] if verdict.strikes else ["no fault hit anything, so nothing is known"]
+    found += [
         f"fault {strike.fault.number}, {strike.fault.kind.name} at {strike.fault.moment.value}: {strike.trouble}"
         for strike in verdict.strikes
         if not strike.survived

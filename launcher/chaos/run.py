@@ -25,7 +25,8 @@ from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.command_line.options import Option, nearest_hint, peek
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.diagnosis import memory_signs
-from samestep.launcher.supervise.process import start_in_session
+from samestep.launcher.supervise.process import end, start_in_session
+from samestep.launcher.tidy import ends_tidily
 
 _FORM = {"module": ["-m"], "command": ["--no-python"]}
 
@@ -52,9 +53,13 @@ class ChaosConfig:
             UsageError: a number that is too small, or a kind that does not exist.
         """
         for name, least in {"faults": 1, "nproc_per_node": 1, "per_run": 1, "every": 0, "stuck_seconds": 1}.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # nan is not
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is expected to be at least {least}, but is {getattr(self, name)}")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise UsageError(f"--minutes is expected to be above 0 and finite, but is {self.minutes}")
+        if self.every == float("inf"):
+            raise UsageError("--every is expected to be finite, but is inf")
         chosen(self.kinds)
 
 
@@ -104,8 +109,9 @@ class _Stage:
 
 def chaos(config: ChaosConfig, recipe: Recipe, environ: Mapping[str, str], say: Callable[[str], None]) -> int:
     """Run everything, print the table, and return 0 only if all is well."""
-    with tempfile.TemporaryDirectory(prefix="samestep-chaos-") as temporary:
+    with ends_tidily(), tempfile.TemporaryDirectory(prefix="samestep-chaos-") as temporary:
         folder = (config.keep or Path(temporary)).absolute()
+        _refuse_old_runs(folder)
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
         liveness, _life = os.pipe()  # open until this process ends
         stage = _Stage(config, recipe, environ, folder, liveness)
@@ -124,11 +130,25 @@ def chaos(config: ChaosConfig, recipe: Recipe, environ: Mapping[str, str], say: 
         return ExitCode.DONE if verdict.good else ExitCode.FAILED
 
 
+def _refuse_old_runs(folder: Path) -> None:
+    """A run that is there already would be resumed: one that is done is struck by nothing."""
+    old = next((path for path in (folder / "reference", *folder.glob("run-*")) if path.exists()), None)
+    if old is not None:
+        raise UsageError(
+            f"--keep is expected to name a folder without earlier runs, but {old} is there",
+            "name a new folder, or remove the old runs",
+        )
+
+
 def _reference(stage: _Stage) -> tuple[Course, Expected, float]:
     run_dir, said = RunDir(stage.folder / "reference"), stage.folder / "reference.err"
     begin, wall = time.monotonic(), time.time()
     with said.open("wb") as file:
-        code = stage.start(run_dir, (), file.fileno()).wait()
+        launcher = stage.start(run_dir, (), file.fileno())
+        try:
+            code = launcher.wait()
+        finally:
+            end(launcher)
     trace = Trace(run_dir)
     trace.update()
     finished = trace.last("run_finished")

@@ -17,9 +17,9 @@ import psutil
 from samestep.launcher import manifest
 from samestep.launcher.chaos.kinds import Aim, Kind
 from samestep.launcher.contract import RunDir
+from samestep.launcher.supervise.process import end
 
 _SERVER = "fork_server import main"
-_GONE_SECONDS = 10.0
 
 
 def present(kind: Kind, launcher: subprocess.Popen[bytes], ranks: dict[int, int]) -> bool:
@@ -133,12 +133,3 @@ def _damage(folder: Path, kind: Kind, choose: random.Random) -> None:
         os.truncate(file, choose.randrange(len(data)))
     else:
         file.unlink()
-
-
-def end(launcher: subprocess.Popen[bytes]) -> None:
-    """Kill a launcher and wait until nothing below it lives."""
-    below = _below(launcher.pid)
-    with contextlib.suppress(ProcessLookupError):
-        launcher.kill()
-    launcher.wait()
-    psutil.wait_procs(below, timeout=_GONE_SECONDS)

@@ -15,9 +15,10 @@ import psutil
 from samestep.launcher.chaos.kinds import Aim, Moment
 from samestep.launcher.chaos.outcome import Strike, Trial
 from samestep.launcher.chaos.plan import Fault
-from samestep.launcher.chaos.strike import end, present, strike
+from samestep.launcher.chaos.strike import present, strike
 from samestep.launcher.chaos.trace import Trace
 from samestep.launcher.contract import ExitCode, RunDir
+from samestep.launcher.supervise.process import end
 
 _LOOK_SECONDS = 0.003
 _SAMPLE_SECONDS = 0.5

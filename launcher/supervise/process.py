@@ -18,12 +18,26 @@ from samestep.launcher.plan import Command
 from samestep.launcher.supervise.events import Stream
 from samestep.launcher.supervise.signals import OPERATOR
 
+_GONE_SECONDS = 10.0
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): macOS counts bytes
 
 
-def sweep(keep: int | None = None, seconds: float = 1.0) -> None:
-    """Kill and reap every process below us but `keep`: only ranks ever start any, and no rank is left."""
-    left = [process for process in psutil.Process().children(recursive=True) if process.pid != keep]
+def below_us() -> frozenset[psutil.Process]:
+    """Our children, and theirs; each is told by its start time from one that gets its number later."""
+    return frozenset(psutil.Process().children(recursive=True))
+
+
+def sweep(keep: int | None = None, inherited: frozenset[psutil.Process] = frozenset(), seconds: float = 1.0) -> None:
+    """Kill and reap every process below us but `keep`: only ranks ever start any, and no rank is left.
+
+    `inherited` were there before the first rank, and are spared with what they start: a shell has started them, and
+    then became us by exec.
+    """
+    spared = {keep}
+    for process in inherited:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            spared |= {process.pid, *(child.pid for child in process.children(recursive=True))}
+    left = [process for process in below_us() if process.pid not in spared]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -161,6 +175,17 @@ def start_in_session(
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def end(launcher: subprocess.Popen[bytes]) -> None:
+    """Kill a launcher that was started so, and wait until nothing below it lives."""
+    below = []
+    with contextlib.suppress(psutil.Error):
+        below = psutil.Process(launcher.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        launcher.kill()
+    launcher.wait()
+    psutil.wait_procs(below, timeout=_GONE_SECONDS)
 
 
 def _before_exec(launcher: int, liveness: int, mask: set[int | signal.Signals]) -> None:

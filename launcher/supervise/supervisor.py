@@ -68,7 +68,7 @@ class Supervisor:
         }
         self._memory = NOTHING_COUNTED
         self._liveness, self._life = os.pipe()  # the kernel closes the second one with us: ranks die then
-        self._adopts = adopt_orphans()
+        self._adopts, self._inherited = adopt_orphans(), process.below_us()
         self._server: ForkServer | None = None
         self._waiting: Callable[[], None] | None = None  # starts the ranks, once the fork server is ready
 
@@ -288,7 +288,7 @@ class Supervisor:
         if undisturbed:
             process.reap_adopted()  # a service that detached itself from a successful rank is none of our business
         else:
-            process.sweep(keep=self._server.pid if self._server else None)
+            process.sweep(keep=self._server.pid if self._server else None, inherited=self._inherited)
         self._listening.end()
         temporary.sweep()
         self._workers = {}

@@ -46,6 +46,19 @@ def test_a_recipe_that_keeps_its_bits_is_told_so_in_one_table(tmp_path):
 
 
 @pytest.mark.processes
+def test_a_folder_with_earlier_runs_is_refused_and_never_judged_again(tmp_path):
+    words = ("--world-sizes", "1", "--stops", "", "--steps", 2, "--keep", "kept")
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text((RECIPES / "seed_linear.py").read_text())
+    first = verify(tmp_path, *words, recipe, "--global-batch-size", 50)
+    assert first.returncode == 0, first.stderr
+    recipe.write_text("from samestep.train import train\nraise RuntimeError('another recipe')\n")
+    again = verify(tmp_path, *words, recipe)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.startswith("error: --keep is expected to name a folder without earlier runs, but kept/w1 is")
+
+
+@pytest.mark.processes
 def test_a_recipe_that_depends_on_the_ranks_is_told_the_first_step_and_tensor(tmp_path):
     recipe = tmp_path / "depends.py"
     recipe.write_text(DEPENDS_ON_RANKS.format(recipes=str(RECIPES)))
@@ -64,7 +77,15 @@ def test_rows_are_one_a_world_size_and_one_with_stops_at_equal_parts(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"world_sizes": "1,two"}, {"world_sizes": ""}, {"stops": "0"}, {"steps": 2}, {"steps": 0, "stops": ""}],
+    [
+        {"world_sizes": "1,two"},
+        {"world_sizes": ""},
+        {"world_sizes": "2,2"},
+        {"stops": "0"},
+        {"steps": 2},
+        {"steps": 0, "stops": ""},
+        {"shards": 0},
+    ],
 )
 def test_lists_that_are_no_numbers_of_ranks_are_refused(options):
     with pytest.raises(UsageError):

@@ -212,6 +212,31 @@ def test_one_flaw_is_named_and_spoils_the_verdict(bad, line):
     assert json.loads(json.dumps(spoiled.to_dict()))["faults"][0]["kind"] == "rank-kill"
 
 
+def test_a_verdict_without_one_hit_is_not_good():
+    missed = Trial(1, (Strike(fault(4, "loader-kill"), False, 6, survived=True),), True, "", 1.0, 1.0)
+    for nothing in (verdict(), verdict(missed)):
+        assert not nothing.good
+        assert "NOT: no fault hit anything, so nothing is known" in table(nothing)
+        assert table(nothing)[-1].endswith("NOT all is well")
+
+
+@pytest.mark.parametrize(
+    "options", [{"minutes": -1.0}, {"minutes": float("nan")}, {"minutes": float("inf")}, {"every": float("nan")}]
+)
+def test_times_in_which_nothing_would_be_struck_are_refused(options):
+    with pytest.raises(UsageError, match="is expected to be"):
+        ChaosConfig(**options)
+
+
+@pytest.mark.parametrize("earlier", ["reference", "run-3"])
+def test_a_folder_with_earlier_runs_is_refused(earlier, samestep):
+    (samestep.cwd / "recipe.py").write_text("from samestep.train import train\n")
+    (samestep.cwd / "kept" / earlier).mkdir(parents=True)
+    ended = samestep("chaos", "--keep", "kept", "recipe.py")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert f"kept/{earlier} is there" in ended.stderr
+
+
 def test_every_aim_is_struck_by_some_kind():
     assert {kind.aim for kind in KINDS} == set(Aim)
 
