@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +175,13 @@ def find(run_dir: RunDir, resume: str) -> tuple[Path | None, list[tuple[Path, st
 
 
 def set_aside(folder: Path, reason: str = "corrupt") -> Path:
-    """Rename a checkpoint so that nobody takes it for one, and keep it for inspection."""
-    aside = folder.with_name(f"{folder.name}.{reason}")
-    _remove(aside)
+    """Rename a checkpoint so that nobody takes it for one, and keep it for inspection, as those before.
+
+    Raises:
+        OSError: it can't be renamed.
+    """
+    names = chain([f"{folder.name}.{reason}"], (f"{folder.name}.{reason}-{number}" for number in count(2)))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
     folder.rename(aside)
     _sync(folder.parent)
     return aside

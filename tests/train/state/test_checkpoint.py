@@ -246,14 +246,15 @@ def test_a_path_without_a_checkpoint_is_refused(two: RunDir, path: str) -> None:
     assert raised.value.exit_code == ExitCode.USAGE
 
 
-def test_a_damaged_one_is_set_aside_and_kept(two: RunDir) -> None:
-    for _ in range(2):  # also where an earlier one of that name already is
+def test_a_damaged_one_is_set_aside_and_kept_beside_those_that_were_before(two: RunDir) -> None:
+    for number in ("", "-2", "-3"):
         folder = two.checkpoint(20)
         folder.mkdir(exist_ok=True)
-        (folder / "state.json").write_text("{}")
+        (folder / "state.json").write_text(number)
         aside = set_aside(folder)
-        assert aside.name == "step-00000020.corrupt"
-        assert (aside / "state.json").read_text() == "{}"
+        assert aside.name == f"step-00000020.corrupt{number}"
+    for number in ("", "-2", "-3"):
+        assert (two.checkpoints / f"step-00000020.corrupt{number}" / "state.json").read_text() == number
         assert manifest.committed(two.checkpoints) == [two.checkpoint(10)]
 
 
