@@ -27,7 +27,7 @@ from samestep.train.loop import Run
 from samestep.train.observe.memory import memory_at_start
 from samestep.train.parallel.group import Membership
 from samestep.train.state import checkpoint
-from samestep.train.state.resume import look
+from samestep.train.state.resume import is_elsewhere, look
 
 # Options that may change between two starts of a run without anybody noticing.
 _FREE = frozenset(
@@ -61,12 +61,13 @@ def make(run_dir: RunDir) -> None:
 
 def stored_config(run_dir: RunDir, resume: str) -> dict[str, Any]:
     """What an earlier start of this run wrote, or the checkpoint that it begins with says; empty for a new run."""
+    own = manifest.committed(run_dir.checkpoints)
+    begins_elsewhere = not own and is_elsewhere(run_dir, resume)
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads(run_dir.config.read_text())
-        if isinstance(stored, dict):
+        if isinstance(stored, dict) and not begins_elsewhere:
             return stored
-    folders = manifest.committed(run_dir.checkpoints) if resume in ("auto", "never") else [Path(resume)]
-    for folder in folders:
+    for folder in [Path(resume)] if begins_elsewhere else own:
         with contextlib.suppress(ValueError):
             facts = manifest.read(folder)
             return {name: facts[name] for name in ("shards", "threads", "micro_batches") if name in facts}
@@ -157,14 +158,15 @@ def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> None:
     """Load a snapshot into the parts of a run.
 
     Raises:
-        UsageError: seed, order or dataset are not those of the snapshot, or the model has other names or shapes.
+        UsageError: seed, order, dataset or shards are not the snapshot's, or the model has other names or shapes.
     """
-    for name in ("seed", "order", "dataset"):
+    for name in ("seed", "order", "dataset", "shards"):
         before, now = snapshot.facts.get(name), run.state.facts[name]
         if before != now:
+            harm = "the bits would be others" if name == "shards" else "samples would be repeated and left out"
             raise UsageError(
                 f"{name} is expected to be as in {source}, but changed from {before} to {now}",
-                "samples would be repeated and left out: restore it, or start a new run with another --run-dir",
+                f"{harm}: restore it, or start a new run with another --run-dir",
             )
     try:
         run.state.restore(snapshot)

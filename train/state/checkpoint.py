@@ -23,7 +23,7 @@ from torch import Tensor
 
 from samestep.launcher import lock, manifest
 from samestep.launcher.contract import MANIFEST, OPTIMIZER, STATE, WEIGHTS, ExitCode, RunDir, UsageError
-from samestep.launcher.digest import file_digest
+from samestep.launcher.digest import file_digest, state_digest
 from samestep.train.state.codec import not_finite
 
 
@@ -60,6 +60,8 @@ def commit(
 ) -> Path:
     """Write a checkpoint, publish it, then remove all but the newest `keep` and those of `protected` steps.
 
+    Another state of the same step that is there is set aside; the same state is left as it is.
+
     Raises:
         SupersededError: `fence` is not the run directory's newest generation; nothing is published.
         NotFiniteError: a weight is NaN or infinite; nothing is written.
@@ -69,8 +71,6 @@ def commit(
     if bad:
         raise NotFiniteError(f"{bad} holds NaN or infinity")
     final = run_dir.checkpoint(snapshot.step)
-    if final.exists():
-        return final
     temporary = final.with_name(f"{final.name}.tmp-{generation}")
     _remove(temporary)
     try:
@@ -78,6 +78,11 @@ def commit(
         _write(snapshot, temporary)
         _sync(temporary)
         lock.check(run_dir, fence)
+        if final.exists():
+            if not manifest.verify(final) and state_digest(final) == state_digest(temporary):
+                _remove(temporary)
+                return final
+            set_aside(final, "superseded")
         temporary.rename(final)
     except BaseException:
         _remove(temporary)

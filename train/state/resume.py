@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from samestep.launcher import lock, manifest
-from samestep.launcher.contract import RunDir
+from samestep.launcher.contract import RunDir, UsageError
 from samestep.train.state import checkpoint
 
 # Events that describe starts and faults, not training: they stay when a resume cuts what is done again.
@@ -106,11 +106,18 @@ def look(run_dir: RunDir, resume: str, environ: Mapping[str, str]) -> dict[str, 
     """Choose a checkpoint, set damaged ones aside, cut events to what the choice knows; the answer is JSON.
 
     Raises:
-        UsageError: see `checkpoint.find`.
+        UsageError: see `checkpoint.find`; or a run with checkpoints of its own is told to go on from another run's.
     """
     checkpoint.remove_unfinished(run_dir)
     meant, note = settle(run_dir, resume, environ)
     path, damaged = checkpoint.find(run_dir, meant)
+    own = manifest.committed(run_dir.checkpoints)
+    if own and is_elsewhere(run_dir, meant):
+        raise UsageError(
+            f"--resume is expected to name a checkpoint of {run_dir.path}, which has {len(own)} of its own, "
+            f"but is {resume}",
+            "begin another run there with another --run-dir, or leave --resume out to go on with this one",
+        )
     warnings = []
     for folder, problem in damaged:
         aside = checkpoint.set_aside(folder)

@@ -29,7 +29,9 @@ def snapshot(step: int, **more: Any) -> Snapshot:
     generator = torch.Generator().manual_seed(step)
     weights = {"a.weight": torch.randn(40, 40, generator=generator), "n": torch.tensor(step)}
     tensors = {"state.exp_avg": torch.randn(40, 40, generator=generator)}
-    return Snapshot(step, weights, tensors, {"counters": {"step": step}}, {"seed": 0, "shards": 2} | more)
+    trees = dict.fromkeys(("model", "aliases", "trees", "tree_aliases"))
+    state = {"counters": {"step": step, "epoch": 0, "cursor": step}, **trees}
+    return Snapshot(step, weights, tensors, state, {"seed": 0, "shards": 2} | more)
 
 
 @pytest.fixture
@@ -55,6 +57,22 @@ def test_a_committed_snapshot_is_loaded_as_it_was(run_dir: RunDir) -> None:
     assert found.state == kept.state
     assert found.facts["shards"] == 2
     assert manifest.read(folder)["digest"] == path_digest(folder)
+
+
+def test_another_state_of_the_same_step_is_set_aside_and_the_same_one_stays_as_it_is(run_dir: RunDir) -> None:
+    folder = commit(snapshot(7), run_dir, generation=0, keep=2)
+    inode = folder.stat().st_ino
+    assert commit(snapshot(7, later="facts"), run_dir, generation=1, keep=2) == folder
+    assert (folder.stat().st_ino, names(run_dir)) == (inode, ["step-00000007"])
+    before, other = path_digest(folder), snapshot(7)
+    other.weights["n"] += 1
+    commit(other, run_dir, generation=1, keep=2)
+    assert torch.equal(load(folder).weights["n"], other.weights["n"])
+    assert path_digest(run_dir.checkpoints / "step-00000007.superseded") == before
+    (folder / "state.json").write_text("{}")
+    commit(other, run_dir, generation=1, keep=2)
+    assert manifest.verify(folder) == ""
+    assert names(run_dir) == ["step-00000007", "step-00000007.superseded", "step-00000007.superseded-2"]
 
 
 def test_views_of_one_storage_can_be_saved(run_dir: RunDir) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from samestep.launcher.contract import RunDir
+from samestep.launcher.contract import RunDir, UsageError
 from samestep.train.state import resume
 from samestep.train.state.checkpoint import Snapshot, commit
 from samestep.train.state.resume import Begun, settle
@@ -96,6 +96,18 @@ def test_checkpoints_that_were_set_aside_before_are_kept_when_more_are(run_dir):
     assert states == [0, 1, 2]
 
 
+def test_a_run_with_checkpoints_of_its_own_does_not_go_on_from_another_runs(run_dir, tmp_path):
+    other = save(RunDir(tmp_path / "other"), 5)
+    with pytest.raises(UsageError, match="which has 2 of its own, but is") as refused:
+        resume.look(run_dir, str(other), {})
+    assert "--run-dir" in refused.value.hint
+    aside = run_dir.checkpoint(6).rename(run_dir.checkpoints / "step-00000006.superseded")
+    with pytest.raises(UsageError, match="which has 1 of its own, but is"):
+        resume.look(run_dir, str(aside), {})
+    begin(run_dir, other, {})
+    assert resume.look(run_dir, str(other), {})["path"] == str(run_dir.checkpoint(4))
+
+
 def test_the_same_path_again_is_gone_on_from_unless_the_run_has_ended_in_its_own_directory(run_dir):
     older = str(run_dir.checkpoint(4))
     begin(run_dir, older, {})
@@ -123,3 +135,25 @@ def test_an_older_checkpoint_typed_after_the_end_begins_there_once_more(go, tmp_
     for number in ("", "-2"):
         go("--resume", older, *EVERY)
         assert (older.parent / f"step-00000014.superseded{number}").is_dir()
+
+
+def test_shards_are_those_of_the_checkpoint_that_a_run_begins_with_whatever_was_in_the_directory(go, tmp_path):
+    whole = go("--shards", "1", folder="whole")
+    go("--shards", "1", "--max-steps", "6", folder="first")
+    path = tmp_path / "first" / "run" / "checkpoints" / "step-00000006"
+    refused = go("--shards", "4", "--resume", path, folder="second", code=2)
+    assert "--shards is expected to stay 1" in refused.stderr
+    (refused.run_dir / "config.json").write_text('{"shards": 4}')
+    taken = go("--resume", path, folder="second")
+    assert taken.digest == whole.digest
+    (taken.run_dir / "config.json").write_text('{"shards": 4}')
+    changed = go("--epochs", "3", folder="second", code=2)
+    assert "shards is expected to be as in step-00000014, but changed from 1 to 4" in changed.stderr
+
+
+def test_a_run_that_is_told_to_go_on_from_another_ones_checkpoint_keeps_its_own(go, tmp_path):
+    other = go("--max-steps", "5", folder="first")
+    own = go(*EVERY, "--max-steps", "6", folder="second")
+    refused = go("--resume", other.checkpoint, *EVERY, folder="second", code=2)
+    assert "which has 2 of its own" in refused.stderr
+    assert refused.digest == own.digest
