@@ -84,11 +84,16 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def is_step(folder: Path) -> bool:
+    """Whether a folder has the name of a checkpoint, not of one that was set aside."""
+    return _FOLDER.fullmatch(folder.name) is not None
+
+
 def committed(checkpoints: Path) -> list[Path]:
     """Checkpoint folders below `checkpoints`, newest first, verified or not."""
     if not checkpoints.is_dir():
         return []
-    found = [path for path in checkpoints.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in checkpoints.iterdir() if is_step(path) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 

@@ -233,11 +233,13 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
 
 def _announce(run: Run, joined: _Joined, found: start.Found, warnings: list[str]) -> None:
     member = joined.member
-    start.announce(run, joined.run_dir, member, joined.shards, joined.generation)
+    start.announce(run, joined.run_dir, member, joined.shards, joined.generation, found)
     _say_who_started(member.env)
     alone = "" if member.env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
     for text in filter(None, [alone, *warnings]):
         run.reporter.warning(text)
+    if found.note:
+        run.reporter.note(found.note)
     if found.snapshot is not None:
         run.reporter.resumed(run.state.step, run.state.epoch, found.source)
 

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from samestep.train.loop import Run
 from samestep.train.observe.memory import memory_at_start
 from samestep.train.parallel.group import Membership
 from samestep.train.state import checkpoint
+from samestep.train.state.resume import is_elsewhere, look
 
 # Options that may change between two starts of a run without anybody noticing.
 _FREE = frozenset(
@@ -34,8 +35,6 @@ _FREE = frozenset(
     "resume run_dir num_workers config shards threads micro_batches weights best check trackers replay debug "
     "profile".split()
 )
-# Events that describe starts and faults, not training: they stay when a resume cuts what is done again.
-_LIFECYCLE = frozenset({"run_started", "restarted", "resumed", "preempted", "worker_failed", "warning"})
 
 
 def make(run_dir: RunDir) -> None:
@@ -61,13 +60,14 @@ def make(run_dir: RunDir) -> None:
 
 
 def stored_config(run_dir: RunDir, resume: str) -> dict[str, Any]:
-    """What an earlier start of this run wrote, or the checkpoint to resume from says; empty for a new run."""
+    """What an earlier start of this run wrote, or the checkpoint that it begins with says; empty for a new run."""
+    own = manifest.committed(run_dir.checkpoints)
+    begins_elsewhere = not own and is_elsewhere(run_dir, resume)
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads(run_dir.config.read_text())
-        if isinstance(stored, dict):
+        if isinstance(stored, dict) and not begins_elsewhere:
             return stored
-    folders = manifest.committed(run_dir.checkpoints) if resume in ("auto", "never") else [Path(resume)]
-    for folder in folders:
+    for folder in [Path(resume)] if begins_elsewhere else own:
         with contextlib.suppress(ValueError):
             facts = manifest.read(folder)
             return {name: facts[name] for name in ("shards", "threads", "micro_batches") if name in facts}
@@ -97,22 +97,25 @@ class Found:
     source: str = ""  # name of the folder
     warnings: tuple[str, ...] = ()
     ended: bool = False  # the run got to its last event with just this state
+    note: str = ""  # where --resume does not come to what it says
+    begun: dict[str, str] = field(default_factory=dict)  # how, for config.json
 
 
 def find_state(run_dir: RunDir, config: TrainConfig, member: Membership) -> Found:
     """The state to go on from; rank zero looks, all ranks load. A collective.
 
     Raises:
-        UsageError: see `checkpoint.find`; on every rank.
+        UsageError: see `resume.look`; on every rank.
     """
-    seen = _on_rank_zero(lambda: _look(run_dir, config.resume), member)
+    seen = on_rank_zero(lambda: look(run_dir, config.resume, os.environ), member)
+    found = Found(warnings=tuple(seen["warnings"]), ended=seen["ended"], note=seen["note"], begun=seen["begun"])
     if not seen["path"]:
-        return Found(warnings=tuple(seen["warnings"]))
+        return found
     folder = Path(seen["path"])
-    return Found(checkpoint.load(folder), folder.name, tuple(seen["warnings"]), seen["ended"])
+    return replace(found, snapshot=checkpoint.load(folder), source=folder.name)
 
 
-def _on_rank_zero(look: Callable[[], dict[str, Any]], member: Membership) -> dict[str, Any]:
+def on_rank_zero(look: Callable[[], dict[str, Any]], member: Membership) -> dict[str, Any]:
     """What rank zero finds, on every rank; its usage error too. A collective."""
     seen: dict[str, Any] = {}
     if member.group.rank == 0:
@@ -145,73 +148,25 @@ def owned(run_dir: RunDir, member: Membership, environ: Mapping[str, str] = os.e
         return {"fence": held[0].generation}
 
     try:
-        yield int(_on_rank_zero(take, member)["fence"])
+        yield int(on_rank_zero(take, member)["fence"])
     finally:
         for lock in held:
             lock.release()
-
-
-def _look(run_dir: RunDir, resume: str) -> dict[str, Any]:
-    """Rank zero's part of `find_state`: choose, set damaged ones aside, cut events to what the choice knows."""
-    checkpoint.remove_unfinished(run_dir)
-    path, damaged = checkpoint.find(run_dir, resume)
-    warnings = []
-    for folder, problem in damaged:
-        aside = checkpoint.set_aside(folder)
-        warnings.append(f"checkpoint {folder.name} is damaged ({problem}); set aside as {aside.name}")
-    if path is None or path.resolve().parent != run_dir.checkpoints.resolve():
-        cut_events(run_dir, 0, 0)
-        return {"path": str(path or ""), "warnings": warnings, "ended": False}
-    step = manifest.step_of(path)
-    for folder in manifest.committed(run_dir.checkpoints):
-        if manifest.step_of(folder) > step:  # only where --resume names an older one: its future is written anew
-            aside = checkpoint.set_aside(folder, "superseded")
-            warnings.append(f"checkpoint {folder.name} is newer than the one resumed from; set aside as {aside.name}")
-    cut_events(run_dir, checkpoint.load_state(path)["events_offset"], step)
-    return {"path": str(path), "warnings": warnings, "ended": _ended_with(run_dir, step)}
-
-
-def _ended_with(run_dir: RunDir, step: int) -> bool:
-    lines = run_dir.events.read_bytes().splitlines() if run_dir.events.exists() else []
-    return any(b'"run_finished"' in line and json.loads(line).get("steps") == step for line in lines)
-
-
-def cut_events(run_dir: RunDir, offset: int, step: int) -> None:
-    """Drop events of what comes after `step` and will be done again; what tells of starts and faults stays.
-
-    A checkpoint's own event, and the end of a run that ended with it, were written behind the offset that it holds.
-    """
-    if not run_dir.events.exists():
-        return
-    content = run_dir.events.read_bytes()
-    kept = [line for line in content[offset:].splitlines(keepends=True) if _is_kept(line, step)]
-    temporary = run_dir.events.with_suffix(".tmp")
-    temporary.write_bytes(content[:offset] + b"".join(kept))
-    temporary.rename(run_dir.events)
-
-
-def _is_kept(line: bytes, step: int) -> bool:
-    try:
-        event = json.loads(line)
-        done = {"checkpoint": "step", "run_finished": "steps"}.get(event.get("event"))
-        kept = event[done] <= step if done else event.get("event") in _LIFECYCLE
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return False
-    return line.endswith(b"\n") and bool(kept)
 
 
 def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> None:
     """Load a snapshot into the parts of a run.
 
     Raises:
-        UsageError: seed, order or dataset are not those of the snapshot, or the model has other names or shapes.
+        UsageError: seed, order, dataset or shards are not the snapshot's, or the model has other names or shapes.
     """
-    for name in ("seed", "order", "dataset"):
+    for name in ("seed", "order", "dataset", "shards"):
         before, now = snapshot.facts.get(name), run.state.facts[name]
         if before != now:
+            harm = "the bits would be others" if name == "shards" else "samples would be repeated and left out"
             raise UsageError(
                 f"{name} is expected to be as in {source}, but changed from {before} to {now}",
-                "samples would be repeated and left out: restore it, or start a new run with another --run-dir",
+                f"{harm}: restore it, or start a new run with another --run-dir",
             )
     try:
         run.state.restore(snapshot)
@@ -273,16 +228,18 @@ def fewer_than_asked(environ: Mapping[str, str], parent: Sequence[str]) -> str:
     )
 
 
-def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generation: int) -> None:
+def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generation: int, found: Found) -> None:
     """Write config.json and the first event; needs every rank's place. A collective."""
     env, parts = member.env, run.step.micro_batches.agreed.count
     memory = memory_at_start(run.components.model, env.rank, env.world_size, shards, parts)
     host, pid = socket.gethostname(), os.getpid()
     here: RankInfo = {"rank": env.rank, "local_rank": env.local_rank, "host": host, "pid": pid, **memory}
     ranks = [json.loads(part) for part in member.group.gather_bytes(json.dumps(here).encode())]
+    problem = ""
     if member.group.rank == 0:
         content = {
             "config": plain(run.config),
+            "begun": found.begun,
             "shards": shards,
             "micro_batches": parts,
             "total_steps": run.max_steps,
@@ -293,7 +250,21 @@ def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generat
             "dataset": run.state.facts["dataset"],
             "environment": environment.record(member.device),
         }
-        run_dir.config.write_text(json.dumps(content, indent=1) + "\n")
+        problem = _replace(run_dir.config, json.dumps(content, indent=1) + "\n")
     run.reporter.started(max(generation, run.state.restarts), shards, ranks, run.max_steps)
+    if problem:
+        run.reporter.warning(f"{run_dir.config} could not be written ({problem}); training goes on")
     for hint in filter(None, [fused_hint(run.components.optimizer, member.device)]):
         run.reporter.note(hint)
+
+
+def _replace(path: Path, text: str) -> str:
+    """Write a file whole or leave the old one; why it could not be written, or an empty string."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text)
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        return error.strerror or str(error)
+    return ""

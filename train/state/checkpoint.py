@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from samestep.launcher import lock, manifest
 from samestep.launcher.contract import MANIFEST, OPTIMIZER, STATE, WEIGHTS, ExitCode, RunDir, UsageError
-from samestep.launcher.digest import file_digest
+from samestep.launcher.digest import file_digest, state_digest
 from samestep.train.state.codec import not_finite
 
 
@@ -59,6 +60,8 @@ def commit(
 ) -> Path:
     """Write a checkpoint, publish it, then remove all but the newest `keep` and those of `protected` steps.
 
+    Another state of the same step that is there is set aside; the same state is left as it is.
+
     Raises:
         SupersededError: `fence` is not the run directory's newest generation; nothing is published.
         NotFiniteError: a weight is NaN or infinite; nothing is written.
@@ -68,8 +71,6 @@ def commit(
     if bad:
         raise NotFiniteError(f"{bad} holds NaN or infinity")
     final = run_dir.checkpoint(snapshot.step)
-    if final.exists():
-        return final
     temporary = final.with_name(f"{final.name}.tmp-{generation}")
     _remove(temporary)
     try:
@@ -77,6 +78,11 @@ def commit(
         _write(snapshot, temporary)
         _sync(temporary)
         lock.check(run_dir, fence)
+        if final.exists():
+            if not manifest.verify(final) and state_digest(final) == state_digest(temporary):
+                _remove(temporary)
+                return final
+            set_aside(final, "superseded")
         temporary.rename(final)
     except BaseException:
         _remove(temporary)
@@ -174,9 +180,13 @@ def find(run_dir: RunDir, resume: str) -> tuple[Path | None, list[tuple[Path, st
 
 
 def set_aside(folder: Path, reason: str = "corrupt") -> Path:
-    """Rename a checkpoint so that nobody takes it for one, and keep it for inspection."""
-    aside = folder.with_name(f"{folder.name}.{reason}")
-    _remove(aside)
+    """Rename a checkpoint so that nobody takes it for one, and keep it for inspection, as those before.
+
+    Raises:
+        OSError: it can't be renamed.
+    """
+    names = chain([f"{folder.name}.{reason}"], (f"{folder.name}.{reason}-{number}" for number in count(2)))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
     folder.rename(aside)
     _sync(folder.parent)
     return aside

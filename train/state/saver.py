@@ -136,12 +136,15 @@ class WritingSaver(Saver):
         self._copies = CopyBuffers()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, float, Future[Path]] | None = None
+        self._written: int | None = None  # steps of the last one
 
     def save(self, state: TrainState, reporter: Reporter) -> None:
-        """Begin to commit the state, unless this step already is."""
+        """Begin to commit the state, unless it already is, by us or by the start that it was loaded from."""
         if self._writing is not None and self._writing[0] == state.step:
             return
-        if not self.wait(reporter) or self.run_dir.checkpoint(state.step).exists():
+        if not self.wait(reporter):
+            return
+        if state.step in (self._written, state.loaded_step) and self.run_dir.checkpoint(state.step).exists():
             return
         begin = time.perf_counter()
         snapshot = self._copies.copy(state.capture(reporter.offset()))
@@ -163,7 +166,7 @@ class WritingSaver(Saver):
             return False
         self._writing = None
         try:
-            reporter.checkpoint(step, written.result(), stall)
+            folder = written.result()
         except NotFiniteError as error:
             reporter.warning(f"the state after step {step} is not saved: {error}; the last good checkpoint is kept")
         except OSError as error:
@@ -171,4 +174,7 @@ class WritingSaver(Saver):
                 f"the checkpoint of step {step} could not be written ({error.strerror or error}); "
                 "training goes on with the last good one"
             )
+        else:
+            self._written = step
+            reporter.checkpoint(step, folder, stall)
         return True

@@ -35,6 +35,7 @@ class TrainState:
         metrics: values of the last evaluation.
         passed_over: steps, counted from 1, whose batch is left out because it was not finite.
         best_step: steps of the best checkpoint by the chosen metric, `best_value` its value.
+        loaded_step: steps of the checkpoint that was loaded last.
     """
 
     components: Components
@@ -51,6 +52,7 @@ class TrainState:
     started_at: float = field(default_factory=time.time)
     best_step: int | None = None
     best_value: float | None = None
+    loaded_step: int | None = None
     passed_over: set[int] = field(default_factory=set)
 
     def advance(self, plan: StepPlan) -> None:
@@ -112,6 +114,7 @@ class TrainState:
         """
         counters = snapshot.state["counters"]
         self.step, self.epoch, self.cursor = counters["step"], counters["epoch"], counters["cursor"]
+        self.loaded_step = self.step
         self.useful_seconds, self.metrics = counters["useful_seconds"], counters["metrics"]
         self.started_at = counters["started_at"]
         self.restarts = counters["restarts"] + 1

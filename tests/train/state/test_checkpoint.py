@@ -29,7 +29,9 @@ def snapshot(step: int, **more: Any) -> Snapshot:
     generator = torch.Generator().manual_seed(step)
     weights = {"a.weight": torch.randn(40, 40, generator=generator), "n": torch.tensor(step)}
     tensors = {"state.exp_avg": torch.randn(40, 40, generator=generator)}
-    return Snapshot(step, weights, tensors, {"counters": {"step": step}}, {"seed": 0, "shards": 2} | more)
+    trees = dict.fromkeys(("model", "aliases", "trees", "tree_aliases"))
+    state = {"counters": {"step": step, "epoch": 0, "cursor": step}, **trees}
+    return Snapshot(step, weights, tensors, state, {"seed": 0, "shards": 2} | more)
 
 
 @pytest.fixture
@@ -55,6 +57,22 @@ def test_a_committed_snapshot_is_loaded_as_it_was(run_dir: RunDir) -> None:
     assert found.state == kept.state
     assert found.facts["shards"] == 2
     assert manifest.read(folder)["digest"] == path_digest(folder)
+
+
+def test_another_state_of_the_same_step_is_set_aside_and_the_same_one_stays_as_it_is(run_dir: RunDir) -> None:
+    folder = commit(snapshot(7), run_dir, generation=0, keep=2)
+    inode = folder.stat().st_ino
+    assert commit(snapshot(7, later="facts"), run_dir, generation=1, keep=2) == folder
+    assert (folder.stat().st_ino, names(run_dir)) == (inode, ["step-00000007"])
+    before, other = path_digest(folder), snapshot(7)
+    other.weights["n"] += 1
+    commit(other, run_dir, generation=1, keep=2)
+    assert torch.equal(load(folder).weights["n"], other.weights["n"])
+    assert path_digest(run_dir.checkpoints / "step-00000007.superseded") == before
+    (folder / "state.json").write_text("{}")
+    commit(other, run_dir, generation=1, keep=2)
+    assert manifest.verify(folder) == ""
+    assert names(run_dir) == ["step-00000007", "step-00000007.superseded", "step-00000007.superseded-2"]
 
 
 def test_views_of_one_storage_can_be_saved(run_dir: RunDir) -> None:
@@ -246,14 +264,15 @@ def test_a_path_without_a_checkpoint_is_refused(two: RunDir, path: str) -> None:
     assert raised.value.exit_code == ExitCode.USAGE
 
 
-def test_a_damaged_one_is_set_aside_and_kept(two: RunDir) -> None:
-    for _ in range(2):  # also where an earlier one of that name already is
+def test_a_damaged_one_is_set_aside_and_kept_beside_those_that_were_before(two: RunDir) -> None:
+    for number in ("", "-2", "-3"):
         folder = two.checkpoint(20)
         folder.mkdir(exist_ok=True)
-        (folder / "state.json").write_text("{}")
+        (folder / "state.json").write_text(number)
         aside = set_aside(folder)
-        assert aside.name == "step-00000020.corrupt"
-        assert (aside / "state.json").read_text() == "{}"
+        assert aside.name == f"step-00000020.corrupt{number}"
+    for number in ("", "-2", "-3"):
+        assert (two.checkpoints / f"step-00000020.corrupt{number}" / "state.json").read_text() == number
         assert manifest.committed(two.checkpoints) == [two.checkpoint(10)]
 
 
