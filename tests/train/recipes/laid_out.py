@@ -24,12 +24,12 @@ class Turned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.turned = nn.Parameter(torch.randn(4, 8).t())
-        self.gaps = nn.Parameter(torch.randn(4, 4))
+        self.gaps = nn.Parameter(torch.randn(4, 8)[:, ::2])
         self.complex = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
         self.complex_turned = nn.Parameter(torch.randn(1, 3, dtype=torch.complex64).t())
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(x.flatten(1)[:, :8] @ self.turned[:, :4] @ self.gaps)
+        hidden = torch.tanh(x.flatten(1)[:, :8] @ self.turned @ self.gaps)
         return (hidden.to(torch.complex64) @ self.complex @ self.complex_turned).abs()
 
 
