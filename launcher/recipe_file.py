@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.contract import UsageError
 
 _TRAINS = re.compile(rb"^[ \t]*(from|import)[ \t]+samestep\b[ \t.\w]*\btrain\b", re.MULTILINE)
+_MOST_FILES = 100
 
 
 def trains(recipe: Recipe) -> bool:
-    """Whether it imports samestep.train, and so resumes where it was. A look at the text, no more."""
+    """Whether it imports samestep.train, and so resumes where it was: itself, or through files beside it.
+
+    A look at the text, no more.
+    """
     if recipe.kind is Kind.COMMAND:
         return False
     path: str | None = recipe.target
@@ -26,10 +31,44 @@ def trains(recipe: Recipe) -> bool:
         if spec is not None and spec.submodule_search_locations is not None:
             spec = _find(f"{recipe.target}.__main__")
         path = spec.origin if spec is not None else None
+    root = Path.cwd() if recipe.kind is Kind.MODULE else Path(recipe.target).parent
+    coming, seen = [Path(path)] if path is not None else [], set[Path]()
+    while coming and len(seen) < _MOST_FILES:
+        file = coming.pop(0)
+        if file in seen or (text := _text(file)) is None:
+            continue
+        if _TRAINS.search(text):
+            return True
+        seen.add(file)
+        coming += _imported(text, {file.parent, root})
+    return False
+
+
+def _text(file: Path) -> bytes | None:
     try:
-        return path is not None and _TRAINS.search(Path(path).read_bytes()) is not None
+        return file.read_bytes()
     except OSError:
-        return False
+        return None
+
+
+def _imported(text: bytes, folders: Collection[Path]) -> list[Path]:
+    """Files and packages in these folders that the text of a module may import."""
+    try:
+        statements = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError):
+        return []
+    names: list[str] = []
+    for statement in statements:
+        if isinstance(statement, ast.Import):
+            names += [alias.name for alias in statement.names]
+        elif isinstance(statement, ast.ImportFrom) and statement.level <= 1:
+            names.append(statement.module or "")
+            names += [
+                f"{statement.module}.{alias.name}" if statement.module else alias.name for alias in statement.names
+            ]
+    places = [folder.joinpath(*name.split(".")) for name in names if name for folder in folders]
+    found = [form for place in places for form in (place.with_suffix(".py"), place / "__init__.py")]
+    return [path for path in found if path.is_file()]
 
 
 def check(recipe: Recipe) -> None:

@@ -1,0 +1,60 @@
+"""Which programs are recipes: known from their text, and from that of files beside them, without running any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from samestep.launcher.command_line.argv import Kind, Recipe
+from samestep.launcher.recipe_file import trains
+
+TRAINS = "from samestep.train import train\n"
+FILES: dict[str, tuple[dict[str, str], bool]] = {
+    "itself": ({"main.py": TRAINS}, True),
+    "the package alone": ({"main.py": "import torch\nimport samestep.train\n"}, True),
+    "nothing of ours": ({"main.py": "import torch\n"}, False),
+    "a file beside it": ({"main.py": "import os, lib\n", "lib.py": TRAINS}, True),
+    "a file beside that": ({"main.py": "import lib\n", "lib.py": "from more import run\n", "more.py": TRAINS}, True),
+    "a package": (
+        {"main.py": "from jobs.digits import main\n", "jobs/__init__.py": "", "jobs/digits.py": TRAINS},
+        True,
+    ),
+    "a module of a package": ({"main.py": "from jobs import digits\n", "jobs/digits.py": TRAINS}, True),
+    "inside the package": (
+        {
+            "main.py": "import jobs\n",
+            "jobs/__init__.py": "from .a import b\n",
+            "jobs/a.py": "from jobs import c",
+            "jobs/c.py": TRAINS,
+        },
+        True,
+    ),
+    "a file that is not imported": ({"main.py": "import torch\n", "lib.py": TRAINS}, False),
+    "each other": ({"main.py": "import a\n", "a.py": "import b\n", "b.py": "import a\n"}, False),
+    "what is no Python": ({"main.py": "import lib\nthis is none\n", "lib.py": TRAINS}, False),
+}
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_program_that_trains_through_other_files_is_a_recipe(tmp_path: Path, name: str) -> None:
+    files, expected = FILES[name]
+    write(tmp_path, files)
+    assert trains(Recipe(str(tmp_path / "main.py"))) is expected
+
+
+def test_a_module_finds_its_package_from_where_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"jobs/__init__.py": "", "jobs/__main__.py": "from jobs.lib import main\n", "jobs/lib.py": TRAINS})
+    monkeypatch.chdir(tmp_path)
+    assert trains(Recipe("jobs", kind=Kind.MODULE))
+
+
+def test_a_command_is_none(tmp_path: Path) -> None:
+    write(tmp_path, {"main.py": TRAINS})
+    assert not trains(Recipe(str(tmp_path / "main.py"), kind=Kind.COMMAND))
