@@ -38,7 +38,7 @@ FILES: dict[str, tuple[dict[str, str], bool]] = {
 
 def write(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=False)
         (folder / name).write_text(text)
 
 
