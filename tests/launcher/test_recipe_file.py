@@ -32,13 +32,13 @@ FILES: dict[str, tuple[dict[str, str], bool]] = {
     ),
     "a file that is not imported": ({"main.py": "import torch\n", "lib.py": TRAINS}, False),
     "each other": ({"main.py": "import a\n", "a.py": "import b\n", "b.py": "import a\n"}, False),
-    "what is no Python": ({"main.py": "import lib\nthis is none\n", "lib.py": TRAINS}, False),
+    "what is no Python": ({"main.py": "import lib\ndef\n", "lib.py": TRAINS}, False),
 }
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=False)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
 
