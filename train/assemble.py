@@ -44,6 +44,7 @@ from samestep.train.parallel.step_sums import step_sums
 from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling, scaling
 from samestep.train.signals import StopSignals
+from samestep.train.state.first_update import with_savable_state
 from samestep.train.state.saver import Clock, Saver, Schedule, WritingSaver
 from samestep.train.state.train_state import TrainState
 from samestep.train.state_metrics import StateMetric, StateMetrics
@@ -170,7 +171,7 @@ def _step(
         tally=StepTally(group, device),
         sums=step_sums(group, exchange, shards, device),
         clock=clock,
-        follow=_nobody if ema is None else ema.update_parameters,
+        follow=with_savable_state(components.optimizer, _nobody if ema is None else ema.update_parameters),
         warn=reporter.warning,
     )
 

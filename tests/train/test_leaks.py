@@ -34,6 +34,8 @@ WARNED = {
     "unheld": ["first.weight", "the optimizer does not hold"],
     "late": ["other.weight, other.bias", "since step 6"],
     "attribute": ["last.scale", "plain tensor", "register_buffer"],
+    "plain numbers": ["plain attributes of the model: Net.count, detour.calls (", "register_buffer"],
+    "plain flag": ["plain attributes of the model: Net.started (", "register_buffer"],
     "half": ["a batch of 4 samples was planned, but collating made one of 2"],
     "double": ["a batch of 4 samples was planned, but collating made one of 8"],
 }
@@ -73,7 +75,7 @@ def test_what_may_be_meant_is_told_once_and_training_goes_on(trained: Any, leak:
     assert ended.stderr.count(f"warning: {text}\n") == 1
 
 
-@pytest.mark.parametrize("leak", ["unused", "graph", "between"])
+@pytest.mark.parametrize("leak", ["unused", "graph", "between", "plain numbers"])
 def test_a_warning_is_the_same_on_two_ranks_and_told_once(trained: Any, leak: str) -> None:
     ended = trained("leaking", "--leak", leak, ranks=2)
     (text,) = warnings(ended)
@@ -110,6 +112,10 @@ def test_a_recipe_with_unused_layers_raises_that_alarm_alone(trained: Any) -> No
     (text,) = warnings(trained("everything", "--max-steps", 5, "--check", "always"))
     assert "never.weight" in text
     assert "no gradient in any step so far" in text
+
+
+def test_torchs_own_modules_raise_no_alarm(trained: Any) -> None:
+    assert warnings(trained("modules", "--shards", 2, "--max-steps", 6, "--check", "always")) == []
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -42,3 +43,13 @@ def test_a_hook_that_backward_calls_is_called_with_one_shard(trained: Any) -> No
     early, late = (trained("unusual", "--part", "hook", "--max-steps", n, cwd=f"{n}").weights for n in (1, 3))
     assert early["weight"].equal(late["weight"]), "its gradient is set to zero"
     assert not early["bias"].equal(late["bias"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_state_that_can_not_be_saved_is_refused_at_the_first_update_not_at_the_first_save(
+    start: Any, ranks: int
+) -> None:
+    ended = start("unusual", "--run-dir", "run", "--part", "deque", ranks=ranks)
+    refused(ended, "state.optimizer.state.0.last", "collections.deque", hint="pickle")
+    record = json.loads((ended.run_dir / "errors" / "rank-0.json").read_text())
+    assert (record["step"], record["phase"]) == (0, "optimizer")

@@ -26,12 +26,20 @@ class Net(nn.Module):
         self.last = nn.Linear(4, 2)
         self.other = nn.Linear(4, 2)
         self.register_buffer("seen", torch.zeros(1))
-        self.detour = nn.Identity()
+        self.detour: Any = nn.Identity()
         self.asks = False  # for its rank
         self.uses_other = True
         self.history: list[Tensor] = []
+        self.counts, self.count, self.started = "", 0, False
+        self.length, self.ratio = 0, float("nan")
 
     def forward(self, x: Tensor) -> Tensor:
+        self.length = len(x)  # seen anew in each batch
+        if self.counts == "numbers":
+            self.detour.calls = getattr(self.detour, "calls", 0) + 1
+            self.count += 1
+        if self.counts == "flag":
+            self.started = True
         if self.asks and os.environ.get("RANK") == "1":
             x = self.detour(x)
         hidden = self.drop(self.norm(self.first(x)).relu())
@@ -179,9 +187,9 @@ class Late(Leaks):
 
 
 class Unused(Leaks):
-    def __call__(self, model: Any, batch: Any) -> Tensor:
-        self.net.uses_other = False
-        return super().__call__(model, batch)
+    def __init__(self, net: Net, scheduler: Any) -> None:
+        super().__init__(net, scheduler)
+        net.uses_other = False
 
 
 class Assigned(Leaks):
@@ -256,6 +264,7 @@ def build(config: LeakingConfig) -> Components:
     if leak == "frozen mode":
         net.norm.train = lambda mode=True: nn.Module.train(net.norm, False)  # type: ignore[method-assign]
     net.asks = leak == "rank"
+    net.counts = leak.removeprefix("plain ")
     loss: Any = LOSSES.get(leak, Leaks)(net, scheduler)
     return Components(
         model=net,

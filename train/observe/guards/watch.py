@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from samestep.launcher.contract import UsageError
+from samestep.train.observe.guards.attributes import PlainAttributes
 from samestep.train.observe.guards.batches import PlannedBatches
 from samestep.train.observe.guards.check import Check, Finding, Subject
 from samestep.train.observe.guards.devices import SameDevice
@@ -185,6 +186,7 @@ def guards_for(
         UnheldParameters(subject),
         ZeroGradients(subject),
         OutsideChanges(subject),
+        PlainAttributes(subject),
         KeyedRandomness(subject),
         LearningRate(subject),
         SteppedOnce(subject),
