@@ -225,7 +225,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
             rewind.run_with_rewinds(run, member, run_dir)
             preemption.leave_if_stopped(run, run_dir)
         progress(run.state.step, "closing")
-        digest = _close(run, run_dir, member.env.rank)
+        digest = _close(run, run_dir, member)
         run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))
     member.group.barrier()
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)
@@ -255,11 +255,9 @@ def _facts(components: Components, joined: _Joined) -> dict[str, Any]:
     return known | environment.record(joined.member.device)
 
 
-def _close(run: Run, run_dir: RunDir, rank: int) -> str:
-    """Export the weights; the digest of the final checkpoint, on every rank. A collective."""
-    if rank == 0:
-        export_weights(run.evaluated_model, run_dir.path / "weights.safetensors")
-    run.step.reducer.group.barrier()
+def _close(run: Run, run_dir: RunDir, member: Membership) -> str:
+    """Export the weights of a state that could be saved; the digest of its checkpoint, on every rank. A collective."""
+    member.group.barrier()  # rank zero has written it
     try:
         digest: str = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
     except ValueError as error:
@@ -268,7 +266,20 @@ def _close(run: Run, run_dir: RunDir, rank: int) -> str:
             "the warnings above say why; run again to go on from the last good checkpoint",
             ExitCode.FAILED,
         ) from None
+    start.on_rank_zero(lambda: _export(run, run_dir.path / "weights.safetensors"), member)
     return digest
+
+
+def _export(run: Run, path: Path) -> dict[str, Any]:
+    try:
+        export_weights(run.evaluated_model, path)
+    except OSError as error:
+        raise UsageError(
+            f"{path} is expected to hold the trained weights, but could not be written ({error.strerror or error})",
+            "all else is done and saved: make room and run again",
+            ExitCode.FAILED,
+        ) from None
+    return {}
 
 
 def _goodput(run: Run) -> float:

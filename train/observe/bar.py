@@ -43,6 +43,8 @@ class PlainLines:
             print(line, file=stream, flush=True)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also for what the recipe prints itself
+        except OSError:
+            pass  # a file on a full disk
 
     def close(self) -> None:
         """Nothing to close."""

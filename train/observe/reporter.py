@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +21,8 @@ from samestep.launcher.contract import OPTIMIZER, WEIGHTS, RankInfo
 from samestep.train.observe.bar import Bar, PlainLines, bar
 from samestep.train.observe.ledger import EpochSums, StepRecords, phase_line
 from samestep.train.observe.phases import PHASES
+
+_MOST_WAITING = 100_000  # events, 50 MB; of more, the oldest are given up
 
 
 class Reporter:
@@ -66,12 +70,17 @@ class Reporter:
 
 
 class EventLog:
-    """Appends JSON objects to events.jsonl, one a line; a line is written whole or not at all."""
+    """Appends JSON objects to events.jsonl, one a line; a line is written whole or not at all.
+
+    What a full disk does not take waits for the next try; then `problem` says why.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self.path = path
         self.clock = clock
-        path.touch()
+        self.problem = ""
+        self._waiting: list[str] = []
+        self._append([])
 
     def write(self, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Append events that carry `event`; the time is added here, and what was written is returned."""
@@ -87,12 +96,28 @@ class EventLog:
         return lines
 
     def _append(self, lines: list[str]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:  # anew each time: going back cuts the file
-            file.write("".join(lines))
+        self._waiting = [*self._waiting, *lines][-_MOST_WAITING:]
+        try:
+            with self.path.open("ab", buffering=0) as file:  # anew each time: going back cuts the file
+                _write_whole(file, "".join(self._waiting).encode())
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+        else:
+            self.problem, self._waiting = "", []
 
     def offset(self) -> int:
         """Bytes written so far."""
-        return self.path.stat().st_size
+        return self.path.stat().st_size if self.path.exists() else 0
+
+
+def _write_whole(file: FileIO, content: bytes) -> None:
+    size, rest = file.seek(0, os.SEEK_END), memoryview(content)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        file.truncate(size)
+        raise
 
 
 @dataclass(slots=True)
@@ -107,6 +132,7 @@ class RankZeroReporter(Reporter):
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     _bar: Bar = field(default_factory=PlainLines)
     _of_epoch: list[StepRecords] = field(default_factory=list)
+    _told: bool = False
 
     def started(self, generation: int, shards: int, ranks: list[RankInfo], total_steps: int) -> None:
         """Write who takes part."""
@@ -124,6 +150,7 @@ class RankZeroReporter(Reporter):
     def steps(self, records: StepRecords) -> None:
         """Write an event a step, print a line each `log_every` steps of an epoch."""
         lines = self.log.write_steps(records)
+        self._tell_of_log()
         self._bar.take(map(json.loads, lines))  # parsed by a view on a terminal alone
         self._of_epoch.append(records)
         per_epoch = -(-self.samples // self.global_batch_size)
@@ -220,6 +247,14 @@ class RankZeroReporter(Reporter):
 
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
         self._bar.take(self.log.write(events))
+        self._tell_of_log()
+
+    def _tell_of_log(self) -> None:
+        """Once, until it can be written again."""
+        if self.log.problem and not self._told:
+            text = f"{self.log.path} can't be written ({self.log.problem}); training goes on, and events wait in memory"
+            self._bar.print(f"warning: {text}", sys.stderr)
+        self._told = bool(self.log.problem)
 
     def _print(self, line: str) -> None:
         self._bar.print(line, self.stream)

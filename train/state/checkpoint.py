@@ -8,23 +8,22 @@ newest valid folder wins; what is damaged is set aside and named.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from samestep.launcher import lock, manifest
 from samestep.launcher.contract import MANIFEST, OPTIMIZER, STATE, WEIGHTS, ExitCode, RunDir, UsageError
 from samestep.launcher.digest import file_digest, state_digest
 from samestep.train.state.codec import not_finite
+from samestep.train.state.files import sync, write_tensors
 
 
 @dataclass(slots=True)
@@ -76,7 +75,7 @@ def commit(
     try:
         temporary.mkdir(mode=0o700, parents=True)
         _write(snapshot, temporary)
-        _sync(temporary)
+        sync(temporary)
         lock.check(run_dir, fence)
         if final.exists():
             if not manifest.verify(final) and state_digest(final) == state_digest(temporary):
@@ -87,7 +86,7 @@ def commit(
     except BaseException:
         _remove(temporary)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     for old in manifest.committed(run_dir.checkpoints)[keep:]:
         if manifest.step_of(old) not in protected:
             _remove(old)
@@ -95,13 +94,12 @@ def commit(
 
 
 def _write(snapshot: Snapshot, folder: Path) -> None:
-    save_file(_storable(snapshot.weights), folder / WEIGHTS)
-    save_file(_storable(snapshot.tensors), folder / OPTIMIZER)
+    write_tensors(_storable(snapshot.weights), folder / WEIGHTS)
+    write_tensors(_storable(snapshot.tensors), folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps(snapshot.state, sort_keys=True, indent=1))
-    names = (WEIGHTS, OPTIMIZER, STATE)
+    sync(folder / STATE)
     files = {}
-    for name in names:
-        _sync(folder / name)
+    for name in (WEIGHTS, OPTIMIZER, STATE):
         files[name] = {"size": (folder / name).stat().st_size, "sha256": manifest.file_sha256(folder / name)}
     content = {
         "format": manifest.FORMAT,
@@ -112,7 +110,7 @@ def _write(snapshot: Snapshot, folder: Path) -> None:
         **snapshot.facts,
     }
     (folder / MANIFEST).write_bytes(manifest.encode(content))
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,7 +186,7 @@ def set_aside(folder: Path, reason: str = "corrupt") -> Path:
     names = chain([f"{folder.name}.{reason}"], (f"{folder.name}.{reason}-{number}" for number in count(2)))
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
     folder.rename(aside)
-    _sync(folder.parent)
+    sync(folder.parent)
     return aside
 
 
@@ -197,20 +195,6 @@ def remove_unfinished(run_dir: RunDir) -> None:
     if run_dir.checkpoints.is_dir():
         for leftover in run_dir.checkpoints.glob("*.tmp-*"):
             _remove(leftover)
-
-
-def _sync(path: Path) -> None:
-    with _opened(path) as descriptor:
-        os.fsync(descriptor)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

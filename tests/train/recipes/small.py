@@ -1,6 +1,8 @@
 """A regression small enough for dozens of runs; FAULT and friends make it misbehave."""
 
 import os
+import resource
+import signal
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +39,17 @@ def build(config: SmallConfig) -> Components:
         with torch.no_grad():
             last.bias.add_(1)
     calls = 0
+    if FAULT.startswith("disk-"):  # like one that is full: no file gets larger, up to step 20
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(FAULT[5:]), resource.RLIM_INFINITY))
 
     def loss(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         nonlocal calls
         calls += 1
         value = supervised(nn.MSELoss())(net, batch)
         assert isinstance(value, torch.Tensor)
+        if FAULT.startswith("disk-") and calls == 20:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if FAULT == "raise" and calls > 4:
             raise ValueError("boom")
         if FAULT == "nan" and calls > 4:

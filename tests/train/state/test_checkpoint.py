@@ -110,7 +110,7 @@ def test_older_ones_go_only_after_the_new_one_is_published(run_dir: RunDir, monk
     assert order == ["publish step-00000002", "remove step-00000001"]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sync", "file_digest"])
+@pytest.mark.parametrize("failing", ["write_tensors", "sync", "file_digest"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_full_disk_leaves_the_old_ones_and_nothing_half_written(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, failing: str, call: int
