@@ -47,7 +47,7 @@ class OptimizerStep:
     def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Values:
         """Take this rank's shards of `plan` from `batches`, which are on the device."""
         self.reducer.begin(plan)
-        self.buffers.begin(plan)
+        self.buffers.begin(plan, keep=self.guard.keeps_buffers)
         self.tally.begin(plan, self.reducer.mine)
         self.sums.begin(plan, self.tally.width, self.buffers.width, self.reducer.sends_after)
 
