@@ -86,3 +86,18 @@ def test_what_is_read_late_is_named_with_the_step_in_which_it_was(monkeypatch: p
     with pytest.raises(UsageError, match=r"buffer counts .* after step 3 "):
         settle()
     settle()
+
+
+def test_a_step_without_weight_leaves_no_trace_in_buffers_whatever_the_policy(trained: Any) -> None:
+    flags = ("--weightless", "--global-batch-size", 2, "--shards", 2)
+    runs = [
+        trained("counting", *flags, "--nan-policy", policy, ranks=ranks, cwd=f"{policy}-{ranks}")
+        for policy in ("stop", "skip")
+        for ranks in (1, 2)
+    ]
+    assert all(run.bits == runs[0].bits for run in runs)
+    empty = [event for event in runs[0].events("warning") if "no weight" in event["text"]]
+    assert 0 < len(empty) < 19
+    assert runs[0].weights["norm.num_batches_tracked"].item() == 19 - len(empty)
+    alone = trained("counting", *flags[:-1], 1, cwd="alone")
+    assert alone.weights["norm.num_batches_tracked"].item() == 19 - len(empty)
