@@ -164,9 +164,7 @@ def _step(
         scaling=scaler,
         reducer=reducer,
         guard=guard,
-        buffers=BufferCombiner(components.model, group, shards, keep=guard.keeps_buffers)
-        if has_buffers
-        else NoBuffers(),
+        buffers=BufferCombiner(components.model, group, shards) if has_buffers else NoBuffers(),
         micro_batches=_micro_batches(components, setting),
         tally=StepTally(group, device),
         sums=step_sums(group, exchange, shards, device),

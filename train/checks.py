@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from samestep.launcher.contract import UsageError
 from samestep.train.data.fingerprint import dataset_fingerprint
@@ -107,10 +108,10 @@ def check_samples_repeat(dataset: Any, seed: int, seen: str) -> None:
 def check_shard_size(
     model: nn.Module, samples: int, global_batch_size: int, shards: int, micro_batches: int = 1
 ) -> None:
-    """Refuse shards, or parts, of one sample under BatchNorm1d over plain features, where one sample has no variance.
+    """Refuse shards, or parts, of one sample under a BatchNorm over plain features, where one sample has no variance.
 
     Layers that see more than one value a channel and sample (images, sequences) are fine, so their input decides: a
-    hook looks at the first forward and then goes.
+    hook looks at the first forward of each and then goes.
 
     Raises:
         UsageError: from the first forward.
@@ -120,9 +121,11 @@ def check_shard_size(
         return
 
     def judge(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        for handle in handles:
-            handle.remove()
-        if inputs[0].dim() == 2 and module.training:
+        handle = handles.pop(module, None)
+        if handle is None:  # a copy, as of a moving average
+            return
+        handle.remove()
+        if inputs[0].shape[2:].numel() == 1 and module.training:
             tail = samples % global_batch_size
             whole = micro_batches == 1
             unit = "shard" if whole else "micro-batch"
@@ -135,4 +138,4 @@ def check_shard_size(
             )
 
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    handles = [module.register_forward_pre_hook(judge) for module in norms]
+    handles: dict[nn.Module, RemovableHandle] = {module: module.register_forward_pre_hook(judge) for module in norms}

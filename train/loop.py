@@ -106,6 +106,7 @@ def _rest_of_epoch(run: Run) -> None:
 
 def _report(run: Run) -> None:
     run.step.guard.settle()
+    run.step.buffers.settle()
     run.ledger.epoch = run.state.sums
     records = run.ledger.flush(run.step.tally.extras or [])
     if records is None:

@@ -47,7 +47,7 @@ class OptimizerStep:
     def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Values:
         """Take this rank's shards of `plan` from `batches`, which are on the device."""
         self.reducer.begin(plan)
-        self.buffers.begin(plan)
+        self.buffers.begin(plan, keep=self.guard.keeps_buffers or self.tally.own_weights)
         self.tally.begin(plan, self.reducer.mine)
         self.sums.begin(plan, self.tally.width, self.buffers.width, self.reducer.sends_after)
 
@@ -79,11 +79,10 @@ class OptimizerStep:
         self.buffers.finish(sums.buffers)
 
         self.clock.enter("optimizer")
-        if self._divide(gradients, sums, plan):
-            if self.guard.admits(plan, gradients, self.tally.mine):
-                self._update()
-            else:
-                self.buffers.undo()
+        if self._divide(gradients, sums, plan) and self.guard.admits(plan, gradients, self.tally.mine):
+            self._update()
+        else:
+            self.buffers.undo()
         return self.tally.mine
 
     def _computed(self, part: MicroBatch) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+from samestep.train.checks import check_shard_size
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -78,6 +83,25 @@ def test_batchnorm_with_a_shard_of_one_sample_is_refused_before_the_first_step(s
     ended = start("mistaken", "--run-dir", "run", "--mistake", "norm", "--shards", 2)
     expect(ended, "BatchNorm1d", "2 samples a shard", "last batch of 2", hint="--global-batch-size")
     assert not ended.events("step")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "norm"), [("norm behind another", "BatchNorm1d"), ("norm of one pixel", "BatchNorm2d")]
+)
+def test_every_batchnorm_that_would_see_one_value_a_channel_is_refused(start: Any, mistake: str, norm: str) -> None:
+    ended = start("mistaken", "--run-dir", "run", "--mistake", mistake, "--shards", 2)
+    expect(ended, norm, "2 samples a shard", "last batch of 2", hint="--global-batch-size")
+    assert not ended.events("step")
+
+
+def test_each_batchnorm_is_looked_at_once_and_a_copy_of_the_model_runs() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.LayerNorm(12), nn.Unflatten(1, (3, 4)), nn.BatchNorm1d(3))
+    check_shard_size(model, samples=5, global_batch_size=4, shards=2)
+    copied, one = copy.deepcopy(model), torch.ones(1, 3, 2, 2)
+    copied(one)
+    assert [len(layer._forward_pre_hooks) for layer in model] == [1, 0, 0, 0, 1]
+    model(one)
+    assert not any(layer._forward_pre_hooks for layer in model)
 
 
 def test_batchnorm_with_two_samples_a_shard_is_fine(trained: Any) -> None:

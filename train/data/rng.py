@@ -1,8 +1,9 @@
 """Random numbers as a function of where they are drawn, so that no generator state has to be saved or moved.
 
 Forward and backward of a shard draw from streams keyed by (seed, step, shard); a sample's `__getitem__` from streams
-keyed by (seed, epoch, sample). Python's, numpy's and torch's global generators are seeded; whoever calls a loader gets
-the streams back as they were.
+keyed by (seed, epoch, sample); a dataset's `__getitems__`, and `collate_fn`, each from streams of its own keyed by
+(seed, epoch, first sample of the shard). Python's, numpy's and torch's global generators are seeded; whoever calls a
+loader gets the streams back as they were.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from samestep.train.data.order import begin, extend, extend_each, key
 from samestep.train.data.streams import STREAMS, Stream
 
 # Domains keep keys of different uses apart.
-_INIT, _SHARD, _SAMPLE, _COLLATE, _EVALUATION = range(1, 6)
+_INIT, _SHARD, _SAMPLE, _COLLATE, _EVALUATION, _BATCH = range(1, 7)
 _BLOCK = 64
 
 
@@ -51,6 +52,11 @@ def seed_sample(seed: int, epoch: int, sample: int) -> None:
 def sample_keys(seed: int, epoch: int, samples: Sequence[int]) -> list[int]:
     """What each of the samples is seeded with by `seed_sample`."""
     return extend_each(begin(4, _SAMPLE, seed, epoch), samples)
+
+
+def seed_batch(seed: int, epoch: int, first_sample: int) -> None:
+    """Seed the CPU streams that a dataset draws from while it makes all samples of a shard at once."""
+    _seed_cpu(key(_BATCH, seed, epoch, first_sample))
 
 
 def seed_collate(seed: int, epoch: int, first_sample: int) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from samestep.train.cause import blame
-from samestep.train.data.rng import sample_keys, seed_collate, streams_restored
+from samestep.train.data.rng import sample_keys, seed_batch, seed_collate, streams_restored
 from samestep.train.data.sampler import ShardSamples
 from samestep.train.data.streams import STREAMS, Stream, brought_back
 
@@ -30,7 +30,7 @@ class ShardDataset(Dataset[Batch]):
         self.dataset = dataset
         self.seed = seed
         self.collate_fn = collate_fn or default_collate
-        self.batched = hasattr(dataset, "__getitems__")
+        self.batched = makes_batches(dataset)
         self._looked_at = 0
         self._drawn: set[int] = set()  # positions in STREAMS
 
@@ -72,7 +72,7 @@ class ShardDataset(Dataset[Batch]):
     def _seeding_all(self, samples: ShardSamples) -> Any:
         if not self.batched:
             return self._one_by_one(samples, STREAMS)
-        seed_collate(self.seed, samples.epoch, samples[0])
+        seed_batch(self.seed, samples.epoch, samples[0])
         return self.dataset.__getitems__(list(samples))
 
     def _one_by_one(self, samples: ShardSamples, seeded: Sequence[Stream]) -> list[Any]:
@@ -96,6 +96,13 @@ class ShardDataset(Dataset[Batch]):
         self._drawn |= drawn | {number for number, stream in enumerate(STREAMS) if stream.mark() != marks[number]}
         self._looked_at += 1
         return item
+
+
+def makes_batches(dataset: Any) -> bool:
+    """Whether `dataset` has a `__getitems__` of its own: torch's Subset only hands on to what it is a part of."""
+    if type(dataset) is Subset:
+        return makes_batches(dataset.dataset)
+    return hasattr(dataset, "__getitems__")
 
 
 def _listed(samples: Sequence[int], most: int = 8) -> str:

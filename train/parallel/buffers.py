@@ -2,12 +2,17 @@
 
 Every shard, and every micro-batch of one, starts from the step's buffers. Afterwards only buffers that some shard
 changed are combined: floating-point ones to their sample-weighted mean over the shards, summed in float64 along the
-tree (see StepSums); integer ones have to agree. A step of a single shard in one part keeps what that shard left, which
-float64 carries to other ranks without loss. Unchanged buffers are not touched: a mean of equal values can alter bits.
+tree (see StepSums). A step of a single shard in one part keeps what that shard left, which float64 carries to other
+ranks without loss. Unchanged buffers are not touched: a mean of equal values can alter bits.
+
+All others, integers above all (BatchNorm counts its batches), have no such mean. They have to end alike in all shards
+and micro-batches of a step, and then their mean is that value: whoever has another one than the mean has seen that they
+do not. On a GPU that is read where losses are read, so that no step waits for it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -22,44 +27,51 @@ _NOTHING = torch.empty(0, dtype=torch.float64)
 
 
 class BufferCombiner:
-    """Used as begin, (before, after) for each micro-batch, `of_shard` after each shard, finish with their sum."""
+    """Used as begin, (before, after) for each micro-batch, `of_shard` after each shard, finish with their sum.
 
-    def __init__(self, model: nn.Module, group: Group, shards: int, *, keep: bool = False) -> None:
+    After `finish`, `undo` brings back what `begin` found; `settle` judges what was not read from a GPU yet.
+    """
+
+    def __init__(self, model: nn.Module, group: Group, shards: int) -> None:
         # Where each buffer is kept, not the tensor: wrapping the model, and user code, can put another one there.
         self._places = {name: _place(model, name) for name, _ in model.named_buffers()}
         self.buffers: dict[str, Tensor] = {}
         self.group = group
         self.shards = shards
-        self.keep = keep  # a step's buffers may be asked back for
         self.owned = owned_span(group.rank, group.world_size, shards)
         self.changing: list[str] | None = None  # agreed by all ranks in the first step
         self._base: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
         self._leaf: Tensor | None = None  # of the shard's parts so far, weighed by their samples
+        self._names: list[str] = []
+        self._open: list[tuple[int, Tensor, Tensor]] = []  # step, a part's integers and the mean: to be compared
 
-    def begin(self, plan: StepPlan) -> None:
-        """Remember the step's buffers where a later shard has to start from them."""
+    def begin(self, plan: StepPlan, *, keep: bool = False) -> None:
+        """Remember the step's buffers where a later shard has to start from them, or `undo` may be called."""
         self._plan = plan
         self._read()
         self._single = min(plan.samples, self.shards) == 1 and len(plan.parts(0)) == 1
         self._leaf = None
         self._changed: set[str] = set()
-        self._names = list(self.buffers) if self.changing is None else self.changing
+        self._integers: list[Tensor] = []  # of this rank's parts
+        names = self._ordered(set(self.buffers)) if self.changing is None else self.changing
+        if names is not self._names:
+            self._names = names
+            self._count = sum(self.buffers[name].numel() for name in names if self._is_integer(name))
         stay = self._single and self.group.world_size == 1  # what the one shard leaves is right, and here
         self.width = 0 if stay else sum(self.buffers[name].numel() for name in self._names)
-        if self.changing is None or self.keep or len(plan.present(self.owned)) > 1 or plan.micro_batches > 1:
-            for name in self._names:
-                if name in self._base:
-                    self._base[name].copy_(self.buffers[name])
-                else:
-                    self._base[name] = self.buffers[name].clone()
+        if self.changing is None or keep or len(plan.present(self.owned)) > 1 or plan.micro_batches > 1:
+            found = [self.buffers[name] for name in self._names]
+            if self._base:
+                torch._foreach_copy_(list(self._base.values()), found)
+            else:
+                self._base = {name: value.clone() for name, value in zip(self._names, found, strict=True)}
         self._first = True
 
     def before(self, part: MicroBatch) -> None:  # noqa: ARG002 (the same for all parts)
         """Bring the step's buffers back."""
         if not self._first:
-            for name, value in self._base.items():
-                self.buffers[name].copy_(value)
+            self.undo()
         self._first = False
         self._versions = {name: buffer._version for name, buffer in self.buffers.items()}
 
@@ -73,7 +85,10 @@ class BufferCombiner:
         else:
             self._refuse_new()
         if self.width:
-            weighed = self._flat() if self._single else self._flat() * part.samples
+            flat = self._flat()
+            if self._count and not self._single:
+                self._integers.append(flat[-self._count :].clone())
+            weighed = flat if self._single else flat * part.samples
             self._leaf = weighed if part.first or self._leaf is None else self._leaf + weighed
 
     def of_shard(self) -> Tensor:
@@ -82,13 +97,20 @@ class BufferCombiner:
         return _NOTHING if leaf is None else leaf
 
     def finish(self, total: Tensor) -> None:
-        """Leave the combined buffers on every rank; `total` is the sum over all shards, `width` numbers."""
+        """Leave the combined buffers on every rank; `total` is the sum over all shards, `width` numbers.
+
+        Raises:
+            UsageError: an integer buffer did not end alike in all shards.
+        """
         self._read()
-        if self.changing is None:
+        first = self.changing is None
+        if first:
             self._agree()
         if not self.changing or not self.width:
             return
         combined = total if self._single else total / self._plan.samples
+        if self._count and not self._single and not first:
+            self._compare(combined[-self._count :])
         sizes = [self.buffers[name].numel() for name in self._names]
         for name, value in zip(self._names, combined.split(sizes), strict=True):
             if name in self.changing:
@@ -96,8 +118,36 @@ class BufferCombiner:
 
     def undo(self) -> None:
         """Bring the step's buffers back, where `keep` was asked for: the step has not taken place."""
-        for name, value in self._base.items():
-            self.buffers[name].copy_(value)
+        if self._base:
+            torch._foreach_copy_([self.buffers[name] for name in self._base], list(self._base.values()))
+
+    def settle(self) -> None:
+        """Judge the integer buffers of steps that were not judged yet.
+
+        Raises:
+            UsageError: as `finish`.
+        """
+        opened, self._open = self._open, []
+        if not opened or torch.equal(torch.stack([own for _, own, _ in opened]), torch.stack([m for *_, m in opened])):
+            return
+        for step, own, mean in opened:
+            unlike = own.ne(mean).tolist()
+            if any(unlike):
+                place = unlike.index(True)
+                raise _unlike(self._name_at(place), step, own[place].item(), f"{mean[place].item():g} on average")
+
+    def _compare(self, mean: Tensor) -> None:
+        """What each part of this rank left, or an integer where it had none, with the mean over all of them."""
+        late = mean.device.type != "cpu"
+        mean = mean.clone() if late else mean  # without the rest
+        self._open += [(self._plan.step, own, mean) for own in self._integers or [mean.trunc()]]
+        if not late:
+            self.settle()
+
+    def _name_at(self, place: int) -> str:
+        names = [name for name in self._names if self._is_integer(name)]
+        ends = itertools.accumulate(self.buffers[name].numel() for name in names)
+        return next(name for name, end in zip(names, ends, strict=True) if place < end)
 
     def _read(self) -> None:
         self.buffers = {name: kept[key] for name, (kept, key) in self._places.items()}
@@ -115,28 +165,36 @@ class BufferCombiner:
         return torch.cat([self.buffers[name].detach().reshape(-1).double() for name in self._names])
 
     def _agree(self) -> None:
-        """All ranks learn which buffers change, and that integer ones change alike."""
-        integers = {
-            name: self.buffers[name].tolist()
-            for name in self._ordered(self._changed)
-            if not self.buffers[name].is_floating_point()
-        }
-        record = json.dumps({"changed": self._ordered(self._changed), "integers": integers}).encode()
-        records = [json.loads(part) for part in self.group.gather_bytes(record)]
-        self.changing = self._ordered({name for part in records for name in part["changed"]})
-        seen: dict[str, object] = {}
-        for part in records:
-            for name, value in part["integers"].items():
-                if seen.setdefault(name, value) != value:
-                    raise UsageError(
-                        f"integer buffer {name} is expected to change alike on every rank, "
-                        f"but is {seen[name]} and {value}",
-                        "make it depend on the number of steps only, or floating point so that it can be averaged",
-                    )
-        self._base = {name: value for name, value in self._base.items() if name in self.changing}
+        """All ranks learn which buffers change, and whether integer ones do so alike."""
+        record = json.dumps(self._ordered(self._changed)).encode()
+        changed = [json.loads(part) for part in self.group.gather_bytes(record)]
+        self.changing = self._ordered({name for part in changed for name in part})
+        self._base = {name: self._base[name] for name in self.changing}
+        if self._single or not any(map(self._is_integer, self.changing)):
+            return
+        records = [json.loads(part) for part in self.group.gather_bytes(json.dumps(self._values()).encode())]
+        for name in filter(self._is_integer, self.changing):
+            first, *others = [value for part in records for value in part.get(name, [])]
+            for other in others:
+                for left, right in zip(first, other, strict=True):
+                    if left != right:
+                        raise _unlike(name, self._plan.step, left, f"{right} in another")
+
+    def _values(self) -> dict[str, list[Any]]:
+        """What this rank's parts left in the integer buffers that change: the different values of each."""
+        if not self._integers:
+            return {}
+        rows = torch.stack(self._integers).cpu().long()
+        names = [name for name in self._names if self._is_integer(name)]
+        columns = zip(names, rows.split([self.buffers[name].numel() for name in names], dim=1), strict=True)
+        return {name: column.unique(dim=0).tolist() for name, column in columns if name in (self.changing or [])}
+
+    def _is_integer(self, name: str) -> bool:
+        return not self.buffers[name].is_floating_point()
 
     def _ordered(self, names: set[str]) -> list[str]:
-        return [name for name in self.buffers if name in names]
+        """Integers last."""
+        return sorted((name for name in self.buffers if name in names), key=self._is_integer)
 
 
 class NoBuffers:
@@ -147,7 +205,10 @@ class NoBuffers:
     def undo(self) -> None:
         """Nothing to bring back."""
 
-    def begin(self, plan: StepPlan) -> None:
+    def settle(self) -> None:
+        """Nothing is open."""
+
+    def begin(self, plan: StepPlan, *, keep: bool = False) -> None:
         """Nothing to remember."""
 
     def before(self, part: MicroBatch) -> None:
@@ -168,3 +229,11 @@ def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """The dict of the module that owns a buffer, and its key there."""
     path, _, key = name.rpartition(".")
     return model.get_submodule(path)._buffers, key
+
+
+def _unlike(name: str, step: int, one: object, other: str) -> UsageError:
+    return UsageError(
+        f"integer buffer {name} is expected to end alike in all shards and micro-batches of a step, "
+        f"but after step {step + 1} it is {one} in one of them and {other}",
+        "make it depend on the number of steps only, or floating point so that it can be averaged",
+    )

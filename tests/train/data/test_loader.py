@@ -112,6 +112,31 @@ def test_the_callers_streams_are_as_before(dataset: Any, workers: int) -> None:
     assert torch.equal(torch.get_rng_state(), tensor)
 
 
+def noises(items: Any) -> tuple[list[list[float]], list[float]]:
+    """What the samples drew, and what collate_fn then draws."""
+    return [item[1:].tolist() for item in items], Augmented()[0][1:].tolist()
+
+
+@pytest.mark.parametrize(
+    "dataset", [Augmented(), AtOnce(), Subset(Augmented(), range(N))], ids=["items", "getitems", "subset"]
+)
+def test_collate_fn_draws_other_numbers_than_the_samples(dataset: Any) -> None:
+    for drawn, more in batches(dataset, collate_fn=noises):
+        for stream in range(3):
+            assert more[stream] not in [sample[stream] for sample in drawn]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_part_of_a_plain_dataset_is_keyed_by_sample_as_the_dataset_is(nested: bool) -> None:
+    """All of it, in its own order, so that positions are the dataset's."""
+    part: Any = Subset(Augmented(), range(N))
+    assert same(batches(Subset(part, range(N)) if nested else part), batches(Augmented()))
+
+
+def test_a_part_of_a_dataset_that_makes_batches_is_made_at_once() -> None:
+    assert same(batches(Subset(AtOnce(), range(N))), batches(AtOnce()))
+
+
 class Failing(Augmented):
     def __getitem__(self, index: int) -> Tensor:
         super().__getitem__(index)

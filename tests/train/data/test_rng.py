@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from samestep.train.data.rng import (
+    seed_batch,
     seed_collate,
     seed_evaluation,
     seed_everything,
@@ -31,7 +32,7 @@ def drawn_after(seed: Callable[..., None], *place: int) -> Drawn:
 
 
 def test_numbers_are_a_function_of_the_place() -> None:
-    for seed in (seed_shard, seed_sample, seed_collate, seed_evaluation):
+    for seed in (seed_shard, seed_sample, seed_batch, seed_collate, seed_evaluation):
         first = drawn_after(seed, 3, 4, 5)
         draw()
         assert drawn_after(seed, 3, 4, 5) == first
@@ -39,7 +40,7 @@ def test_numbers_are_a_function_of_the_place() -> None:
 
 def test_no_two_places_share_their_numbers() -> None:
     found: list[Drawn] = [drawn_after(seed_everything, seed) for seed in range(3)]
-    for seed in (seed_shard, seed_sample, seed_collate, seed_evaluation):
+    for seed in (seed_shard, seed_sample, seed_batch, seed_collate, seed_evaluation):
         found += [drawn_after(seed, a, b, c) for a in range(3) for b in range(3) for c in range(3)]
     for stream in range(3):
         assert len({values[stream] for values in found}) == len(found)

@@ -25,14 +25,26 @@ class Stubborn:
     """A state that only pickle could save."""
 
 
+def image(height: int) -> list[nn.Module]:
+    """Three features as an image, of which a convolution leaves two channels and 4 - height pixels."""
+    return [nn.Unflatten(1, (1, 3, 1)), nn.Conv2d(1, 2, (height, 1)), nn.BatchNorm2d(2), nn.Flatten()]
+
+
+NORMS = {
+    "norm": lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)),
+    "norm behind another": lambda: nn.Sequential(*image(2), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+    "norm of one pixel": lambda: nn.Sequential(*image(3), nn.Linear(2, 2)),
+}
+
+
 def build(config: MistakenConfig) -> Any:  # noqa: C901 (one case a mistake)
     mistake = config.mistake
     x, y = torch.randn(10, 3), torch.randn(10, 2)
     model: Any = nn.Linear(3, 2)
     loss: Any = supervised(nn.MSELoss(reduction="sum" if mistake == "sum" else "mean"))
     data: Any = TensorDataset(x, y)
-    if mistake == "norm":
-        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    if mistake in NORMS:
+        model = NORMS[mistake]()
     if mistake == "frozen":
         model.requires_grad_(False)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)

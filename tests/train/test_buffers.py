@@ -1,0 +1,103 @@
+"""Buffers that the forward changes: integers do so alike in all shards, and steps without weight leave no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from samestep.launcher.contract import UsageError
+from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.parallel.group import SoloGroup
+from samestep.train.parallel.shards import StepPlan
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.mark.parametrize(("shards", "ranks", "parts"), [(2, 1, 1), (2, 2, 1), (2, 3, 1), (1, 1, 2), (1, 2, 2)])
+def test_an_integer_buffer_that_counts_samples_is_named_in_the_step_where_shards_differ(
+    start: Any, shards: int, ranks: int, parts: int
+) -> None:
+    """37 samples in batches of 8: shards of the fifth batch have 3 and 2. In batches of 7 those of the first differ."""
+    flags = ("--run-dir", "run", "--counts", "samples", "--shards", shards, "--micro-batches", parts)
+    for size, step, where in ((8, 5, "on average"), (7, 1, "in another")):
+        ended = start("counting", *flags, "--global-batch-size", size, ranks=ranks, cwd=f"batch-{size}")
+        assert ended.codes == [2] * ranks, ended.stderrs
+        said, _, hint = ended.stderr.partition("\nhint: ")
+        assert "error: integer buffer seen " in said
+        assert f"after step {step} " in said
+        assert where in said
+        assert "number of steps" in hint
+
+
+def test_an_integer_buffer_that_counts_steps_ends_alike_and_one_that_stays_keeps_its_bits(trained: Any) -> None:
+    for shards, ranks, parts in ((1, 1, 1), (2, 1, 1), (2, 2, 1), (3, 2, 2)):
+        flags = ("--shards", shards, "--micro-batches", parts)
+        weights = trained("counting", *flags, ranks=ranks, cwd=f"{shards}-{ranks}-{parts}").weights
+        assert weights["seen"].tolist() == [0, 5]
+        assert weights["large"].tolist() == [2**62 + 1, 7]
+        assert weights["norm.num_batches_tracked"].item() == 5
+
+
+def test_with_one_shard_in_one_part_an_integer_buffer_may_count_samples(trained: Any) -> None:
+    for ranks in (1, 2):
+        ended = trained("counting", "--counts", "samples", "--shards", 1, ranks=ranks, cwd=f"W{ranks}")
+        assert ended.weights["seen"].tolist() == [0, 37]
+
+
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.int32))
+
+
+def run_step(combiner: BufferCombiner, step: int, added: list[int]) -> None:
+    """One shard of two samples for each number, on one rank."""
+    plan = StepPlan(step, 0, 0, 2 * len(added), len(added))
+    combiner.begin(plan)
+    total = torch.zeros(combiner.width, dtype=torch.float64)
+    for shard, number in enumerate(added):
+        (part,) = plan.parts(shard)
+        combiner.before(part)
+        combiner.buffers["counts"][2] += number
+        combiner.buffers["mean"][0] += 1
+        combiner.after(part)
+        total += combiner.of_shard()
+    combiner.finish(total)
+
+
+def test_shards_that_differ_are_seen_where_their_mean_is_that_of_one_of_them() -> None:
+    combiner = BufferCombiner(Buffered(), SoloGroup(), 3)
+    run_step(combiner, 0, [1, 1, 1])
+    run_step(combiner, 1, [4, 4, 4])
+    with pytest.raises(UsageError, match=r"buffer counts .* after step 3 it is 6.* and 7 on average"):
+        run_step(combiner, 2, [2, 1, 3])
+
+
+def test_what_is_read_late_is_named_with_the_step_in_which_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    combiner = BufferCombiner(Buffered(), SoloGroup(), 3)
+    settle = combiner.settle
+    monkeypatch.setattr(combiner, "settle", lambda: None)  # as on a GPU, where nothing is read in a step
+    for step, added in enumerate(([1, 1, 1], [1, 1, 1], [2, 1, 3], [1, 1, 1])):
+        run_step(combiner, step, added)
+    with pytest.raises(UsageError, match=r"buffer counts .* after step 3 "):
+        settle()
+    settle()
+
+
+def test_a_step_without_weight_leaves_no_trace_in_buffers_whatever_the_policy(trained: Any) -> None:
+    flags = ("--weightless", "--global-batch-size", 2, "--shards", 2)
+    runs = [
+        trained("counting", *flags, "--nan-policy", policy, ranks=ranks, cwd=f"{policy}-{ranks}")
+        for policy in ("stop", "skip")
+        for ranks in (1, 2)
+    ]
+    assert all(run.bits == runs[0].bits for run in runs)
+    empty = [event for event in runs[0].events("warning") if "no weight" in event["text"]]
+    assert 0 < len(empty) < 19
+    assert runs[0].weights["norm.num_batches_tracked"].item() == 19 - len(empty)
+    alone = trained("counting", *flags[:-1], 1, cwd="alone")
+    assert alone.weights["norm.num_batches_tracked"].item() == 19 - len(empty)
