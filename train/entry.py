@@ -212,6 +212,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     if found.snapshot is not None or config.replay is not None:
         warnings += start.changes(config, joined.stored, environment.record(member.device))
 
+    run.state.note_not_finite()
     run.state.restarts = max(run.state.restarts, joined.generation)  # also those before the first checkpoint
 
     # --- train
