@@ -255,3 +255,18 @@ def test_an_error_record_says_step_and_phase(go):
     record = json.loads((ended.run_dir / "errors" / "rank-0.json").read_text())
     assert (record["step"], record["phase"], record["kind"]) == (4, "forward", "ValueError")
     assert record["frame"].endswith("in loss")
+
+
+def test_a_start_that_a_newer_one_has_replaced_ends_with_a_sentence(go):
+    ended = go(*EVERY, fault="superseded", code=1)
+    assert "error: this is start 1 of the run, and run/lock belongs to start 2" in ended.stderr
+    assert "hint: the newest start goes on" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list((ended.run_dir / "checkpoints").iterdir())
+
+
+def test_a_lock_that_can_not_be_written_is_a_sentence(go, tmp_path):
+    (tmp_path / "here" / "run" / "lock").mkdir(parents=True)
+    refused = go(ranks=2, code=2)
+    assert "run/lock is expected to be writable, but: Is a directory" in refused.stderr
+    assert "Traceback" not in refused.stderrs
