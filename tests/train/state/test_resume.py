@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from samestep.launcher.digest import path_digest
+
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "small.py"
 EVERY = ("--checkpoint-every", "3", "--shards", "2")
@@ -221,6 +223,15 @@ def test_an_average_of_weights_is_evaluated_exported_and_resumed_exactly(go):
     average = load_file(resumed.run_dir / "weights.safetensors")
     assert not average["0.weight"].equal(resumed.weights["0.weight"])
     assert average["0.weight"].equal(load_file(whole.run_dir / "weights.safetensors")["0.weight"])
+
+
+def test_the_digest_of_an_average_is_told_beside_that_of_the_weights(go):
+    ended = go("--max-steps", "5", fault="ema")
+    exported = path_digest(ended.run_dir / "weights.safetensors")
+    assert exported != ended.digest == path_digest(ended.checkpoint)
+    assert f"weights.safetensors holds the average of the weights (Components.ema), digest {exported}\n" in ended.stdout
+    assert f"Finished Training: 5 steps, digest {ended.digest}" in ended.stdout
+    assert "average" not in go("--max-steps", "5", folder="without").stdout
 
 
 def test_an_average_follows_every_update_as_torchs_own_does(go):
