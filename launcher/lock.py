@@ -16,14 +16,17 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.contract import ExitCode, RunDir, UsageError
 
 _BYTES = 512  # always as many, so that one write replaces all of it
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class SupersededError(RuntimeError):
+class SupersededError(UsageError):
     """A newer start of the run owns the directory: this process must not publish anything."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "the newest start goes on; nothing of this one is needed", ExitCode.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,41 +77,54 @@ class RunLock:
 
         Raises:
             UsageError: somebody else holds it.
-            OSError: the file can't be opened.
+            OSError: the file can't be opened or written.
         """
         self._path = run_dir.lock
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.register_at_fork(after_in_child=self._forget)  # a forked child would hold it for longer than we live
-        found = Owner.of(os.pread(self._fd, _BYTES, 0))
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = False
-        except OSError as error:
-            # a file system without locks: what the file says has to do
-            taken = error.errno in (errno.EWOULDBLOCK, errno.EACCES) or found.may_live()
-        if taken:
+        refusal = self._try()
+        found = Owner.of(os.pread(self._fd, _BYTES, 0))  # not before: its owner may have begun another start until then
+        # a file system without locks: what the file says has to do
+        if refusal in (errno.EWOULDBLOCK, errno.EACCES) or (refusal and found.may_live()):
             self._forget()
             raise _in_use(run_dir, found)
-        self.generation = found.generation
-        self.next_generation()
+        self.generation = found.generation + 1
+        try:
+            self._write(Owner.here(self.generation))
+        except OSError:
+            self._forget()
+            raise
+
+    def _try(self) -> int:
+        """0 where the lock is ours, else the errno."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
 
     def next_generation(self) -> int:
-        """Begin a new start of ranks; every earlier one may publish nothing from now on."""
-        self.generation += 1
-        self._write(Owner.here(self.generation))
+        """Begin a new start of ranks; every earlier one may publish nothing from now on.
+
+        Where the disk is full the file and so the number stay: the ranks of the start before, whose it is, have ended.
+        """
+        with contextlib.suppress(OSError):
+            self._write(Owner.here(self.generation + 1))
+            self.generation += 1
         return self.generation
 
     def release(self) -> None:
         """Let others have the directory; the generation stays in the file."""
         if self._fd >= 0:
-            self._write(Owner(generation=self.generation))
+            with contextlib.suppress(OSError):  # a full disk: who reads it sees that we are gone
+                self._write(Owner(generation=self.generation))
             with contextlib.suppress(OSError):
                 fcntl.flock(self._fd, fcntl.LOCK_UN)  # a child forked this instant may not have closed its copy yet
             self._forget()
 
     def _write(self, owner: Owner) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the lock itself is held all the same
-            os.pwrite(self._fd, owner.encode(), 0)
+        if os.pwrite(self._fd, owner.encode(), 0) != _BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _forget(self) -> None:
         if self._fd >= 0:

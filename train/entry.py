@@ -22,6 +22,7 @@ from samestep.launcher.contract import (
     default_run_dir,
 )
 from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
+from samestep.launcher.digest import file_digest
 from samestep.launcher.heartbeat import pulse
 from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
@@ -48,7 +49,8 @@ class Result:
     """Outcome of a run, the same on every rank.
 
     Attributes:
-        digest: sha256 of the final weights, 64 hex characters (see `samestep digest`).
+        digest: sha256 of the final weights, 64 hex characters (see `samestep digest`); with `Components.ema` of those
+            that were trained, not of their average, which is what weights.safetensors holds.
         steps: optimizer steps of the whole run.
         metrics: values of the last evaluation; empty without `eval_data`.
         run_dir: where everything of the run lies.
@@ -213,6 +215,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     if found.snapshot is not None or config.replay is not None:
         warnings += start.changes(config, joined.stored, environment.record(member.device))
 
+    run.state.note_not_finite()
     run.state.restarts = max(run.state.restarts, joined.generation)  # also those before the first checkpoint
 
     # --- train
@@ -279,6 +282,8 @@ def _export(run: Run, path: Path) -> dict[str, Any]:
             "all else is done and saved: make room and run again",
             ExitCode.FAILED,
         ) from None
+    if run.state.ema is not None:
+        run.reporter.note(f"{path.name} holds the average of the weights (Components.ema), digest {file_digest(path)}")
     return {}
 
 

@@ -137,14 +137,20 @@ def owned(run_dir: RunDir, member: Membership, environ: Mapping[str, str] = os.e
     Gives the generation of its lock, without which no checkpoint is published.
 
     Raises:
-        UsageError: another run uses the directory; on every rank.
+        UsageError: another run uses the directory, or its lock can't be written; on every rank.
     """
     held: list[RunLock] = []
 
     def take() -> dict[str, Any]:
         if environ.get(ENV_FENCE) and Path(environ.get(ENV_RUN_DIR, "")).absolute() == run_dir.path.absolute():
             return {"fence": int(environ[ENV_FENCE])}
-        held.append(RunLock(run_dir))
+        try:
+            held.append(RunLock(run_dir))
+        except OSError as error:
+            raise UsageError(
+                f"{run_dir.lock} is expected to be writable, but: {error.strerror or error}",
+                "make room, or pass --run-dir with another folder",
+            ) from None
         return {"fence": held[0].generation}
 
     try:

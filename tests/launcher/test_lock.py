@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 from dataclasses import replace
@@ -12,6 +14,7 @@ import pytest
 
 from samestep.launcher.contract import RunDir, UsageError
 from samestep.launcher.lock import Owner, RunLock, SupersededError, check
+from samestep.launcher.run_dir import own
 
 from .conftest import wait_until
 
@@ -72,6 +75,47 @@ def test_a_damaged_file_is_nobodys(text, run_dir):
     run_dir.lock.write_bytes(text)
     lock = RunLock(run_dir)
     assert stored(run_dir)["generation"] == lock.generation == 1
+    lock.release()
+
+
+def test_no_two_owners_get_the_same_generation_however_late_the_first_one_lets_go(run_dir, monkeypatch):
+    first, flock = RunLock(run_dir), fcntl.flock
+
+    def late(descriptor, operation):
+        if operation & fcntl.LOCK_NB:
+            first.next_generation()
+            first.release()
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = RunLock(run_dir)
+    assert (first.generation, second.generation) == (2, 3)
+    second.release()
+
+
+@pytest.fixture
+def limit():
+    """`limit(n)`: from now on no file of this process gets larger than n bytes."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_lock_that_does_not_fit_on_the_disk_is_nobodys_and_a_restart_keeps_its_generation(run_dir, limit):
+    for most in (0, 100):
+        limit(most)
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            RunLock(run_dir)
+    with pytest.raises(UsageError, match=r"is expected to be writable, but (file too large|no space left)"):
+        own(run_dir.path)
+    limit(1 << 20)
+    lock = RunLock(run_dir)
+    limit(0)
+    assert lock.next_generation() == lock.generation == stored(run_dir)["generation"]
+    check(run_dir, lock.generation)
+    limit(1 << 20)
+    assert lock.next_generation() == stored(run_dir)["generation"] == 2
     lock.release()
 
 

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Snapshot:
         tensors: every other tensor of the state.
         state: JSON: counters, trees of optimizer, scheduler and scaler, alias names.
         facts: for the manifest: seed, shards, versions.
+        never_finite: by a buffer's name, a bool of its shape: where it was not finite when training began.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Snapshot:
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     facts: dict[str, Any]
+    never_finite: dict[str, Tensor] = field(default_factory=dict)
 
 
 class NotFiniteError(ValueError):
@@ -63,10 +65,10 @@ def commit(
 
     Raises:
         SupersededError: `fence` is not the run directory's newest generation; nothing is published.
-        NotFiniteError: a weight is NaN or infinite; nothing is written.
+        NotFiniteError: a weight is NaN or infinite, or a buffer where it was not before; nothing is written.
         OSError: it could not be written; the ones that were there still are, and nothing half-written is left.
     """
-    bad = not_finite(snapshot.weights)
+    bad = not_finite(snapshot.weights, snapshot.never_finite)
     if bad:
         raise NotFiniteError(f"{bad} holds NaN or infinity")
     final = run_dir.checkpoint(snapshot.step)

@@ -9,6 +9,7 @@ pairs. Anything else is refused by name.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -108,9 +109,15 @@ def unshared(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     return kept, aliases
 
 
-def not_finite(tensors: dict[str, Tensor]) -> str:
-    """Name of the first tensor that holds NaN or infinity, or an empty string."""
+def not_finite(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor] | None = None) -> str:
+    """Name of the first tensor that holds NaN or infinity, or an empty string.
+
+    `known` is where some of them may: by name, a bool of the tensor's shape on its device.
+    """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+            continue
+        allowed = (known or {}).get(name)
+        if allowed is None or allowed.shape != tensor.shape or bool((~torch.isfinite(tensor) & ~allowed).any()):
             return name
     return ""

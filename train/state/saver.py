@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_all
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class CopyBuffers:
         self._kept = kept
         weights = {name: kept[f"w/{name}"] for name in snapshot.weights}
         tensors = {name: kept[f"t/{name}"] for name in snapshot.tensors}
-        return Snapshot(snapshot.step, weights, tensors, snapshot.state, snapshot.facts)
+        return replace(snapshot, weights=weights, tensors=tensors)
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         known = self._kept.get(name)

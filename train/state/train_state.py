@@ -6,10 +6,13 @@ because a checkpoint is taken after a flush.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.observe.ledger import EpochSums
@@ -17,7 +20,7 @@ from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling
 from samestep.train.state.checkpoint import Snapshot
-from samestep.train.state.codec import decode, encode, unshared
+from samestep.train.state.codec import decode, encode, not_finite, unshared
 
 
 @dataclass(slots=True)
@@ -36,6 +39,7 @@ class TrainState:
         passed_over: steps, counted from 1, whose batch is left out because it was not finite.
         best_step: steps of the best checkpoint by the chosen metric, `best_value` its value.
         loaded_step: steps of the checkpoint that was loaded last.
+        never_finite: see `note_not_finite`.
     """
 
     components: Components
@@ -53,6 +57,7 @@ class TrainState:
     best_step: int | None = None
     best_value: float | None = None
     loaded_step: int | None = None
+    never_finite: dict[str, Tensor] = field(default_factory=dict)
     passed_over: set[int] = field(default_factory=set)
 
     def advance(self, plan: StepPlan) -> None:
@@ -65,15 +70,31 @@ class TrainState:
         self.sums = EpochSums()
 
     def note_best(self, rule: str | None) -> bool:
-        """Whether the last evaluation was the best so far by `max:METRIC` or `min:METRIC`; remembers it."""
+        """Whether the last evaluation was the best so far by `max:METRIC` or `min:METRIC`; remembers it.
+
+        What is not finite is no measure of anything, so it is never the best.
+        """
         if rule is None:
             return False
         direction, _, name = rule.partition(":")
         value = self.metrics[name]
-        better = self.best_value is None or (value > self.best_value if direction == "max" else value < self.best_value)
+        before = self.best_value
+        if before is None or not math.isfinite(before):  # as older code may have saved it
+            before = -math.inf if direction == "max" else math.inf
+        better = math.isfinite(value) and (value > before if direction == "max" else value < before)
         if better:
             self.best_step, self.best_value = self.step, value
         return better
+
+    def note_not_finite(self) -> None:
+        """Let buffers be NaN or infinite where they are so now, before training begins: a mask of -inf is no fault.
+
+        Whatever was saved had passed the same test, so a run that goes on, on any rank, finds what it began with.
+        """
+        parameters = {name for name, _ in self.components.model.named_parameters(remove_duplicate=False)}
+        buffers = {name: tensor for name, tensor in self.capture(0).weights.items() if name not in parameters}
+        bad = {name: tensor for name, tensor in buffers.items() if not_finite({name: tensor})}
+        self.never_finite = {name: ~torch.isfinite(tensor).cpu() for name, tensor in bad.items()}
 
     def capture(self, events_offset: int) -> Snapshot:
         """The state as it is now; tensors are the live ones.
@@ -104,7 +125,8 @@ class TrainState:
             "trees": trees,
             "tree_aliases": other_aliases,
         }
-        return Snapshot(self.step, weights, other, state, {"epoch": self.epoch, "cursor": self.cursor, **self.facts})
+        facts = {"epoch": self.epoch, "cursor": self.cursor, **self.facts}
+        return Snapshot(self.step, weights, other, state, facts, self.never_finite)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot; the model's names and shapes have to fit.

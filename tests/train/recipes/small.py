@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -50,6 +51,9 @@ def build(config: SmallConfig) -> Components:
         assert isinstance(value, torch.Tensor)
         if FAULT.startswith("disk-") and calls == 20:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if FAULT == "superseded":
+            lock = Path(config.run_dir or "run") / "lock"
+            lock.write_text(lock.read_text().replace('"generation": 1', '"generation": 2'))
         if FAULT == "raise" and calls > 4:
             raise ValueError("boom")
         if FAULT == "nan" and calls > 4:

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from samestep.launcher.digest import path_digest
+
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "small.py"
 EVERY = ("--checkpoint-every", "3", "--shards", "2")
@@ -234,6 +236,15 @@ def test_an_average_of_weights_is_evaluated_exported_and_resumed_exactly(go):
     assert average["0.weight"].equal(load_file(whole.run_dir / "weights.safetensors")["0.weight"])
 
 
+def test_the_digest_of_an_average_is_told_beside_that_of_the_weights(go):
+    ended = go("--max-steps", "5", fault="ema")
+    exported = path_digest(ended.run_dir / "weights.safetensors")
+    assert exported != ended.digest == path_digest(ended.checkpoint)
+    assert f"weights.safetensors holds the average of the weights (Components.ema), digest {exported}\n" in ended.stdout
+    assert f"Finished Training: 5 steps, digest {ended.digest}" in ended.stdout
+    assert "average" not in go("--max-steps", "5", folder="without").stdout
+
+
 def test_an_average_follows_every_update_as_torchs_own_does(go):
     ended = go("--checkpoint-every", "1", "--keep-checkpoints", "99", fault="ema")
     steps = sorted((ended.run_dir / "checkpoints").glob("step-*"))
@@ -266,3 +277,18 @@ def test_an_error_record_says_step_and_phase(go):
     record = json.loads((ended.run_dir / "errors" / "rank-0.json").read_text())
     assert (record["step"], record["phase"], record["kind"]) == (4, "forward", "ValueError")
     assert record["frame"].endswith("in loss")
+
+
+def test_a_start_that_a_newer_one_has_replaced_ends_with_a_sentence(go):
+    ended = go(*EVERY, fault="superseded", code=1)
+    assert "error: this is start 1 of the run, and run/lock belongs to start 2" in ended.stderr
+    assert "hint: the newest start goes on" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list((ended.run_dir / "checkpoints").iterdir())
+
+
+def test_a_lock_that_can_not_be_written_is_a_sentence(go, tmp_path):
+    (tmp_path / "here" / "run" / "lock").mkdir(parents=True)
+    refused = go(ranks=2, code=2)
+    assert "run/lock is expected to be writable, but: Is a directory" in refused.stderr
+    assert "Traceback" not in refused.stderrs
