@@ -135,16 +135,18 @@ class _Run:
 
 def _check(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> tuple[Facts, Path]:
     recipe_file.check(recipe)
+    ours = recipe_file.trains(recipe)
     on_cpu = (
-        config.cpu or recipe.device == "cpu" or environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        config.cpu
+        or (ours and recipe.device == "cpu")
+        or environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     )
     world_size = host.count_ranks(config.nproc_per_node, host.inspect(environ), on_cpu=on_cpu)
-    path = recipe.run_dir(environ)
+    path = recipe.run_dir(environ, ours=ours)
     run_dir.check(path)
     if config.log_dir:
         run_dir.check(Path(config.log_dir))
     python = environ.get("PYTHON_EXEC") or sys.executable
-    ours = recipe_file.trains(recipe)
     restarts = config.max_restarts
     facts = Facts(
         world_size,

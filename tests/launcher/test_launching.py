@@ -153,15 +153,33 @@ def test_console_can_be_chosen(options, stdout, stderr, samestep):
 
 def test_logs_and_run_directory_go_where_they_are_told(samestep):
     (samestep.cwd / "c.toml").write_text("run_dir = 'from-file'\n")
+    recipe = _as_recipe(samestep, SHOW)
     for words, environ, place in (
         (["--run-dir", "from-flag", "--config", "c.toml"], {"SAMESTEP_RUN_DIR": "from-variable"}, "from-flag"),
         (["--config", "c.toml"], {"SAMESTEP_RUN_DIR": "from-variable"}, "from-variable"),
         (["--config", "c.toml"], {}, "from-file"),
+        ([], {"SAMESTEP_CONFIG": "c.toml"}, "from-file"),
     ):
-        assert samestep("run", "--log-dir", "logs", SHOW, *words, env=environ).code == 0
+        assert samestep("run", "--no-warm", "--log-dir", "logs", recipe, *words, env=environ).code == 0
         assert shown(samestep, 0)["environ"]["SAMESTEP_RUN_DIR"] == str(samestep.cwd / place)
         assert (samestep.cwd / place / "errors").is_dir()
-    assert (samestep.cwd / "logs" / "rank-0.log").read_text().count("--- rank 0, generation 0") == 3
+    assert (samestep.cwd / "logs" / "rank-0.log").read_text().count("--- rank 0, generation 0") == 4
+
+
+def _as_recipe(samestep, worker):
+    """A worker that is taken for a recipe, since its text says that it trains."""
+    recipe = samestep.cwd / worker.name
+    recipe.write_text(worker.read_text() + "\n\ndef never():\n    from samestep.train import train\n")
+    return recipe
+
+
+def test_flags_of_a_program_that_is_no_recipe_are_its_own(samestep):
+    (samestep.cwd / "c.toml").write_text("run_dir = 'from-file'\n")
+    ended = samestep("run", SHOW, "--run-dir", "its-own", "--config", "c.toml")
+    assert ended.code == 0
+    assert shown(samestep, 0)["environ"]["SAMESTEP_RUN_DIR"] == str(samestep.cwd / "runs" / SHOW.stem)
+    assert not (samestep.cwd / "its-own").exists()
+    assert not (samestep.cwd / "from-file").exists()
 
 
 def test_programs_and_modules_are_started_too(samestep):
