@@ -67,6 +67,7 @@ class RefusedStepError(UsageError):
 
 # Names of environment variables that the launcher sets and a worker reads, besides torchrun's own.
 ENV_RUN_DIR = "SAMESTEP_RUN_DIR"
+ENV_CONFIG = "SAMESTEP_CONFIG"  # the TOML file, as --config
 ENV_GENERATION = "SAMESTEP_GENERATION"  # counts the starts of one run, from 0
 ENV_STORE_FD = "SAMESTEP_STORE_FD"  # rank zero only: listening socket for the TCPStore
 ENV_STORE_PORT = "SAMESTEP_STORE_PORT"

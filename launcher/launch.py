@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from samestep.launcher import debugging, host, manifest, meeting, recipe_file, run_dir
+from samestep.launcher import debugging, manifest, meeting, run_dir
+from samestep.launcher.cheap_checks import facts_of
 from samestep.launcher.cluster.follower import Follower, FollowerJob
 from samestep.launcher.cluster.head import Head
 from samestep.launcher.cluster.headship import open_head
@@ -16,7 +16,7 @@ from samestep.launcher.cluster.layout import Layout, layout
 from samestep.launcher.cluster.team import LOOPBACK, Alone, NotStartedError, Team
 from samestep.launcher.cluster.wide_watch import FarRanks, Reporting, watch_all
 from samestep.launcher.command_line.argv import Recipe
-from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig
+from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import EXIT_MEANING, ExitCode, RunDir, UsageError
 from samestep.launcher.diagnosis import evidence
 from samestep.launcher.diagnosis.diagnose import Failure, describe, diagnose, hung, is_consequence
@@ -47,7 +47,7 @@ def dry_run(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) ->
         UsageError: `launch` would refuse too.
     """
     config = debugging.settled(config)
-    facts, path = _check(config, recipe, environ)
+    facts, path = facts_of(config, recipe, environ)
     debugging.check(config, facts.world_size, one_machine=True)
     return render(plan(config, recipe, RunDir(path), _preview(config), facts))
 
@@ -59,7 +59,7 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
         UsageError: what was asked can't be done; nothing has been started or created.
     """
     config = debugging.settled(config)
-    facts, path = _check(config, recipe, environ)
+    facts, path = facts_of(config, recipe, environ)
     place = layout(config, environ)
     debugging.check(config, facts.world_size, one_machine=place is None)
     listener = open_head(place) if place is not None else None
@@ -133,32 +133,6 @@ class _Run:
     team: Team
 
 
-def _check(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> tuple[Facts, Path]:
-    recipe_file.check(recipe)
-    on_cpu = (
-        config.cpu or recipe.device == "cpu" or environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    )
-    world_size = host.count_ranks(config.nproc_per_node, host.inspect(environ), on_cpu=on_cpu)
-    path = recipe.run_dir(environ)
-    run_dir.check(path)
-    if config.log_dir:
-        run_dir.check(Path(config.log_dir))
-    python = environ.get("PYTHON_EXEC") or sys.executable
-    ours = recipe_file.trains(recipe)
-    restarts = config.max_restarts
-    facts = Facts(
-        world_size,
-        run_id=uuid.uuid4().hex,
-        python=python,
-        environ=environ,
-        resumes=ours,
-        forks=ours and not config.no_warm,
-        max_restarts=(DEFAULT_MAX_RESTARTS if ours else 0) if restarts is None else restarts,
-        grace=policy.grace(config.grace_seconds, config.shutdown_timeout, saves=ours),
-    )
-    return facts, path
-
-
 def _generations(run: _Run, facts: Facts) -> LaunchResult:
     memory = policy.Memory(_committed(run.directory))
     while True:
@@ -174,11 +148,12 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
             facts = replace(facts, generation=facts.generation + 1)
             continue
         failure = _failure(run, commands, ended)
+        code = None if failure is None else policy.meant(failure.exit_code, ours=failure.told or _ours(run, facts))
         memory = memory.after(_committed(run.directory), _signature(failure))
         remedied = failure is not None and failure.remedied
         final = failure is not None and (failure.final or policy.never_began(failure.cause, failure.phase))
         verdict = policy.decide(
-            failure_code=None if failure is None else failure.exit_code,
+            failure_code=code,
             stopped=_stopped(run, facts, ended, ended.signum),
             restarts_left=policy.restarts_left(facts.max_restarts, memory, final=final, remedied=remedied),
             fruitless=0 if remedied else memory.fruitless,
@@ -197,7 +172,7 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
             continue
         if ended.signum is not None or verdict.exit_code in policy.PREEMPTED:
             _tell_stopped(run, verdict.exit_code)
-        if failure is not None and not failure.told and failure.exit_code not in policy.PREEMPTED:
+        if failure is not None and not failure.told and code not in policy.PREEMPTED:
             _tell(run, failure, verdict.exit_code)
             if verdict.exit_code == ExitCode.NO_PROGRESS and memory.repeated:
                 run.console.say("samestep: the same failure twice, and no checkpoint in between: it would come again")
@@ -226,8 +201,14 @@ def _without_lost_device(run: _Run, facts: Facts, failure: Failure) -> Facts:
 def _stopped(run: _Run, facts: Facts, ended: Generation, signum: int | None) -> ExitCode | None:
     if signum is None:
         return None
-    codes, committed = [end.returncode for end in ended.ends], _committed(run.directory) >= 0
+    ours, committed = _ours(run, facts), _committed(run.directory) >= 0
+    codes = [policy.meant(end.returncode, ours=ours) for end in ended.ends]
     return policy.after_stop(signum, codes, forced=ended.forced, saves=facts.resumes, committed=committed)
+
+
+def _ours(run: _Run, facts: Facts) -> bool:
+    """Whether the statuses of the ranks are those of our table."""
+    return facts.resumes or run_dir.holds_training(run.directory)
 
 
 def _tell_stopped(run: _Run, exit_code: int) -> None:
@@ -255,7 +236,9 @@ def _committed(directory: RunDir) -> int:
 def _signature(failure: Failure | None) -> tuple[object, ...] | None:
     if failure is None or failure.remedied:
         return None
-    return policy.signature(rank=failure.rank, cause=failure.cause, frame=failure.frame, step=failure.step)
+    return policy.signature(
+        rank=failure.rank, cause=failure.cause, frame=failure.frame, step=failure.step, recorded=failure.recorded
+    )
 
 
 def _tell_restart(run: _Run, facts: Facts, failure: Failure, memory: policy.Memory, delay: float) -> None:
@@ -276,7 +259,7 @@ def _one_generation(run: _Run, facts: Facts) -> tuple[tuple[Command, ...], Gener
 
         def is_victim(end: RankEnd) -> bool:
             victim = is_consequence(evidence.of_rank(end, commands[end.rank], run.directory, facts.generation))
-            run.team.failed(end.returncode, is_victim=victim)
+            run.team.failed(policy.meant(end.returncode, ours=_ours(run, facts)), is_victim=victim)
             return victim
 
         try:

@@ -45,6 +45,11 @@ def own(path: Path) -> tuple[RunDir, RunLock]:
     return run_dir, lock
 
 
+def holds_training(run_dir: RunDir) -> bool:
+    """Whether ranks have trained there with us: also those of a program whose text does not tell that it will."""
+    return run_dir.config.is_file()
+
+
 def prepare_logs(path: Path) -> None:
     """Create a log folder outside the run directory.
 

@@ -38,7 +38,7 @@ def submit_slurm(argv: Sequence[str], environ: Mapping[str, str], say: Callable[
         raise UsageError("a recipe is expected, but there is none", "samestep submit slurm --nodes 2 recipe.py")
     recipe = Recipe(words[0], tuple(words[1:]), Kind.MODULE if config.module else Kind.SCRIPT)
     recipe_file.check(recipe)
-    directory = RunDir(recipe.run_dir(environ).absolute())
+    directory = RunDir(recipe.run_dir(environ, ours=recipe_file.trains(recipe)).absolute())
     run_dir.check(directory.path)
     text = script(config, recipe, directory.path, Path.cwd(), sys.executable)
     if config.dry_run:

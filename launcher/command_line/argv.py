@@ -16,7 +16,7 @@ from cyclopts import Parameter
 
 from samestep.launcher.command_line.options import HELP, PRINT_CONFIG, nearest_hint, peek
 from samestep.launcher.config import LaunchConfig
-from samestep.launcher.contract import ENV_LAUNCHED, ENV_RUN_DIR, UsageError, default_run_dir
+from samestep.launcher.contract import ENV_CONFIG, ENV_LAUNCHED, ENV_RUN_DIR, UsageError, default_run_dir
 
 
 class Kind(Enum):
@@ -35,12 +35,24 @@ class Recipe:
     arguments: tuple[str, ...] = ()
     kind: Kind = Kind.SCRIPT
 
-    def run_dir(self, environ: Mapping[str, str]) -> Path:
-        """Flag, environment, TOML file, default: the order in which a worker reads it too."""
-        flag = peek(self.arguments, "run-dir")
+    def run_dir(self, environ: Mapping[str, str], *, ours: bool = True) -> Path:
+        """Flag, environment, TOML file, default: the order in which a worker reads it too.
+
+        Args:
+            environ: the launcher's environment.
+            ours: it is a recipe that trains; flags of other programs are their own, whatever they are called.
+
+        Raises:
+            UsageError: it is empty, or no string in the TOML file.
+        """
+        flag = peek(self.arguments, "run-dir") if ours else None
+        if flag == "":
+            raise _no_folder("--run-dir")
         # below another run the variable names that run's directory, which is not ours to share
         inherited = None if environ.get(ENV_LAUNCHED) else environ.get(ENV_RUN_DIR)
-        found = flag or inherited or _run_dir_in_file(peek(self.arguments, "config"))
+        found = flag or inherited
+        if not found and ours:
+            found = _run_dir_in_file(peek(self.arguments, "config") or environ.get(ENV_CONFIG))
         name = self.target if self.kind is Kind.MODULE else f"{Path(self.target).stem}.py"
         return Path(found) if found else default_run_dir(name)
 
@@ -51,14 +63,21 @@ class Recipe:
 
 
 def _run_dir_in_file(path: str | None) -> str | None:
-    if path is None:
+    if not path:
         return None
     try:
-        data = tomllib.loads(Path(path).read_text())
+        data = tomllib.loads(Path(path).read_bytes().decode())
     except (OSError, ValueError):
         return None  # the worker reads the same file and says what is wrong with it
     value = data.get("run-dir", data.get("run_dir"))
-    return value if isinstance(value, str) else None
+    if value is not None and not (isinstance(value, str) and value):
+        raise _no_folder(f"run_dir in {path}", value)
+    return value
+
+
+def _no_folder(setting: str, value: object = "") -> UsageError:
+    shown = repr(value) if value != "" else "empty"
+    return UsageError(f"{setting} is expected to be a folder, but is {shown}", "leave it out for runs/RECIPE")
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ def load(
         layers.append(("launcher", dict(defaults)))
     chain = [cyclopts.config.Dict(values, source=source) for source, values in layers]
     tokens, word = question(tokens)
-    _refuse_fractions(config_type, tokens, chain)
+    _refuse_misread(config_type, tokens, chain)
     app = _app(config_type, program, operands, chain)
     if word in HELP:
         app.help_print([])
@@ -177,16 +177,17 @@ def _hints(config_type: type[Any]) -> dict[str, Any]:
     return hints
 
 
-def _refuse_fractions(config_type: type[Any], tokens: Sequence[str], chain: Sequence[Any]) -> None:
-    """Only whole numbers where whole numbers are meant: cyclopts rounds 1.5 to 2 without a word."""
+def _refuse_misread(config_type: type[Any], tokens: Sequence[str], chain: Sequence[Any]) -> None:
+    """What cyclopts reads as something else without a word: 1.5 as 2, and an empty path as the working directory."""
     for name, hint in get_type_hints(config_type).items():  # without what Annotated adds
         kinds, flag = get_args(hint) or (hint,), name.replace("_", "-")
-        if int not in kinds or float in kinds:
-            continue
         sources = [("the command line", peek(tokens, flag)), *((part.source, part.config.get(flag)) for part in chain)]
         source, value = next(((source, value) for source, value in sources if value is not None), ("", None))
-        if re.fullmatch(r"[+-]?\d*\.\d*[1-9]\d*", str(value)):
+        whole = int in kinds and float not in kinds
+        if whole and re.fullmatch(r"[+-]?\d*\.\d*[1-9]\d*", str(value)):
             raise UsageError(f"--{flag} is expected to be a whole number, but is {value} in {source}")
+        if Path in kinds and source and not (isinstance(value, str) and value):
+            raise UsageError(f"--{flag} is expected to be a path, but is {value!r} in {source}")
 
 
 def _names(config_type: type[Any]) -> list[str]:
@@ -245,7 +246,7 @@ def _from_toml(config_type: type[Any], path: Path) -> dict[str, Any]:
             data = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"--config is expected to be a readable TOML file, but {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config is expected to be valid TOML, but {path}: {error}") from None
     known = {name.replace("_", "-") for name in _names(config_type)}
     values = {key.replace("_", "-"): value for key, value in data.items()}

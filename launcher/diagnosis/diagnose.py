@@ -56,6 +56,7 @@ class Failure:
     final: bool = False  # another start would come to the same end
     remedied: bool = False  # the rank has changed what led to it, as `hint` says
     told: bool = False  # rank zero has printed the reason itself
+    recorded: bool = False  # the rank has told the exception, which is its own and no other rank's
     stack: tuple[str, ...] = ()  # of a crash in native code, innermost frame first
     seen_ns: int = 0
 
@@ -97,6 +98,7 @@ def diagnose(ranks: Sequence[Evidence], memory: MemorySigns = NOTHING_COUNTED) -
         final=record is not None and record.final,
         remedied=record is not None and record.remedied,
         told=_is_told(ranks),
+        recorded=record is not None and not record.consequence,
         stack=crash_stack(culprit.end.stderr) if crash else (),
         seen_ns=0 if culprit.end.signalled else culprit.end.ended_ns,
     )
@@ -246,8 +248,10 @@ def _early(item: Evidence, victim: Evidence, ranks: Sequence[Evidence]) -> Failu
 
 def _is_told(ranks: Sequence[Evidence]) -> bool:
     """A usage error is rank zero's to print; the launcher then adds nothing."""
-    zero = next((item.end for item in ranks if item.end.rank == 0), None)
-    return zero is not None and zero.returncode == ExitCode.USAGE and not zero.signalled
+    zero = next((item for item in ranks if item.end.rank == 0 and not item.end.signalled), None)
+    if zero is None or zero.record is None:
+        return False  # somebody else's code 2, such as argparse's
+    return zero.end.returncode == zero.record.exit_code == ExitCode.USAGE
 
 
 def describe(failure: Failure, exit_code: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 import signal
 from collections.abc import Collection
@@ -20,6 +21,7 @@ ORDERLY = frozenset(
     }
 )
 PREEMPTED = frozenset({ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT})
+_IN_TABLE = ORDERLY | {ExitCode.BUG}
 
 OPERATOR_GRACE = 5.0  # of a script that may not save anything
 
@@ -32,6 +34,11 @@ class Patience:
 
     wait: float
     grace: float
+
+
+def meant(code: int, *, ours: bool) -> int:
+    """What a rank's status means: in a program that does not train with us, our numbers are failures like any other."""
+    return ExitCode.FAILED if not ours and code in _IN_TABLE else code
 
 
 def after_exit(code: int, *, is_victim: bool = False, resumes: bool = False, saving: bool = False) -> Patience:
@@ -153,9 +160,20 @@ class Memory:
         return self if remedied else replace(self, fruitless=self.fruitless + 1)
 
 
-def signature(*, rank: int, cause: str, frame: str, step: int | None) -> tuple[object, ...] | None:
-    """What makes two failures the same: an exception or crash at one place. A kill from outside has no place."""
-    return (rank, cause.partition(":")[0], frame, step) if frame else None
+def signature(
+    *, rank: int, cause: str, frame: str, step: int | None, recorded: bool = False
+) -> tuple[object, ...] | None:
+    """What makes two failures the same: an exception or crash at one place. A kill from outside has no place.
+
+    An exception that the rank has `recorded`, but which passed no line of the user's, is known by its message; the
+    machine's troubles among those may pass.
+    """
+    kind = cause.partition(":")[0]
+    if frame:
+        return rank, kind, frame, step
+    known = getattr(builtins, kind, None)
+    passing = isinstance(known, type) and issubclass(known, OSError | MemoryError)
+    return (rank, cause, frame, step) if recorded and not passing else None
 
 
 def never_began(cause: str, phase: str) -> bool:

@@ -12,6 +12,7 @@ from samestep.launcher.diagnosis import memory_signs
 from samestep.launcher.diagnosis.memory_signs import NOTHING_COUNTED
 from samestep.launcher.liveness import adopt_orphans
 from samestep.launcher.plan import Command
+from samestep.launcher.run_dir import holds_training
 from samestep.launcher.supervise import policy, process
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.events import Due, Event, EventSource, Exited, Output, ServerSpoke, Signalled
@@ -44,7 +45,7 @@ class Supervisor:
         saves: bool,
     ) -> None:
         self._config = config
-        self._grace, self._saves = grace, saves
+        self._grace, self._saves, self._run_dir = grace, saves, run_dir
         self._watch = watch
         self._hang: Hang | None = None
         self._console = console
@@ -212,7 +213,8 @@ class Supervisor:
             self._memory = memory_signs.read().since(self._memory)
             saving = any(self._watch.beat(worker.command.rank).phase == "checkpoint" for worker in self._running())
             about = {"is_victim": self._is_victim(end), "resumes": self._saves, "saving": saving}
-            self._end_all(policy.after_exit(code, **about))
+            ours = self._saves or holds_training(self._run_dir)
+            self._end_all(policy.after_exit(policy.meant(code, ours=ours), **about))
         elif self._saves and self._presses == 1 and code not in (0, *policy.PREEMPTED):
             self._end_all(policy.WHILE_STOPPING)
 

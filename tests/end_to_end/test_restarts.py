@@ -98,6 +98,35 @@ def test_struck_at_the_same_place_again_it_is_given_up(struck):
     assert "same failure twice" in outcome.stderr
 
 
+UNEQUAL = """
+import torch
+from torch import nn
+from samestep.train import Components, supervised, train
+
+class Unequal(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.zeros(2 + index), torch.zeros(1)
+
+def build(config):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=Unequal())
+
+train(build)
+"""
+
+
+def test_an_exception_that_passes_no_line_of_the_users_is_given_up_when_it_comes_again(start, tmp_path):
+    (tmp_path / "unequal.py").write_text(UNEQUAL)
+    words = ("--num-workers", "0", "--global-batch-size", "4", "--check", "never")
+    outcome = start("samestep", 1, str(tmp_path / "unequal.py"), *words, status=77)
+    assert outcome.stderr.count("; restart ") == 1
+    assert "same failure twice" in outcome.stderr
+
+
 @pytest.mark.parametrize("text", ["import no_such_module\n", "def broken(:\n"])
 def test_what_can_not_be_imported_is_not_started_again(start, tmp_path, text):
     (tmp_path / "bad.py").write_text(f"from samestep.train import train\n{text}")

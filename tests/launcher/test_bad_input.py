@@ -45,14 +45,18 @@ CASES = {
     "tee": (["--tee", "7", "recipe.py"], "--tee is expected"),
     "redirects": (["-r", "0:9", "recipe.py"], "--redirects is expected"),
     "filter": (["--local-ranks-filter", "a", "recipe.py"], "--local-ranks-filter is expected"),
-    "run dir below a file": (["recipe.py", "--run-dir", "recipe.py/x"], "recipe.py is not a directory"),
-    "run dir is a file": (["recipe.py", "--run_dir=recipe.py"], "is not a directory"),
+    "run dir below a file": (["trains.py", "--run-dir", "recipe.py/x"], "recipe.py is not a directory"),
+    "run dir is a file": (["trains.py", "--run_dir=recipe.py"], "is not a directory"),
+    "run dir is empty": (["trains.py", "--run-dir", ""], "--run-dir is expected to be a folder, but is empty"),
+    "run dir is a number in a file": (["trains.py", "--config", "five.toml"], "run_dir in five.toml is expected to be"),
     "log dir below a file": (["--log-dir", "recipe.py/logs", "recipe.py"], "is not a directory"),
 }
 
 
 def _stage(cwd: Path) -> set[str]:
     (cwd / "recipe.py").write_text("print('must not run')\n")
+    (cwd / "trains.py").write_text("from samestep.train import train\nprint('must not run')\n")
+    (cwd / "five.toml").write_text("run_dir = 5\n")
     (cwd / "folder").mkdir()
     return {item.name for item in cwd.iterdir()}
 
@@ -101,7 +105,7 @@ def test_more_ranks_than_gpus_is_refused_where_there_are_gpus(samestep, tmp_path
     ended = samestep("run", "--nproc-per-node", "2", "recipe.py", env=path)
     assert ended.code == 2
     assert "at most 1 (GPUs on this host), but is 2" in ended.stderr
-    assert samestep("run", "--nproc-per-node", "2", "recipe.py", "--device", "cpu", env=path).code == 0
+    assert samestep("run", "--nproc-per-node", "2", "--dry-run", "trains.py", "--device", "cpu", env=path).code == 0
     assert samestep("run", "--nproc-per-node", "2", "--cpu", "recipe.py", env=path).code == 0
 
 

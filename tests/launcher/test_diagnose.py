@@ -123,8 +123,10 @@ def test_exit_code_is_the_culprits_own():
 @pytest.mark.parametrize(
     ("ranks", "told"),
     [
-        ([end(0, 2, 5), end(1, 2, 6)], True),
-        ([end(1, 2, 5), end(0, 2, 6)], True),
+        ([end(0, 2, 5, record=record(0, 3, exit_code=2)), end(1, 2, 6)], True),
+        ([end(1, 2, 5), end(0, 2, 6, record=record(0, 3, exit_code=2))], True),
+        ([end(0, 2, 5), end(1, 2, 6)], False),  # nobody knows who chose that number
+        ([end(0, 2, 5, record=record(0, 3))], False),
         ([end(1, 2, 5), end(0, -15, 6, signalled=True)], False),
         ([end(0, 1, 5, *BOOM)], False),
     ],

@@ -14,6 +14,7 @@ from samestep.launcher.contract import ExitCode
 
 from .conftest import WORKERS, Launcher, gone, wait_until
 
+ACTOR = WORKERS / "actor.py"
 SHOW = WORKERS / "show_environment.py"
 
 
@@ -153,15 +154,33 @@ def test_console_can_be_chosen(options, stdout, stderr, samestep):
 
 def test_logs_and_run_directory_go_where_they_are_told(samestep):
     (samestep.cwd / "c.toml").write_text("run_dir = 'from-file'\n")
+    recipe = _as_recipe(samestep, SHOW)
     for words, environ, place in (
         (["--run-dir", "from-flag", "--config", "c.toml"], {"SAMESTEP_RUN_DIR": "from-variable"}, "from-flag"),
         (["--config", "c.toml"], {"SAMESTEP_RUN_DIR": "from-variable"}, "from-variable"),
         (["--config", "c.toml"], {}, "from-file"),
+        ([], {"SAMESTEP_CONFIG": "c.toml"}, "from-file"),
     ):
-        assert samestep("run", "--log-dir", "logs", SHOW, *words, env=environ).code == 0
+        assert samestep("run", "--no-warm", "--log-dir", "logs", recipe, *words, env=environ).code == 0
         assert shown(samestep, 0)["environ"]["SAMESTEP_RUN_DIR"] == str(samestep.cwd / place)
         assert (samestep.cwd / place / "errors").is_dir()
-    assert (samestep.cwd / "logs" / "rank-0.log").read_text().count("--- rank 0, generation 0") == 3
+    assert (samestep.cwd / "logs" / "rank-0.log").read_text().count("--- rank 0, generation 0") == 4
+
+
+def _as_recipe(samestep, worker):
+    """A worker that is taken for a recipe, since its text says that it trains."""
+    recipe = samestep.cwd / worker.name
+    recipe.write_text(worker.read_text() + "\n\ndef never():\n    from samestep.train import train\n")
+    return recipe
+
+
+def test_flags_of_a_program_that_is_no_recipe_are_its_own(samestep):
+    (samestep.cwd / "c.toml").write_text("run_dir = 'from-file'\n")
+    ended = samestep("run", SHOW, "--run-dir", "its-own", "--config", "c.toml")
+    assert ended.code == 0
+    assert shown(samestep, 0)["environ"]["SAMESTEP_RUN_DIR"] == str(samestep.cwd / "runs" / SHOW.stem)
+    assert not (samestep.cwd / "its-own").exists()
+    assert not (samestep.cwd / "from-file").exists()
 
 
 def test_programs_and_modules_are_started_too(samestep):
@@ -293,14 +312,42 @@ def test_old_error_records_accuse_nobody(samestep):
     "code", [ExitCode.USAGE, ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_KEPT, ExitCode.NO_PROGRESS]
 )
 def test_documented_codes_pass_through_and_are_never_restarted(code, samestep):
-    ended = samestep.act(f"*=exit:{int(code)}", options=("--max-restarts", "3"))
+    options = ("--no-warm", "--nproc-per-node", "2", "--max-restarts", "3")
+    ended = samestep("run", *options, _as_recipe(samestep, ACTOR), f"*=exit:{int(code)}")
     assert ended.code == code
-    assert "restart" not in ended.stderr
+    assert "; restart " not in ended.stderr
+
+
+@pytest.mark.parametrize("code", [2, 70, 75, 76, 77, 78])
+def test_a_program_that_is_no_recipe_may_leave_with_our_codes_and_is_described(code, samestep):
+    ended = samestep.act("0=wait", f"1=complain:its own words,exit:{code}", options=("--json",))
+    assert ended.code == 1
+    assert f"samestep: rank 1 failed: exit code {code}, last words: its own words\n" in ended.stderr
+    assert "log: runs/actor/logs/rank-1.log" in ended.stderr
+    assert "exit code 1: user code or a worker failed for good" in ended.stderr
+    assert "bug of samestep" not in ended.stderr
+    assert "preempted" not in ended.stderr
+    assert json.loads(ended.stdout)["failure"]["exit_code"] == code
+
+
+def test_a_program_that_is_no_recipe_and_leaves_with_our_code_is_started_again_as_asked(samestep):
+    ended = samestep.act("0=later:exit:0,exit:75", options=("--max-restarts", "1"), ranks=1)
+    assert ended.code == 0
+    assert "rank 0 failed: exit code 75; restart 1 of 1" in ended.stderr
 
 
 def test_usage_error_of_a_recipe_is_said_once_by_rank_zero(samestep):
-    ended = samestep.act("0=complain:error: bad flag,exit:2", "1=exit:2")
+    recipe = _as_recipe(samestep, ACTOR)
+    parts = ("0=complain:error: bad flag,record-usage:UsageError,exit:2", "1=record-usage:UsageError,exit:2")
+    ended = samestep("run", "--no-warm", "--nproc-per-node", "2", recipe, *parts)
     assert (ended.code, ended.stderr) == (2, "error: bad flag\n")
+
+
+def test_code_2_of_a_recipe_that_told_no_usage_error_is_described(samestep):
+    ended = samestep("run", "--no-warm", _as_recipe(samestep, ACTOR), "0=complain:usage: its own parser,exit:2")
+    assert ended.code == 2
+    assert "rank 0 failed: exit code 2, last words: usage: its own parser" in ended.stderr
+    assert "log: runs/actor/logs/rank-0.log" in ended.stderr
 
 
 def test_other_codes_become_failure(samestep):

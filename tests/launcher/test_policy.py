@@ -17,6 +17,7 @@ from samestep.launcher.supervise.policy import (
     devices_left,
     fewer_ranks,
     grace,
+    meant,
     never_began,
     restarts_left,
     signature,
@@ -165,6 +166,24 @@ def test_only_the_same_place_twice_without_a_checkpoint_in_between_repeats():
     assert not memory.restarted().after(-1, later).repeated
     assert not memory.restarted().after(8, here).repeated
     assert not memory.restarted().after(-1, None).restarted().after(-1, here).repeated
+
+
+def test_an_exception_without_a_line_of_the_users_is_the_same_where_its_words_are():
+    def told(cause, step=4):
+        return signature(rank=1, cause=cause, frame="", step=step, recorded=True)
+
+    unequal = "RuntimeError: stack expects each tensor to be equal size"
+    assert told(unequal) == told(unequal)
+    assert told(unequal) not in (None, told(unequal, 5), told("RuntimeError: other words"))
+    assert told("OSError: [Errno 28] No space left on device") is None
+    assert told("PermissionError: [Errno 13]") is None
+
+
+@pytest.mark.parametrize("code", [2, 70, 75, 76, 77, 78])
+def test_our_codes_are_failures_like_any_other_where_a_program_does_not_train_with_us(code):
+    assert meant(code, ours=False) == 1
+    assert meant(code, ours=True) == code
+    assert [meant(other, ours=False) for other in (0, 1, 3, -9)] == [0, 1, 3, -9]
 
 
 def test_a_kill_from_outside_is_never_the_same_failure():

@@ -156,6 +156,20 @@ def test_a_file_that_is_not_there_is_named() -> None:
         given("--config", "nowhere.toml")
 
 
+def test_a_file_that_is_not_utf_8_is_a_mistake_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"width = 3  # \xff\n")
+    with pytest.raises(UsageError, match="expected to be valid TOML"):
+        given("--config", str(tmp_path / "run.toml"))
+
+
+@pytest.mark.parametrize("text", ["run_dir = ''", "run_dir = 5", "run-dir = ['a']"])
+def test_a_path_that_is_empty_or_no_string_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    for words in (["--config", str(tmp_path / "run.toml")], ["--run-dir", ""], ["--weights="]):
+        with pytest.raises(UsageError, match="is expected to be a path, but is"):
+            given(*words)
+
+
 @dataclass(kw_only=True)
 class Needy(TrainConfig):
     """Has an option without default."""

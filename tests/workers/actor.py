@@ -32,7 +32,7 @@ def meet() -> None:
         time.sleep(0.002)
 
 
-def record(kind: str, *, consequence: bool) -> None:
+def record(kind: str, *, consequence: bool, exit_code: int = 1) -> None:
     """Leave the error record that samestep.train would."""
     about = {
         "rank": int(RANK),
@@ -45,7 +45,7 @@ def record(kind: str, *, consequence: bool) -> None:
         "message": "recorded",
         "frame": "recipe.py:12 in loss",
         "traceback": "",
-        "exit_code": 1,
+        "exit_code": exit_code,
         "time_ns": time.time_ns(),
         "consequence": consequence,
         "hint": "a hint from the worker",
@@ -93,6 +93,8 @@ def act(part: str) -> None:  # noqa: C901, PLR0912, PLR0915 (a list of one-liner
             os.kill(os.getpid(), int(value))
         case "record":
             record(value, consequence=False)
+        case "record-usage":
+            record(value, consequence=False, exit_code=2)
         case "record-victim":
             record(value, consequence=True)
         case "spawn":

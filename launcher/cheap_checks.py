@@ -1,0 +1,47 @@
+"""What can be judged before anything is started or created, and the facts that come of it."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from samestep.launcher import host, recipe_file, run_dir
+from samestep.launcher.command_line.argv import Recipe
+from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig
+from samestep.launcher.plan import Facts
+from samestep.launcher.supervise import policy
+
+
+def facts_of(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> tuple[Facts, Path]:
+    """What is to be planned, and the run directory.
+
+    Raises:
+        UsageError: no such recipe, more ranks than devices, or a place that can't be written to.
+    """
+    recipe_file.check(recipe)
+    ours = recipe_file.trains(recipe)
+    on_cpu = (
+        config.cpu
+        or (ours and recipe.device == "cpu")
+        or environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    )
+    world_size = host.count_ranks(config.nproc_per_node, host.inspect(environ), on_cpu=on_cpu)
+    path = recipe.run_dir(environ, ours=ours)
+    run_dir.check(path)
+    if config.log_dir:
+        run_dir.check(Path(config.log_dir))
+    python = environ.get("PYTHON_EXEC") or sys.executable
+    restarts = config.max_restarts
+    facts = Facts(
+        world_size,
+        run_id=uuid.uuid4().hex,
+        python=python,
+        environ=environ,
+        resumes=ours,
+        forks=ours and not config.no_warm,
+        max_restarts=(DEFAULT_MAX_RESTARTS if ours else 0) if restarts is None else restarts,
+        grace=policy.grace(config.grace_seconds, config.shutdown_timeout, saves=ours),
+    )
+    return facts, path
