@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -21,7 +23,7 @@ def check_components(components: object) -> Components:
 
     Raises:
         UsageError: it is no Components, a dataset is unusable, nothing can be learned, or the optimizer holds other
-            parameters than the model's.
+            parameters than the model's or needs more than their gradients.
     """
     if not isinstance(components, Components):
         raise UsageError(
@@ -46,8 +48,33 @@ def check_components(components: object) -> Components:
             f"{components.scheduler_interval!r}",
             'a step is a global batch: "step" calls scheduler.step() after each optimizer step',
         )
+    _check_materialised(components.model)
     _check_parameters(components.model, components.optimizer)
+    _check_update(components.optimizer)
     return components
+
+
+def _check_materialised(model: nn.Module) -> None:
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise UsageError(
+            f"the model is expected to have its shapes when build returns it, but {lazy[0]}"
+            + (f" and {len(lazy) - 1} more have" if len(lazy) > 1 else " has")
+            + " none yet",
+            "run one batch through the model in build, before the optimizer is made: its lazy layers then know them",
+        )
+
+
+def _check_update(optimizer: Optimizer) -> None:
+    """By the class: a scheduler wraps the method of the object."""
+    takes = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    needed = [p.name for p in takes if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if needed:
+        raise UsageError(
+            f"the optimizer is expected to update from gradients alone, but {type(optimizer).__name__}.step needs "
+            f"{' and '.join(needed)}",
+            "take one that does not run the loss again, such as torch.optim.Adam or SGD",
+        )
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:

@@ -35,6 +35,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def _gradients_named(name: str) -> Iterator[None]:
+    """Say why a function that differentiates by itself fails here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise UsageError(
+            f"{name} is expected to work in evaluations, which compute no gradients, but asks for some: {error}",
+            "branch on torch.is_grad_enabled() in it, or leave eval_data out",
+        ) from error
+
+
 @dataclass(slots=True)
 class Evaluator:
     """Averages the loss and the metrics over a dataset. Calling it is a collective."""
@@ -74,7 +88,8 @@ class Evaluator:
         values: list[Value] = []
         with self.autocast:
             for name, function in self.functions.items():
-                outcome = weigh(function(model, batch), samples, name)
+                with _gradients_named(name):
+                    outcome = weigh(function(model, batch), samples, name)
                 weight = outcome.weight.reshape(()) if isinstance(outcome.weight, Tensor) else outcome.weight
                 values += [outcome.total.reshape(()), weight]
         return [values]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from samestep.launcher.contract import UsageError
 
 
 class MovingAverage(AveragedModel):
@@ -14,11 +18,15 @@ class MovingAverage(AveragedModel):
 
     Raises:
         ValueError: `decay` is not between 0 and 1.
+        UsageError: the model can't be copied; names the module.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._follow = get_ema_multi_avg_fn(decay)
-        super().__init__(model, multi_avg_fn=self._follow)
+        try:
+            super().__init__(model, multi_avg_fn=self._follow)
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+            raise _not_copied(model) from error
 
     def update_parameters(self, model: nn.Module) -> None:
         """Go a step after the model's weights; the first time, copy them."""
@@ -35,3 +43,23 @@ class MovingAverage(AveragedModel):
         for mine, its in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(its)
         self.n_averaged += 1
+
+
+def _not_copied(model: nn.Module) -> UsageError:
+    """Which module is to blame: one without such a child."""
+    name, module = "", model
+    while inner := [child for child in module.named_children() if not _copies(child[1])]:
+        name, module = f"{name}.{inner[0][0]}".lstrip("."), inner[0][1]
+    return UsageError(
+        f"the model is expected to be one that copy.deepcopy copies, since Components.ema keeps an average of it, but "
+        f"{name or 'the whole of it'} ({type(module).__name__}) is not",
+        "leave ema out; for torch.nn.utils.weight_norm, take torch.nn.utils.parametrizations.weight_norm",
+    )
+
+
+def _copies(module: nn.Module) -> bool:
+    try:
+        copy.deepcopy(module)
+    except Exception:  # noqa: BLE001 (whatever a class raises)
+        return False
+    return True

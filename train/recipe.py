@@ -10,6 +10,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -109,9 +110,10 @@ def weigh(output: LossOutput, samples: int, name: str = "loss") -> Outcome:
     """Bring what a loss or metric returned for a batch of `samples` into the form total and weight.
 
     Raises:
-        UsageError: it is no tensor, has the wrong shape, or (for a loss, with gradients on) no gradient.
+        UsageError: it is no tensor, has the wrong shape, is complex, or holds more than numbers in its `log`.
     """
     if isinstance(output, Tensor):
+        _require_real(output, name)
         return _by_samples(output, samples, name)
     if not isinstance(output, Weighted):
         raise UsageError(
@@ -126,7 +128,30 @@ def weigh(output: LossOutput, samples: int, name: str = "loss") -> Outcome:
             f"{name}: Weighted.total is expected to be a tensor, but is {type(output.total).__name__}",
             "pass the summed loss itself, without .item()",
         )
-    return output
+    _require_real(output.total, f"{name}: Weighted.total")
+    return Weighted(output.total, output.weight, _scalars(output.log, name)) if output.log else output
+
+
+def _scalars(log: Mapping[str, Any], name: str) -> dict[str, Tensor | Number]:
+    """The same; numbers of numpy as Python's."""
+    for key, value in log.items():
+        if isinstance(value, Tensor):
+            wrong = f"has shape {tuple(value.shape)}" if value.numel() != 1 else ""
+        else:
+            wrong = "" if isinstance(value, Real) else f"is {type(value).__name__}"
+        if wrong:
+            raise UsageError(
+                f"{name}: Weighted.log[{key!r}] is expected to be a scalar, but {wrong}", "log the mean over the batch"
+            )
+    return {key: value if isinstance(value, Tensor | int | float) else float(value) for key, value in log.items()}
+
+
+def _require_real(output: Tensor, name: str) -> None:
+    if output.is_complex():
+        raise UsageError(
+            f"{name} is expected to be real, but is {output.dtype}",
+            "take its .abs() or .real: complex numbers have no order",
+        )
 
 
 def _by_samples(output: Tensor, samples: int, name: str) -> SampleWeighted:

@@ -22,6 +22,9 @@ def refused(ended: Any, *words: str, hint: str) -> None:
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "interval": (("scheduler_interval", "'step' or 'epoch'", "'batch'"), '"step"'),
+    "closure": (("LBFGS.step needs closure",), "Adam"),
+    "lazy": (("weight and 1 more have none yet",), "one batch through the model in build"),
+    "weight norm": (("ema", "1.0 (Linear) is not"), "parametrizations.weight_norm"),
 }
 
 
@@ -30,7 +33,33 @@ def test_a_part_that_a_run_can_not_use_is_named_before_the_first_step(start: Any
     words, hint = REFUSED[part]
     ended = start("unusual", "--run-dir", "run", "--part", part)
     refused(ended, *words, hint=hint)
-    assert not (ended.run_dir / "events.jsonl").exists()
+    assert not list(ended.run_dir.glob("events.jsonl")), "nothing was started"
+
+
+OF_A_LOSS: dict[str, tuple[tuple[str, ...], str]] = {
+    "vector": (("Weighted.log['seen']", "scalar", "(4,)"), "mean"),
+    "word": (("Weighted.log['seen']", "scalar", "is str"), "mean"),
+    "complex": (("loss is expected to be real", "torch.complex64"), ".abs()"),
+    "complex sum": (("loss: Weighted.total is expected to be real", "torch.complex64"), ".abs()"),
+    "penalty": (("loss", "evaluations, which compute no gradients", "does not require grad"), "is_grad_enabled()"),
+}
+
+
+@pytest.mark.parametrize("part", OF_A_LOSS)
+def test_what_a_loss_returns_or_asks_for_in_vain_is_named(start: Any, part: str) -> None:
+    words, hint = OF_A_LOSS[part]
+    refused(start("unusual", "--run-dir", "run", "--part", part), *words, hint=hint)
+
+
+def test_a_number_of_numpy_can_be_logged(trained: Any) -> None:
+    trained("unusual", "--part", "number")
+
+
+def test_an_optimizer_without_hooks_is_checked_as_far_as_it_goes_and_has_the_bits_of_the_one_inside(
+    trained: Any,
+) -> None:
+    runs = [trained("unusual", "--part", part, "--check", "always", cwd=f"{part}-") for part in ("", "around")]
+    assert runs[0].bits == runs[1].bits
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

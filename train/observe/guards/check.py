@@ -5,7 +5,7 @@ A finding that can't be meant is fatal; all others are warnings, told once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,21 @@ class Check:
 
     def close(self) -> None:
         """Nothing will be looked at any more: take hooks away."""
+
+
+class _NoHook:
+    """Of an optimizer that takes none, since it left out Optimizer.__init__."""
+
+    def remove(self) -> None:
+        """Nothing."""
+
+
+def hooked_update(register: Callable[[Any], Any], hook: Callable[..., None]) -> Any:
+    """What `register_step_pre_hook` or `register_step_post_hook` of an optimizer returns, where it works."""
+    try:
+        return register(hook)
+    except AttributeError:
+        return _NoHook()
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from samestep.train.observe.guards.check import Check, Finding, Subject
+from samestep.train.observe.guards.check import Check, Finding, Subject, hooked_update
 from samestep.train.parallel.shards import StepPlan
 
 
@@ -18,7 +18,7 @@ class KeyedRandomness(Check):
 
     def __init__(self, subject: Subject) -> None:
         self._before: dict[str, Any] = {}
-        self._hook = subject.optimizer.register_step_pre_hook(self._on_update)
+        self._hook = hooked_update(subject.optimizer.register_step_pre_hook, self._on_update)
 
     def before_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
         """Forget the step before."""

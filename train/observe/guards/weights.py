@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.launcher.contract import UsageError
-from samestep.train.observe.guards.check import Check, Finding, Subject, listed
+from samestep.train.observe.guards.check import Check, Finding, Subject, hooked_update, listed
 from samestep.train.parallel.fingerprint import sum_of_bits
 
 
@@ -48,7 +48,7 @@ class OutsideChanges(Check):
         self._model = subject.model
         self._updated: Marks | None = None
         self._before_loss = Marks({})
-        self._hook = subject.optimizer.register_step_post_hook(self._on_updated)
+        self._hook = hooked_update(subject.optimizer.register_step_post_hook, self._on_updated)
 
     def before_loss(self, batch: Any, samples: int) -> Iterator[Finding]:  # noqa: ARG002
         """Compare with the end of the last update, in the first shard of a step."""
