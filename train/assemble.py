@@ -92,13 +92,15 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     saver, agreement = _saver(setting)
     state = TrainState(components, scaler, ema, setting.facts)
     watched = replace(components, loss=guards.loss(components.loss))
+    step = _step(watched, setting, autocast, scaler, ema, _finite(setting, sampler, state, reporter), reporter)
+    state.unsaved = step.buffers.unsaved
     return Run(
         config=config,
         components=components,
         state=state,
         loader=_loader(components.train_data, sampler, components, setting, reporter, Epochs(config.epochs - 1)),
         sampler=sampler,
-        step=_step(watched, setting, autocast, scaler, ema, _finite(setting, sampler, state, reporter), reporter),
+        step=step,
         ledger=Ledger(group, device, setting.shards, fingerprint),
         evaluator=_evaluator(components, setting, autocast, reporter, guards),
         evaluated_model=components.model if ema is None else ema.module,

@@ -35,13 +35,14 @@ class BufferCombiner:
     def __init__(self, model: nn.Module, group: Group, shards: int) -> None:
         # Where each buffer is kept, not the tensor: wrapping the model, and user code, can put another one there.
         self._places = {name: _place(model, name) for name, _ in model.named_buffers()}
+        self._saved = model.state_dict().keys()  # what a checkpoint of the model has
         self.buffers: dict[str, Tensor] = {}
         self.group = group
         self.shards = shards
         self.owned = owned_span(group.rank, group.world_size, shards)
         self.changing: list[str] | None = None  # agreed by all ranks in the first step
         self._base: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        self._versions: dict[str, tuple[Tensor, int]] = {}
         self._leaf: Tensor | None = None  # of the shard's parts so far, weighed by their samples
         self._names: list[str] = []
         self._open: list[tuple[int, Tensor, Tensor]] = []  # step, a part's integers and the mean: to be compared
@@ -70,13 +71,15 @@ class BufferCombiner:
 
     def before(self, part: MicroBatch) -> None:  # noqa: ARG002 (the same for all parts)
         """Bring the step's buffers back."""
+        self._read()
         if not self._first:
             self.undo()
         self._first = False
-        self._versions = {name: buffer._version for name, buffer in self.buffers.items()}
+        self._versions = {name: (buffer, buffer._version) for name, buffer in self.buffers.items()}
 
     def after(self, part: MicroBatch) -> None:
-        """Take what a part of a shard left in the buffers that it changed."""
+        """Take what a part of a shard left in the buffers that it changed, or put in their places."""
+        self._read()
         if self.changing is None:
             # By value: batch_norm writes running statistics without raising the tensor's version.
             self._changed |= {
@@ -118,8 +121,17 @@ class BufferCombiner:
 
     def undo(self) -> None:
         """Bring the step's buffers back, where `keep` was asked for: the step has not taken place."""
-        if self._base:
-            torch._foreach_copy_([self.buffers[name] for name in self._base], list(self._base.values()))
+        base = self._base
+        if self.changing is None:  # others may be views that can't be written to
+            base = {name: value for name, value in base.items() if not torch.equal(self.buffers[name], value)}
+        if base:
+            torch._foreach_copy_([self.buffers[name].detach() for name in base], list(base.values()))
+
+    def unsaved(self) -> dict[str, Tensor]:
+        """Buffers that change, or may do so, and are no part of the model's state_dict (`persistent=False`)."""
+        self._read()
+        names = self.buffers if self.changing is None else self.changing
+        return {name: self.buffers[name] for name in names if name not in self._saved}
 
     def settle(self) -> None:
         """Judge the integer buffers of steps that were not judged yet.
@@ -154,7 +166,8 @@ class BufferCombiner:
 
     def _refuse_new(self) -> None:
         for name, buffer in self.buffers.items():
-            if buffer._version != self._versions[name] and name not in (self.changing or []):
+            before, version = self._versions[name]
+            if (buffer is not before or buffer._version != version) and name not in (self.changing or []):
                 raise UsageError(
                     f"buffers are expected to change in every step or never, but {name} "
                     f"changed first in step {self._plan.step + 1}",
@@ -207,6 +220,10 @@ class NoBuffers:
 
     def settle(self) -> None:
         """Nothing is open."""
+
+    def unsaved(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
 
     def begin(self, plan: StepPlan, *, keep: bool = False) -> None:
         """Nothing to remember."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,7 @@ class TrainState:
         best_step: steps of the best checkpoint by the chosen metric, `best_value` its value.
         loaded_step: steps of the checkpoint that was loaded last.
         never_finite: see `note_not_finite`.
+        unsaved: gives buffers that a step depends on and the model's state_dict leaves out, by name.
     """
 
     components: Components
@@ -58,6 +60,7 @@ class TrainState:
     best_value: float | None = None
     loaded_step: int | None = None
     never_finite: dict[str, Tensor] = field(default_factory=dict)
+    unsaved: Callable[[], dict[str, Tensor]] = dict
     passed_over: set[int] = field(default_factory=set)
 
     def advance(self, plan: StepPlan) -> None:
@@ -156,6 +159,10 @@ class TrainState:
         self.scaler.load_state_dict(trees["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(trees["ema"])
+        for name, value in trees.get("buffers", {}).items():
+            buffer = self.components.model.get_buffer(name)
+            if not torch.equal(buffer.cpu(), value.cpu()):  # it may be a view that can't be written to
+                buffer.copy_(value)
 
     def _trees(self) -> dict[str, Any]:
         scheduler = self.components.scheduler
@@ -164,4 +171,5 @@ class TrainState:
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
             "scaler": self.scaler.state_dict(),
             "ema": dict(self.ema.state_dict()) if self.ema is not None else None,
+            "buffers": self.unsaved(),
         }
