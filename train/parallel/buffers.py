@@ -146,7 +146,7 @@ class BufferCombiner:
             unlike = own.ne(mean).tolist()
             if any(unlike):
                 place = unlike.index(True)
-                raise _unlike(self._name_at(place), step, own[place].item(), f"{mean[place].item():g} on average")
+                raise _unlike(self._name_at(place), step, int(own[place]), f"{mean[place].item():g} on average")
 
     def _compare(self, mean: Tensor) -> None:
         """What each part of this rank left, or an integer where it had none, with the mean over all of them."""
