@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from samestep.launcher.command_line import stdout
 from samestep.launcher.contract import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -51,21 +52,27 @@ where it came from. stdout holds data, stderr what is for people; NO_COLOR is re
 
 def main() -> None:
     """Entry point of the console command."""
+    stdout.prepare()
     raise SystemExit(run(sys.argv[1:]))
 
 
 def run(argv: Sequence[str]) -> int:
     """Do what `argv` says and return the exit code; mistakes become two lines, our own bugs a traceback and 70."""
     try:
-        return _dispatch(argv)
+        with stdout.flushed():
+            return _dispatch(argv)
     except UsageError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody listens: nothing is left to say
+        stdout.mute()  # nobody listens: nothing is left to say
         return ExitCode.DONE
+    except stdout.RefusedError as error:
+        stdout.mute()
+        print(f"error: stdout is expected to take what is written, but: {error}", file=sys.stderr)
+        return ExitCode.FAILED
     except Exception:  # noqa: BLE001 (the last line of defence: the user gets a sentence and exit code 70)
         traceback.print_exc()
         print("samestep: this is a bug of samestep, not of your recipe; please report the lines above", file=sys.stderr)

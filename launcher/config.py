@@ -15,6 +15,7 @@ from samestep.launcher.contract import DEFAULT_GRACE_SECONDS, UsageError
 
 DEFAULT_MAX_RESTARTS = 3  # of a recipe, which resumes; a script that may not is started once
 
+MOST_RANKS = 4096  # of one machine: beyond it is a slip of the finger
 COUNT_WORDS = ("auto", "gpu", "cpu")
 _STREAMS = {"0": frozenset[str](), "1": frozenset({"stdout"}), "2": frozenset({"stderr"})}
 _STREAMS["3"] = _STREAMS["1"] | _STREAMS["2"]
@@ -194,7 +195,14 @@ class LaunchConfig:
 
 
 def _check_count(text: str) -> None:
-    if text in COUNT_WORDS or (text.isascii() and text.isdecimal() and int(text) >= 1):
+    if text in COUNT_WORDS:
+        return
+    if text.isascii() and text.isdecimal() and (len(text) > 9 or int(text) > MOST_RANKS):
+        raise UsageError(
+            f"--nproc-per-node is expected to be at most {MOST_RANKS} on one machine, but is {text}",
+            "more ranks than that go on several machines: --nnodes",
+        )
+    if text.isascii() and text.isdecimal() and int(text) >= 1:
         return
     raise UsageError(
         f"--nproc-per-node is expected to be at least 1, or auto, gpu or cpu, but is {text!r}",

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import cyclopts
 from cyclopts import Parameter
 
-from samestep.launcher.command_line import provenance
+from samestep.launcher.command_line import provenance, stdout
 from samestep.launcher.contract import UsageError
 
 HELP = ("--help", "-h")
@@ -64,7 +64,8 @@ def load(
     _refuse_misread(config_type, tokens, chain)
     app = _app(config_type, program, operands, chain)
     if word in HELP:
-        app.help_print([])
+        with stdout.until_the_reader_leaves():
+            app.help_print([])
         raise SystemExit(0)
     try:
         _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
@@ -74,7 +75,8 @@ def load(
     if word == PRINT_CONFIG:
         origin = provenance.sources(spellings(config_type), tokens, layers)
         values = {name: getattr(config, name.replace("-", "_")) for name in origin}
-        print(provenance.render(values, origin, f"options of {program}", readable="config" in values))
+        with stdout.until_the_reader_leaves():
+            print(provenance.render(values, origin, f"options of {program}", readable="config" in values))
         raise SystemExit(0)
     return config
 

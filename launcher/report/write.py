@@ -25,7 +25,7 @@ def write(run_dirs: Sequence[RunDir], output: Path) -> None:
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
         opened = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(opened, "w", encoding="utf-8") as file:
+        with os.fdopen(opened, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(render(histories, script))
         temporary.replace(output)
     except OSError as error:

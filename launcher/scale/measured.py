@@ -52,7 +52,7 @@ def measured(run_dir: RunDir) -> Measured:
     weights, state = _sizes(run_dir)
     return Measured(
         batch=round(statistics.median(step["samples"] for step in warm)),
-        ranks=next(e["world_size"] for e in reversed(events) if e.get("event") in ("run_started", "restarted")),
+        ranks=_ranks(run_dir, events),
         data=_phase(warm, "data"),
         forward=_phase(warm, "forward"),
         backward=_phase(warm, "backward"),
@@ -63,6 +63,16 @@ def measured(run_dir: RunDir) -> Measured:
         save=_median([float(e["seconds"]) for e in events if e.get("event") == "checkpoint" and "seconds" in e]),
         restart=_median(list(_restarts(events))),
     )
+
+
+def _ranks(run_dir: RunDir, events: Sequence[Mapping[str, Any]]) -> int:
+    """World size of the newest start that tells it."""
+    starts = (event for event in reversed(events) if event.get("event") in ("run_started", "restarted"))
+    sizes = (event.get("world_size") for event in starts)
+    found = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    if found is None:
+        raise UsageError(f"{run_dir.path} is expected to tell its number of ranks, but does not", "let it train anew")
+    return found
 
 
 def _parsed(text: str) -> Iterator[dict[str, Any]]:

@@ -131,3 +131,11 @@ def test_unknown_words_are_explained(words, expected, samestep):
     assert (ended.code, ended.stdout) == (2, "")
     assert expected in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("ranks", ["4097", "99999999999999999999", "9" * 5000])
+def test_more_ranks_than_any_machine_has_are_refused(ranks, samestep):
+    _stage(samestep.cwd)
+    ended = samestep("run", "--nproc-per-node", ranks, "recipe.py")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert "--nproc-per-node is expected to be at most 4096 on one machine" in ended.stderr

@@ -51,6 +51,16 @@ def test_a_run_is_read_without_its_first_steps(run_dir):
     assert (found.weights, found.state) == (4000.0, 8000.0)
 
 
+def test_starts_that_do_not_tell_their_ranks_are_left_out(run_dir):
+    events = run_dir / "events.jsonl"
+    text = events.read_text().rpartition("\n")[0]
+    events.write_text(text + '\n{"event": "restarted"}\n')
+    assert measured(RunDir(run_dir)).ranks == 2
+    events.write_text(text.replace("world_size", "size"))
+    with pytest.raises(UsageError, match="expected to tell its number of ranks"):
+        measured(RunDir(run_dir))
+
+
 def rows_of(*words: str) -> dict:
     said: list[str] = []
     assert plan([*words, "--json"], said.append) == 0

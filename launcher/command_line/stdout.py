@@ -1,0 +1,76 @@
+"""What the command says goes to a stdout that may be closed, full, or read by somebody who has left."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+
+
+class RefusedError(Exception):
+    """Stdout can't be written to; the text says why."""
+
+
+def prepare() -> None:
+    """Where stdin, stdout or stderr is closed, /dev/null takes its place: what is opened next would get its number.
+
+    Paths that are not UTF-8 are printed as they are.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115 (a descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
+@contextlib.contextmanager
+def flushed() -> Iterator[None]:
+    """All that was printed is written on leaving.
+
+    Raises:
+        BrokenPipeError: the reader has left.
+        RefusedError: it can't be written.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        _blame()
+        raise
+
+
+def _blame() -> None:
+    """What could not be written stays in the buffer, and fails again."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise RefusedError(error.strerror or str(error)) from None
+
+
+@contextlib.contextmanager
+def until_the_reader_leaves() -> Iterator[None]:
+    """A page of which `head` reads the beginning has been printed."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        mute()
+    except SystemExit:
+        pass  # rich has seen it, and has muted stdout
+
+
+def mute() -> None:
+    """Nothing that is still to be written is heard, or fails."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
