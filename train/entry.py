@@ -207,7 +207,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     setting = Setting(*place, facts, progress.pulse, joined.fence, signals, joined.micro_batches)
     run = assemble(components, setting, progress)
     progress.clock, progress.micro_batches = run.step.clock, run.step.micro_batches
-    leave.end_hard(run)
+    if member.env.distributed:
+        leave.end_hard(run)
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
     warnings = [*found.warnings, *micro_batches.warnings(joined.micro_batches, joined.stored, components.model)]
     if found.snapshot is not None:
@@ -270,6 +271,7 @@ def _close(run: Run, run_dir: RunDir, member: Membership) -> str:
             ExitCode.FAILED,
         ) from None
     start.on_rank_zero(lambda: _export(run, run_dir.path / "weights.safetensors"), member)
+    run.saver.close()
     return digest
 
 
