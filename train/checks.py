@@ -108,9 +108,10 @@ def check_gradient_hooks(model: nn.Module, shards: int, world_size: int) -> None
     """
     hooked = [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
     if hooked and (shards > 1 or world_size > 1):
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
         raise UsageError(
             f"parameters are expected to have no hook of register_post_accumulate_grad_hook with {shards} shards on "
-            f"{world_size} ranks, where gradients are summed outside of backward, but {hooked[0]} has one"
+            f"{ranks}, where gradients are summed outside of backward, but {hooked[0]} has one"
             + (f", as have {len(hooked) - 1} more" if len(hooked) > 1 else ""),
             "clip with --clip-grad-norm, change gradients in the optimizer's register_step_pre_hook, or those of each "
             "shard in Tensor.register_hook",
