@@ -73,7 +73,14 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "state", "step"},
 }
 PURE = {"data.order", "parallel.shards"}  # integers in, integers out: import no other part, so every part may use them
-COMPOSERS = {"assemble", "entry", "fork_server", "rewind", "start"}  # connect the parts and may import all of them
+COMPOSERS = {
+    "assemble",
+    "entry",
+    "finish",
+    "fork_server",
+    "rewind",
+    "start",
+}  # connect the parts and may import all of them
 
 FORBIDDEN_CALLS = {"eval", "exec", "os.popen", "os.system", "torch.load", "torch.save"}
 VAGUE_NAMES = {"common", "core", "helper", "helpers", "manager", "misc", "util", "utils"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from samestep.launcher.contract import (
     default_run_dir,
 )
 from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
-from samestep.launcher.digest import file_digest
 from samestep.launcher.heartbeat import pulse
 from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
@@ -32,6 +30,7 @@ from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
+from samestep.train.finish import close, goodput
 from samestep.train.loop import Run
 from samestep.train.micro_batches import Agreed
 from samestep.train.observe import profile, trackers
@@ -39,7 +38,6 @@ from samestep.train.parallel.group import Membership, join, pick_device
 from samestep.train.progress import Progress
 from samestep.train.recipe import Components
 from samestep.train.signals import StopSignals
-from samestep.train.state.export import export_weights
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -229,8 +227,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
             rewind.run_with_rewinds(run, member, run_dir)
             preemption.leave_if_stopped(run, run_dir)
         progress(run.state.step, "closing")
-        digest = _close(run, run_dir, member)
-        run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))
+        digest = close(run, run_dir, member)
+        run.reporter.finished(digest, run.state.step, run.state.restarts, goodput(run))
     member.group.barrier()
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)
 
@@ -257,42 +255,6 @@ def _facts(components: Components, joined: _Joined) -> dict[str, Any]:
     known = {"seed": seed, "shards": joined.shards, "order": SPEC, "dataset": dataset}
     known["micro_batches"] = joined.micro_batches.count
     return known | environment.record(joined.member.device)
-
-
-def _close(run: Run, run_dir: RunDir, member: Membership) -> str:
-    """Export the weights of a state that could be saved; the digest of its checkpoint, on every rank. A collective."""
-    member.group.barrier()  # rank zero has written it
-    try:
-        digest: str = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
-    except ValueError as error:
-        raise UsageError(
-            f"the run is expected to end with a checkpoint of step {run.state.step}, but it was not saved ({error})",
-            "the warnings above say why; run again to go on from the last good checkpoint",
-            ExitCode.FAILED,
-        ) from None
-    start.on_rank_zero(lambda: _export(run, run_dir.path / "weights.safetensors"), member)
-    run.saver.close()
-    return digest
-
-
-def _export(run: Run, path: Path) -> dict[str, Any]:
-    try:
-        export_weights(run.evaluated_model, path)
-    except OSError as error:
-        raise UsageError(
-            f"{path} is expected to hold the trained weights, but could not be written ({error.strerror or error})",
-            "all else is done and saved: make room and run again",
-            ExitCode.FAILED,
-        ) from None
-    if run.state.ema is not None:
-        run.reporter.note(f"{path.name} holds the average of the weights (Components.ema), digest {file_digest(path)}")
-    return {}
-
-
-def _goodput(run: Run) -> float:
-    """Seconds in steps that count over seconds since the first start."""
-    wall = time.time() - run.state.started_at
-    return min(1.0, run.state.useful_seconds / wall) if wall > 0 else 1.0
 
 
 def _say_who_started(env: WorkerEnv) -> None:

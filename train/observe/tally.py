@@ -53,6 +53,7 @@ class StepTally:
         self._values: list[list[Value]] = []
         self._expected = len(shards)
         self._kinds: set[bool] = set()  # of this step's losses so far: whether they bring weights
+        self._names = self.extras  # that they log
         self.width = int(self.extras is None or self.own_weights)  # numbers of a shard that are summed at once
         if not self._expected:
             self._complete([])
@@ -61,7 +62,7 @@ class StepTally:
         """Take the loss of a shard, or of a part of it.
 
         Raises:
-            UsageError: it brings weights and others did not, or the other way round.
+            UsageError: it brings weights and others did not, or the other way round; it logs other names.
         """
         brings_weights = not isinstance(outcome, SampleWeighted)
         self._kinds.add(brings_weights)
@@ -71,7 +72,11 @@ class StepTally:
                 f"it {'did so first' if brings_weights else 'brought none, unlike before'}",
                 "return Weighted(total, weight) always",
             )
-        names = list(outcome.log) if self.extras is None else self.extras
+        names = self._names if len(self._kinds) == 1 else None  # else _agree says so
+        names = list(outcome.log) if names is None else names
+        if len(names) != len(outcome.log) or not all(name in outcome.log for name in names):
+            raise _logs_other(self._plan.step, names, list(outcome.log))
+        self._names = names
         total: Value
         if not isinstance(outcome, SampleWeighted):
             total = self._kept(outcome.total)
@@ -123,8 +128,20 @@ class StepTally:
                 "loss is expected to bring weights for every shard of a step or for none, but did so for some of them",
                 "return Weighted(total, weight) always",
             )
-        self.extras = max((part["extras"] for part in records), key=len)
+        names = next((part["extras"] for part in records if part["own_weights"]), [])
+        for part in records:
+            if part["own_weights"] and sorted(part["extras"]) != sorted(names):
+                raise _logs_other(self._plan.step, names, part["extras"])
+        self.extras = names
         self.own_weights = True in kinds
+
+
+def _logs_other(step: int, names: list[str], found: list[str]) -> UsageError:
+    here, before = (", ".join(sorted(keys)) or "nothing" for keys in (found, names))
+    return UsageError(
+        f"loss is expected to log the same values each time, but in step {step + 1} it logs {here} and else {before}",
+        "give Weighted.log all of its keys in every call",
+    )
 
 
 def _plus(left: Value, right: Value, device: torch.device) -> Value:

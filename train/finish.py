@@ -1,0 +1,51 @@
+"""What is done once the last step is: the weights for everybody else, and what the time was good for."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from samestep.launcher import manifest
+from samestep.launcher.contract import ExitCode, RunDir, UsageError
+from samestep.launcher.digest import file_digest
+from samestep.train import start
+from samestep.train.loop import Run
+from samestep.train.parallel.group import Membership
+from samestep.train.state.export import export_weights
+
+
+def close(run: Run, run_dir: RunDir, member: Membership) -> str:
+    """Export the weights of a state that could be saved; the digest of its checkpoint, on every rank. A collective."""
+    member.group.barrier()  # rank zero has written it
+    try:
+        digest: str = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
+    except ValueError as error:
+        raise UsageError(
+            f"the run is expected to end with a checkpoint of step {run.state.step}, but it was not saved ({error})",
+            "the warnings above say why; run again to go on from the last good checkpoint",
+            ExitCode.FAILED,
+        ) from None
+    start.on_rank_zero(lambda: _export(run, run_dir.path / "weights.safetensors"), member)
+    run.saver.close()
+    return digest
+
+
+def _export(run: Run, path: Path) -> dict[str, Any]:
+    try:
+        export_weights(run.evaluated_model, path)
+    except OSError as error:
+        raise UsageError(
+            f"{path} is expected to hold the trained weights, but could not be written ({error.strerror or error})",
+            "all else is done and saved: make room and run again",
+            ExitCode.FAILED,
+        ) from None
+    if run.state.ema is not None:
+        run.reporter.note(f"{path.name} holds the average of the weights (Components.ema), digest {file_digest(path)}")
+    return {}
+
+
+def goodput(run: Run) -> float:
+    """Seconds in steps that count over seconds since the first start."""
+    wall = time.time() - run.state.started_at
+    return min(1.0, run.state.useful_seconds / wall) if wall > 0 else 1.0
