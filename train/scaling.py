@@ -82,8 +82,9 @@ class LossScaling:
         return self._scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See Scaling."""
-        self._scaler.load_state_dict(state)
+        """See Scaling; a run that had no scale before begins with the first one."""
+        if state:
+            self._scaler.load_state_dict(state)
 
 
 def scaling(precision: str, device: str) -> Scaling:

@@ -73,6 +73,23 @@ class Buffered(nn.Module):
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int32))
 
 
+def test_a_complex_buffer_that_changes_is_named() -> None:
+    """Its mean over shards was that of its real part."""
+    model = nn.Module()
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    combiner = BufferCombiner(model, SoloGroup(), 2)
+    plan = StepPlan(0, 0, 0, 4, 2)
+    combiner.begin(plan)
+    for shard in (0, 1):
+        (part,) = plan.parts(shard)
+        combiner.before(part)
+        model.get_buffer("phase").add_(1j)
+        combiner.after(part)
+        combiner.of_shard()
+    with pytest.raises(UsageError, match="phase is complex"):
+        combiner.finish(torch.zeros(2, dtype=torch.float64))
+
+
 def run_step(combiner: BufferCombiner, step: int, added: list[int]) -> None:
     """One shard of two samples for each number, on one rank."""
     plan = StepPlan(step, 0, 0, 2 * len(added), len(added))

@@ -84,3 +84,9 @@ def test_float16_trains_on_ranks_without_a_sample_in_the_bits_of_one_rank(traine
     alone = trained("small", *tail, cwd="tail").bits
     trained("small", *tail, "--max-steps", 2, ranks=2, cwd="resumed")
     assert trained("small", *tail, ranks=2, cwd="resumed").bits == alone
+
+
+def test_a_run_that_had_no_scale_goes_on_in_float16(trained: Any) -> None:
+    trained("small", "--max-steps", 4)
+    resumed = trained("small", "--precision", "fp16")
+    assert "--precision changed from no to fp16" in resumed.stderr

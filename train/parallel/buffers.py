@@ -175,7 +175,9 @@ class BufferCombiner:
                 )
 
     def _flat(self) -> Tensor:
-        return torch.cat([self.buffers[name].detach().reshape(-1).double() for name in self._names])
+        parts = [self.buffers[name].detach() for name in self._names]
+        # complex ones do not change, or _agree says so
+        return torch.cat([(part.real if part.is_complex() else part).reshape(-1).double() for part in parts])
 
     def _agree(self) -> None:
         """All ranks learn which buffers change, and whether integer ones do so alike."""
@@ -183,6 +185,12 @@ class BufferCombiner:
         changed = [json.loads(part) for part in self.group.gather_bytes(record)]
         self.changing = self._ordered({name for part in changed for name in part})
         self._base = {name: self._base[name] for name in self.changing}
+        for name in self.changing if self.width else ():
+            if self.buffers[name].is_complex():
+                raise UsageError(
+                    f"buffers that change are expected to be real where shards share them, but {name} is complex",
+                    "register torch.view_as_real of it, and view_as_complex that in forward",
+                )
         if self._single or not any(map(self._is_integer, self.changing)):
             return
         records = [json.loads(part) for part in self.group.gather_bytes(json.dumps(self._values()).encode())]
