@@ -49,7 +49,11 @@ CASES = {
     "run dir is a file": (["trains.py", "--run_dir=recipe.py"], "is not a directory"),
     "run dir is empty": (["trains.py", "--run-dir", ""], "--run-dir is expected to be a folder, but is empty"),
     "run dir is a number in a file": (["trains.py", "--config", "five.toml"], "run_dir in five.toml is expected to be"),
-    "log dir below a file": (["--log-dir", "recipe.py/logs", "recipe.py"], "is not a directory"),
+    "log dir below a file": (["--log-dir", "recipe.py/logs", "recipe.py"], "the folder for logs recipe.py/logs is"),
+    "a filter of ranks that are not there": (["--local-ranks-filter", "9", "recipe.py"], "to name ranks below 1"),
+    "streams of ranks that are not there": (["--redirects", "7:1", "recipe.py"], "--redirects is expected to name"),
+    "more ranks to keep than there are": (["--min-ranks", "9", "recipe.py"], "at most the number of ranks, 1, but is"),
+    "a form of waiting": (["--rdzv-conf", "foo", "recipe.py"], "--rdzv-conf is expected to be KEY=VALUE"),
 }
 
 
@@ -83,6 +87,14 @@ def test_environment_is_judged_like_a_flag(samestep):
     _stage(samestep.cwd)
     ended = samestep("run", "recipe.py", env={"PET_NPROC_PER_NODE": "none"})
     assert (ended.code, "'none'" in ended.stderr) == (2, True)
+
+
+def test_a_log_that_can_not_be_opened_is_named(samestep):
+    _stage(samestep.cwd)
+    (samestep.cwd / "logs" / "rank-0.log").mkdir(parents=True)
+    ended = samestep("run", "--log-dir", "logs", "recipe.py")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: the log logs/rank-0.log is expected to be writable, but: Is a directory\n")
 
 
 def test_taken_port_is_named_with_its_holder(samestep):
