@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from samestep.launcher.command_line import stdout
+from samestep.launcher.command_line.pages import PAGES
 from samestep.launcher.contract import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def _dispatch(argv: Sequence[str]) -> int:
     known = commands()
     if word not in known:
         raise _unknown(word, set(known))
+    if word in PAGES and list(rest) in (["--help"], ["-h"]):
+        print(PAGES[word], end="")
+        return ExitCode.DONE
     return known[word](rest)
 
 
@@ -201,14 +205,36 @@ def _asked_of_recipe(cls: type[Config], command: str, argv: Sequence[str]) -> tu
     from samestep.launcher.command_line.options import load
     from samestep.launcher.recipe_file import check
 
-    own, words = split(argv, cls)
-    config = load(cls, own, {}, program=f"samestep {command}", operands="recipe.py [RECIPE OPTIONS]")
+    program = f"samestep {command}"
+    own, words = split(argv, cls, program)
+    config = load(cls, own, {}, program=program, operands="recipe.py [RECIPE OPTIONS]")
     if not words:
         problem = f"{command} is expected to be followed by a recipe, but is not"
-        raise UsageError(problem, f"samestep {command} recipe.py")
+        raise UsageError(problem, f"{program} recipe.py")
     recipe = Recipe(words[0], tuple(words[1:]))
-    check(recipe)
+    check(recipe, program)
+    _refuse_behind(recipe, program)
     return config, recipe
+
+
+# What verify and chaos choose for each of their runs, and which option of theirs says it, if one does.
+_CHOSEN = {
+    "samestep verify": {"shards": "--shards", "max-steps": "--steps", "run-dir": "--keep", "resume": ""},
+    "samestep chaos": {"log-every": "", "run-dir": "--keep", "resume": ""},
+}
+
+
+def _refuse_behind(recipe: Recipe, program: str) -> None:
+    from samestep.launcher.command_line.options import peek, question
+
+    _, asked = question(recipe.arguments)
+    if asked:
+        problem = f"{asked} is expected before the recipe, but is after it"
+        raise UsageError(problem, f"{program} {asked}; samestep run {recipe.target} {asked} shows the recipe's options")
+    for name, own in _CHOSEN[program].items():
+        if peek(recipe.arguments, name) is not None:
+            problem = f"--{name} is expected to be left to {program}, but is after the recipe"
+            raise UsageError(problem, f"put {own} before the recipe" if own else "leave it out")
 
 
 def _submit(argv: Sequence[str]) -> int:
@@ -233,9 +259,6 @@ def _chaos(argv: Sequence[str]) -> int:
 def _digest(argv: Sequence[str]) -> int:
     from samestep.launcher.digest import path_digest
 
-    if len(argv) == 1 and argv[0] in ("--help", "-h"):
-        print(HELP, end="")
-        return ExitCode.DONE
     flags = {"--state", "--json"}
     paths = [word for word in argv if word not in flags]
     if len(paths) != 1 or paths[0].startswith("-"):
@@ -251,9 +274,6 @@ def _digest(argv: Sequence[str]) -> int:
 def _stacks(argv: Sequence[str]) -> int:
     from samestep.launcher.diagnosis.live import stacks_of_run
 
-    if len(argv) == 1 and argv[0] in ("--help", "-h"):
-        print(HELP, end="")
-        return ExitCode.DONE
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UsageError(
             f"stacks is expected to be followed by one run directory, but got {len(argv)} words",

@@ -7,6 +7,7 @@ refused by name.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -265,3 +266,10 @@ def shown_ranks(text: str) -> frozenset[int] | None:
     if not all(part.strip().isdecimal() for part in parts):
         raise _refused("--local-ranks-filter", "a list of local ranks", repr(text), "--local-ranks-filter 0,1")
     return frozenset(int(part) for part in parts)
+
+
+def ranks_named(config: LaunchConfig) -> dict[str, frozenset[int]]:
+    """Local ranks in the options that name some, by flag."""
+    pairs = {"--redirects": config.redirects, "--tee": config.tee}
+    found = {flag: frozenset(int(rank) for rank in re.findall(r"(\d+):", text)) for flag, text in pairs.items()}
+    return {"--local-ranks-filter": shown_ranks(config.local_ranks_filter) or frozenset(), **found}

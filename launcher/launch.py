@@ -272,7 +272,7 @@ def _one_generation(run: _Run, facts: Facts) -> tuple[tuple[Command, ...], Gener
         except OSError as error:
             raise UsageError(
                 f"{commands[0].argv[0]} is expected to start, but: {error.strerror or error}",
-                "a script needs a #! line for --no-python; a log folder must be writable",
+                "a script needs a #! line for --no-python",
             ) from None
         return everyone, run.team.finish(ended)
 

@@ -71,7 +71,7 @@ def _imported(text: bytes, folders: Collection[Path]) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, program: str = "samestep run") -> None:
     """Find what the ranks are to run.
 
     Raises:
@@ -86,10 +86,10 @@ def check(recipe: Recipe) -> None:
                 "give its path, and make it executable (chmod +x)",
             )
     else:
-        _check_file(Path(recipe.target))
+        _check_file(Path(recipe.target), program)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, program: str) -> None:
     if path.is_dir():
         raise UsageError(f"the recipe {path} is expected to be a file, but is a directory", "name the file in it")
     if path.is_file():
@@ -98,7 +98,7 @@ def _check_file(path: Path) -> None:
     close = difflib.get_close_matches(path.name, beside, n=1)
     raise UsageError(
         f"the recipe {path} is expected to be a file, but does not exist",
-        f"did you mean {path.parent / close[0]}?" if close else "samestep run [options] recipe.py [recipe options]",
+        f"did you mean {path.parent / close[0]}?" if close else f"{program} [options] recipe.py [recipe options]",
     )
 
 

@@ -9,8 +9,8 @@ from samestep.launcher.contract import RunDir, UsageError
 from samestep.launcher.lock import RunLock
 
 
-def check(path: Path) -> None:
-    """Judge whether `path` can become a run directory, and create nothing.
+def check(path: Path, *, logs: bool = False) -> None:
+    """Judge whether `path` can become a run directory, or a folder for logs, and create nothing.
 
     Raises:
         UsageError: it is a file, or can't be created or written to.
@@ -19,9 +19,9 @@ def check(path: Path) -> None:
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise _unusable(path, f"{nearest} is not a directory")
+        raise _unusable(path, f"{nearest} is not a directory", logs=logs)
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unusable(path, f"{nearest} is not writable")
+        raise _unusable(path, f"{nearest} is not writable", logs=logs)
 
 
 def own(path: Path) -> tuple[RunDir, RunLock]:
@@ -59,11 +59,12 @@ def prepare_logs(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unusable(path, (error.strerror or str(error)).lower()) from None
+        raise _unusable(path, (error.strerror or str(error)).lower(), logs=True) from None
 
 
-def _unusable(path: Path, reason: str) -> UsageError:
+def _unusable(path: Path, reason: str, *, logs: bool = False) -> UsageError:
+    what = "folder for logs" if logs else "run directory"
     return UsageError(
-        f"the run directory {path} is expected to be writable, but {reason}",
-        "choose another one with --run-dir after the recipe",
+        f"the {what} {path} is expected to be writable, but {reason}",
+        f"choose another one with {'--log-dir before' if logs else '--run-dir after'} the recipe",
     )

@@ -25,6 +25,7 @@ from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.command_line.options import Option, nearest_hint, peek
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.diagnosis import memory_signs
+from samestep.launcher.recipe_file import trains
 from samestep.launcher.supervise.process import end, start_in_session
 from samestep.launcher.tidy import ends_tidily
 
@@ -154,6 +155,11 @@ def _reference(stage: _Stage) -> tuple[Course, Expected, float]:
     finished = trace.last("run_finished")
     if code or not finished:
         print(said.read_text(errors="replace")[-4000:], end="", file=sys.stderr)
+        if not trains(stage.recipe):
+            raise UsageError(
+                f"{stage.recipe.target} is expected to be a recipe that trains, but ended with {code} without training",
+                "chaos works for recipes that call samestep.train.train",
+            )
         raise UsageError(
             f"the recipe is expected to train to its end undisturbed, but ended with exit code {code}",
             "chaos works for recipes that call samestep.train.train, in an empty folder",

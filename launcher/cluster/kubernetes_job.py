@@ -21,7 +21,7 @@ def submit_kubernetes(argv: Sequence[str], environ: Mapping[str, str], say: Call
     Raises:
         UsageError: no recipe, or what the cluster would refuse.
     """
-    own, words = split_around(argv, KubernetesConfig)
+    own, words = split_around(argv, KubernetesConfig, "samestep submit kubernetes")
     config = load(
         KubernetesConfig, own, {}, program="samestep submit kubernetes", operands="recipe.py [RECIPE OPTIONS]"
     )

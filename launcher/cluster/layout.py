@@ -70,10 +70,10 @@ def layout(config: LaunchConfig, environ: Mapping[str, str]) -> Layout | None:
                 "--nnodes says how many machines there are",
             )
         return None
-    timeouts = _timeouts(config.rdzv_conf)
+    waits = timeouts(config.rdzv_conf)
     if config.rdzv_endpoint:
         address, port = _endpoint(config.rdzv_endpoint)
-        return Layout(fewest, most, None, address, port, timeouts, config.local_addr or "", "--rdzv-endpoint")
+        return Layout(fewest, most, None, address, port, waits, config.local_addr or "", "--rdzv-endpoint")
     node_rank, by = _node_rank(config, engine)
     if not 0 <= node_rank < most:
         raise UsageError(
@@ -81,7 +81,7 @@ def layout(config: LaunchConfig, environ: Mapping[str, str]) -> Layout | None:
             "node ranks count from 0",
         )
     port = config.master_port or (DEFAULT_PORT if config.master_addr else 0)
-    return Layout(fewest, most, node_rank, config.master_addr or "", port, timeouts, config.local_addr or "", by)
+    return Layout(fewest, most, node_rank, config.master_addr or "", port, waits, config.local_addr or "", by)
 
 
 def _node_rank(config: LaunchConfig, engine: tuple[int, int, str] | None) -> tuple[int, str]:
@@ -123,7 +123,7 @@ def _endpoint(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _timeouts(text: str) -> Timeouts:
+def timeouts(text: str) -> Timeouts:
     """`join_timeout=60,last_call_timeout=5`; keys that concern torch's own engine are passed over."""
     found = Timeouts()
     names = {field.name for field in fields(Timeouts)}

@@ -32,12 +32,12 @@ def submit_slurm(argv: Sequence[str], environ: Mapping[str, str], say: Callable[
     Raises:
         UsageError: no recipe, something that can't be a value, or a Slurm that refuses.
     """
-    own, words = split_around(argv, SlurmConfig)
+    own, words = split_around(argv, SlurmConfig, "samestep submit slurm")
     config = load(SlurmConfig, own, {}, program="samestep submit slurm", operands="recipe.py [RECIPE OPTIONS]")
     if not words:
         raise UsageError("a recipe is expected, but there is none", "samestep submit slurm --nodes 2 recipe.py")
     recipe = Recipe(words[0], tuple(words[1:]), Kind.MODULE if config.module else Kind.SCRIPT)
-    recipe_file.check(recipe)
+    recipe_file.check(recipe, "samestep submit slurm")
     directory = RunDir(recipe.run_dir(environ, ours=recipe_file.trains(recipe)).absolute())
     run_dir.check(directory.path)
     text = script(config, recipe, directory.path, Path.cwd(), sys.executable)

@@ -15,8 +15,12 @@ from typing import Any, get_type_hints
 from cyclopts import Parameter
 
 from samestep.launcher.command_line.options import HELP, PRINT_CONFIG, nearest_hint, peek
+from samestep.launcher.command_line.wrong_side import after
 from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import ENV_CONFIG, ENV_LAUNCHED, ENV_RUN_DIR, UsageError, default_run_dir
+
+_WORDS = ("run", "verify", "chaos", "submit slurm", "submit kubernetes")
+_BEFORE_RECIPES = frozenset(f"samestep {word}" for word in _WORDS)
 
 
 class Kind(Enum):
@@ -86,7 +90,9 @@ class _Flag:
     takes_value: bool
 
 
-def split(argv: Sequence[str], config_type: type[Any] = LaunchConfig) -> tuple[list[str], list[str]]:
+def split(
+    argv: Sequence[str], config_type: type[Any] = LaunchConfig, program: str = "samestep run"
+) -> tuple[list[str], list[str]]:
     """The launcher's tokens, with repeated flags reduced to the last, and the recipe with its arguments.
 
     Raises:
@@ -101,7 +107,7 @@ def split(argv: Sequence[str], config_type: type[Any] = LaunchConfig) -> tuple[l
             return _tokens(given), list(argv[position + 1 :])
         if not token.startswith("-") or token == "-":
             break
-        name, flag, value = _lookup(token, known)
+        name, flag, value = _lookup(token, known, program)
         position += 1
         if flag.takes_value and value is None:
             if position == len(argv):
@@ -112,13 +118,15 @@ def split(argv: Sequence[str], config_type: type[Any] = LaunchConfig) -> tuple[l
     return _tokens(given), list(argv[position:])
 
 
-def split_around(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str], list[str]]:
+def split_around(
+    argv: Sequence[str], config_type: type[Any], program: str = "samestep submit"
+) -> tuple[list[str], list[str]]:
     """As `split`, with options right after the recipe too: up to the first word that is none of them, or `--`.
 
     Raises:
         UsageError: as `split`.
     """
-    own, words = split(argv, config_type)
+    own, words = split(argv, config_type, program)
     known, end = _flags(config_type), 1
     while end < len(words) and words[end].startswith("-") and words[end] not in ("-", "--"):
         name, equals, _ = words[end].partition("=")
@@ -129,10 +137,10 @@ def split_around(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str]
     after, rest = words[1:end], words[end:]
     if rest[:1] == ["--"]:
         rest = rest[1:]
-    return split([*own, *after], config_type)[0], [*words[:1], *rest]
+    return split([*own, *after], config_type, program)[0], [*words[:1], *rest]
 
 
-def interleaved(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str], list[str]]:
+def interleaved(argv: Sequence[str], config_type: type[Any], program: str) -> tuple[list[str], list[str]]:
     """As `split`, for a command whose options may stand before, between and after its words.
 
     Raises:
@@ -141,7 +149,7 @@ def interleaved(argv: Sequence[str], config_type: type[Any]) -> tuple[list[str],
     end = argv.index("--") if "--" in argv else len(argv)
     own, words, rest = list[str](), list[str](), list(argv[:end])
     while rest:
-        flags, rest = split(rest, config_type)
+        flags, rest = split(rest, config_type, program)
         own += flags
         words += rest[:1]
         rest = rest[1:]
@@ -160,15 +168,16 @@ def _flags(config_type: type[Any]) -> dict[str, _Flag]:
     return known
 
 
-def _lookup(token: str, known: Mapping[str, _Flag]) -> tuple[str, _Flag, str | None]:
+def _lookup(token: str, known: Mapping[str, _Flag], program: str) -> tuple[str, _Flag, str | None]:
     text, equals, rest = token.partition("=")
     name = text.replace("_", "-") if text.startswith("--") else text
     value = rest if equals else None
     if not name.startswith("--") and len(name) > 2 and name[:2] in known and known[name[:2]].takes_value:
         name, value = name[:2], token[2:].removeprefix("=")  # -t3, as argparse reads it
     if name not in known:
-        hint = nearest_hint(name, {word for word in known if word.startswith("--")})
-        raise UsageError(f"unknown option {text}", hint or "samestep run --help lists the options")
+        hint = after(name, program) if program in _BEFORE_RECIPES else ""
+        hint = hint or nearest_hint(name, {word for word in known if word.startswith("--")})
+        raise UsageError(f"unknown option {text}", hint or f"{program} --help lists the options")
     return name, known[name], value
 
 

@@ -273,5 +273,10 @@ def _as_usage_error(error: cyclopts.CycloptsError, program: str, prefix: str) ->
     text = re.sub(r"\[([a-z0-9-]+)\] from environment", lambda m: prefix + m[1].upper().replace("-", "_"), text)
     message, separator, guess = text.partition(" Did you mean ")
     hint = f"did you mean {guess}" if separator else f"{program} --help lists the options"
+    flag = re.search(r"--[a-z0-9-]+", message)
+    if flag and isinstance(error, cyclopts.UnknownOptionError) and not program.startswith("samestep "):
+        from samestep.launcher.command_line import wrong_side
+
+        hint = wrong_side.before(flag[0]) or hint
     message = message.rstrip(".")
     return UsageError(message[:1].lower() + message[1:], hint)

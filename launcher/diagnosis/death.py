@@ -34,6 +34,8 @@ _HINTS = {
 }
 _ALONE = "run it alone with --num-workers 0 to see it in one process"
 
+_ALONE_WITHOUT_OPTIONS = "run it alone, without data loading processes, to see it in one process"
+
 
 @dataclass(frozen=True, slots=True)
 class Death:
@@ -43,7 +45,7 @@ class Death:
     hint: str
 
 
-def explain(signum: int, stderr: Sequence[str], peak: int, signs: MemorySigns) -> Death:
+def explain(signum: int, stderr: Sequence[str], peak: int, signs: MemorySigns, *, trains: bool = True) -> Death:
     """Decode a signal that nobody of us sent.
 
     Args:
@@ -51,6 +53,7 @@ def explain(signum: int, stderr: Sequence[str], peak: int, signs: MemorySigns) -
         stderr: the rank's last lines.
         peak: most memory the rank ever held, in bytes; 0 if unknown.
         signs: the kernel's counters, with kills counted since the generation started.
+        trains: it had told a phase of training, so it knows a recipe's options.
     """
     name = name_of(signum)
     if signum == signal.SIGKILL:
@@ -62,7 +65,7 @@ def explain(signum: int, stderr: Sequence[str], peak: int, signs: MemorySigns) -
         told = f": {words}" if words else ""
         return Death(f"killed by {name}{told}", hint_for(words) or _HINTS[signal.SIGABRT])
     hints: dict[int, str] = {int(number): text for number, text in _HINTS.items()}
-    return Death(f"killed by {name}", hints.get(signum, "").format(alone=_ALONE))
+    return Death(f"killed by {name}", hints.get(signum, "").format(alone=_ALONE if trains else _ALONE_WITHOUT_OPTIONS))
 
 
 def name_of(signum: int) -> str:

@@ -155,7 +155,7 @@ def _death(item: Evidence, said: Said | None, memory: MemorySigns) -> death.Deat
     code = item.end.returncode
     if item.record is not None or item.end.signalled or code >= 0 or (code == -signal.SIGABRT and said is not None):
         return None
-    return death.explain(-code, item.end.stderr, item.end.peak_bytes, memory)
+    return death.explain(-code, item.end.stderr, item.end.peak_bytes, memory, trains=bool(item.end.phase))
 
 
 def _culprit(ranks: Sequence[Evidence]) -> Evidence:

@@ -14,6 +14,8 @@ _RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch's own excepthook
 _FRAME = re.compile(r'^\s+File "(?P<file>.+?)", line (?P<line>\d+),? in (?P<name>.+)$')
 _EXCEPTION = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(: (?P<message>.*))?$")
 _OURS = tuple(str(Path(__file__).resolve().parents[2] / package) + os.sep for package in ("launcher", "train"))
+_PLACE = re.compile(r'^\s+File "(?P<file>.+?)", line (?P<line>\d+)$')
+_NO_PYTHON = re.compile(r"^(?P<kind>SyntaxError|IndentationError|TabError)(: (?P<message>.*))?$")
 _NOT_A_CAUSE = frozenset({"SystemExit", "KeyboardInterrupt", "SignalException"})
 
 # What a rank says when another one has gone away, or when the group never came together.
@@ -44,8 +46,9 @@ def last_exception(lines: Sequence[str]) -> Said | None:
     """The last traceback among `lines`, None if there is none or it tells of being stopped."""
     clean = [_RANK_PREFIX.sub("", line).rstrip() for line in lines]
     starts = [index for index, line in enumerate(clean) if line.startswith("Traceback (most recent call last)")]
-    if not starts:
-        return None
+    broken = _syntax_error(clean[starts[-1] :] if starts else clean)
+    if broken is not None or not starts:
+        return broken
     frames: list[tuple[str, str]] = []
     for line in clean[starts[-1] + 1 :]:
         frame = _FRAME.match(line)
@@ -56,6 +59,18 @@ def last_exception(lines: Sequence[str]) -> Said | None:
             if found["kind"].rsplit(".", 1)[-1] in _NOT_A_CAUSE:
                 return None
             return Said(found["kind"], (found["message"] or "").strip(), _users(frames[::-1]))
+    return None
+
+
+def _syntax_error(clean: Sequence[str]) -> Said | None:
+    """Text that is no Python, and where: of the file that is run it is shown without a traceback."""
+    place = None
+    for line in clean:
+        place = _PLACE.match(line) or place
+        found = _NO_PYTHON.match(line)
+        if found and place:
+            where = f"{place['file']}:{place['line']}"
+            return Said(found["kind"], f"{(found['message'] or '').strip()} at {where}", where)
     return None
 
 

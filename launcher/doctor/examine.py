@@ -107,7 +107,9 @@ def _answer(command: list[str], environ: Mapping[str, str], seconds: float) -> d
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return {
-            "problem": f"no answer within {seconds:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+            "problem": f"no answer within {seconds:g} s of --timeout"
+            if isinstance(error, subprocess.TimeoutExpired)
+            else str(error)
         }
     lines = done.stdout.strip().splitlines()
     try:

@@ -46,10 +46,16 @@ def worst(rows: Sequence[Row]) -> Level:
     return "error" if "error" in levels else "warning" if "warning" in levels else "ok"
 
 
+def _slow(found: Mapping[str, Any]) -> str:
+    return "give it longer with --timeout" if "--timeout" in found["problem"] else ""
+
+
 def _torch(facts: Mapping[str, Any]) -> Iterator[Row]:
     torch = facts["torch"]
     if "problem" in torch:
-        yield Row("torch", "error", torch["problem"], "install samestep's requirements into this environment")
+        yield Row(
+            "torch", "error", torch["problem"], _slow(torch) or "install samestep's requirements into this environment"
+        )
         return
     version = tuple(int(part) for part in torch["version"].split("+")[0].split(".")[:2])
     build = f"CUDA {torch['cuda_build']}" if torch["cuda_build"] else "CPU"
@@ -201,7 +207,8 @@ def links(measured: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
     for backend, found in measured.items():
         name = f"{found['ranks']} ranks, {backend}"
         if "problem" in found:
-            yield Row(name, "error", found["problem"], "ranks of this machine can't train together: see the rows above")
+            hint = _slow(found) or "ranks of this machine can't train together: see the rows above"
+            yield Row(name, "error", found["problem"], hint)
             continue
         latency, bandwidth, largest = found["latency_seconds"], found["bus_bytes_per_s"], found["largest_bytes"]
         slow = latency > LATENCY_SECONDS[backend] or bandwidth < BANDWIDTH_BYTES_PER_S[backend]

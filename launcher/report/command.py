@@ -28,7 +28,7 @@ def command(argv: Sequence[str]) -> Path:
     Raises:
         UsageError: a folder holds no run, or the page can't be written.
     """
-    own, words = interleaved(argv, ReportConfig)
+    own, words = interleaved(argv, ReportConfig, "samestep report")
     config = load(ReportConfig, own, {}, program="samestep report", operands="RUN_DIR...")
     if not words:
         raise UsageError("report is expected to be followed by run directories, but is not", "samestep report RUN_DIR")

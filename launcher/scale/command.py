@@ -26,7 +26,7 @@ def plan(argv: Sequence[str], say: Callable[[str], None]) -> int:
     Raises:
         UsageError: a figure is missing that no run directory tells.
     """
-    own, words = interleaved(argv, PlanConfig)
+    own, words = interleaved(argv, PlanConfig, "samestep plan")
     config = load(PlanConfig, own, {}, program="samestep plan", operands="RUN_DIR")
     if len(words) > 1:
         raise UsageError(f"plan is expected to be followed by one run directory, but got {' '.join(words)}")

@@ -23,7 +23,7 @@ class Listening:
         """Listen to a rank that has just been started; one that has the terminal has no pipes.
 
         Raises:
-            OSError: its log can't be opened.
+            UsageError: its log can't be opened.
         """
         rank = worker.command.rank
         self._logs[rank] = log

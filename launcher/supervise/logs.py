@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from samestep.launcher.config import LaunchConfig, shown_ranks, streams
+from samestep.launcher.contract import UsageError
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.events import Stream
 
@@ -82,9 +83,15 @@ class RankLog:
         """Append to the file, after a line that says which start this is.
 
         Raises:
-            OSError: the file can't be opened.
+            UsageError: the file can't be opened.
         """
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UsageError(
+                f"the log {self._path} is expected to be writable, but: {error.strerror or error}",
+                "remove what is in its place, or choose another folder with --log-dir before the recipe",
+            ) from None
         at = datetime.now(UTC).isoformat(timespec="seconds")
         self._write(f"--- rank {self._rank}, generation {generation}, pid {pid}, {at} ---\n".encode())
 

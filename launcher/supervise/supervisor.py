@@ -87,7 +87,8 @@ class Supervisor:
         `is_victim` judges the first rank that fails: did it end because of another one?
 
         Raises:
-            OSError: a rank or its log file can't be started.
+            OSError: a rank can't be started.
+            UsageError: its log can't be opened.
         """
         self._ends, self._failed, self._is_victim, self._hang = [], False, is_victim, None
         self._watch.clear()

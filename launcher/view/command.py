@@ -38,7 +38,7 @@ def command(argv: Sequence[str]) -> int:
         UsageError: not exactly one run directory.
         KeyboardInterrupt: whoever watches has seen enough.
     """
-    own, words = interleaved(argv, WatchConfig)
+    own, words = interleaved(argv, WatchConfig, "samestep watch")
     config = load(WatchConfig, own, {}, program="samestep watch", operands="RUN_DIR")
     if len(words) != 1:
         raise UsageError(

@@ -49,7 +49,11 @@ CASES = {
     "run dir is a file": (["trains.py", "--run_dir=recipe.py"], "is not a directory"),
     "run dir is empty": (["trains.py", "--run-dir", ""], "--run-dir is expected to be a folder, but is empty"),
     "run dir is a number in a file": (["trains.py", "--config", "five.toml"], "run_dir in five.toml is expected to be"),
-    "log dir below a file": (["--log-dir", "recipe.py/logs", "recipe.py"], "is not a directory"),
+    "log dir below a file": (["--log-dir", "recipe.py/logs", "recipe.py"], "the folder for logs recipe.py/logs is"),
+    "a filter of ranks that are not there": (["--local-ranks-filter", "9", "recipe.py"], "to name ranks below 1"),
+    "streams of ranks that are not there": (["--redirects", "7:1", "recipe.py"], "--redirects is expected to name"),
+    "more ranks to keep than there are": (["--min-ranks", "9", "recipe.py"], "at most the number of ranks, 1, but is"),
+    "a form of waiting": (["--rdzv-conf", "foo", "recipe.py"], "--rdzv-conf is expected to be KEY=VALUE"),
 }
 
 
@@ -85,6 +89,14 @@ def test_environment_is_judged_like_a_flag(samestep):
     assert (ended.code, "'none'" in ended.stderr) == (2, True)
 
 
+def test_a_log_that_can_not_be_opened_is_named(samestep):
+    _stage(samestep.cwd)
+    (samestep.cwd / "logs" / "rank-0.log").mkdir(parents=True)
+    ended = samestep("run", "--log-dir", "logs", "recipe.py")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: the log logs/rank-0.log is expected to be writable, but: Is a directory\n")
+
+
 def test_taken_port_is_named_with_its_holder(samestep):
     _stage(samestep.cwd)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -115,6 +127,52 @@ def test_no_words_print_a_short_usage(words, samestep):
     assert (ended.code, ended.stdout) == (2, "")
     assert "usage: samestep run" in ended.stderr
     assert len(ended.stderr.splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("run --epochs 3 trains.py", "--epochs belongs after the recipe: samestep run recipe.py --epochs ..."),
+        (
+            "verify --global_batch_size=3 trains.py",
+            "belongs after the recipe: samestep verify recipe.py --global-batch",
+        ),
+        ("submit slurm --epochs 2 trains.py", "after the recipe: samestep submit slurm recipe.py --epochs ..."),
+        ("verify trains.py --shards 2", "put --shards before the recipe"),
+        ("verify trains.py --run-dir x", "put --keep before the recipe"),
+        ("verify trains.py --resume never", "leave it out"),
+        ("verify trains.py --help", "samestep verify --help; samestep run trains.py --help shows the recipe's options"),
+        ("chaos trains.py --print-config", "samestep chaos --print-config; samestep run trains.py"),
+        ("chaos --xyzzy trains.py", "samestep chaos --help lists the options"),
+        ("watch --xyzzy runs/x", "samestep watch --help lists the options"),
+        ("report --xyzzy runs/x", "samestep report --help lists the options"),
+        ("plan --xyzzy runs/x", "samestep plan --help lists the options"),
+        ("verify 0123456789", "samestep verify [options] recipe.py [recipe options]"),
+        ("submit slurm 0123456789", "samestep submit slurm [options] recipe.py [recipe options]"),
+    ],
+)
+def test_hints_name_the_command_at_hand_and_the_side_of_the_recipe(words, hint, samestep):
+    _stage(samestep.cwd)
+    ended = samestep(*words.split())
+    assert (ended.code, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].startswith("hint: ")
+    assert hint in ended.stderr
+
+
+def test_a_launchers_option_after_the_recipe_is_told_where_it_belongs(samestep):
+    recipe = Path(__file__).parents[2] / "scripts" / "recipes" / "seed_linear.py"
+    ended = samestep("run", "--no-warm", recipe, "--nproc-per-node", "2")
+    assert ended.code == 2
+    assert (
+        "hint: --nproc-per-node belongs before the recipe: samestep run --nproc-per-node ... recipe.py" in ended.stderr
+    )
+
+
+def test_chaos_of_a_program_that_does_not_train_is_a_usage_error(samestep):
+    (samestep.cwd / "plain.py").write_text("")
+    ended = samestep("chaos", "plain.py")
+    assert ended.code == 2
+    assert "plain.py is expected to be a recipe that trains, but ended with 0 without training" in ended.stderr
 
 
 @pytest.mark.parametrize(

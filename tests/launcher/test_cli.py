@@ -21,6 +21,14 @@ def test_help_is_printed_to_stdout(words, samestep):
     assert "samestep" in ended.stdout
 
 
+@pytest.mark.parametrize("word", ["digest", "stacks", "completion", "submit"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_has_a_page_of_its_own(word, flag, samestep):
+    ended = samestep(word, flag)
+    assert (ended.code, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(f"usage: samestep {word} ")
+
+
 def test_help_of_run_lists_every_option_with_its_other_names(samestep):
     shown = samestep("run", "--help").stdout
     for flag in ("--nproc-per-node", "--num-processes", "--main-process-port", "--max-restarts", "--dry-run", "-m"):

@@ -102,6 +102,13 @@ def test_only_the_last_words_of_native_code_count():
     )
 
 
+def test_a_recipe_that_crashed_while_it_trained_is_told_its_own_option():
+    training = RankEnd(0, 1, -11, False, 5, (), STACK, 0, 4, "forward")
+    failure = diagnose([Evidence(training, "logs/rank-0.log")], ROOMY)
+    assert failure is not None
+    assert failure.hint.endswith("run it alone with --num-workers 0 to see it in one process")
+
+
 def test_block_of_a_crash_has_its_stack_and_is_one_look_long():
     ends = [RankEnd(1, 1, -11, False, 5, (), STACK), *(RankEnd(rank, 1, -9, True, 6) for rank in (0, 2))]
     ranks = [Evidence(end, f"logs/rank-{end.rank}.log") for end in ends]
@@ -118,5 +125,5 @@ def test_block_of_a_crash_has_its_stack_and_is_one_look_long():
         "  log: logs/rank-1.log",
         "  exit code 1: user code or a worker failed for good",
         "  hint: it crashed in native code: the log has its Python stack; "
-        "run it alone with --num-workers 0 to see it in one process",
+        "run it alone, without data loading processes, to see it in one process",
     ]

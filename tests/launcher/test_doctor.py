@@ -206,6 +206,14 @@ def test_a_broken_torch_and_a_wrong_interface_are_errors_with_exit_1(samestep):
     assert not [line for line in ended.stdout.splitlines() if line.startswith("ok ")]
 
 
+def test_a_machine_that_gets_too_little_time_is_told_the_option(samestep):
+    ended = samestep("doctor", "--nproc-per-node", "1", "--timeout", "0.01")
+    assert ended.code == 1
+    assert "no answer within 0.01 s of --timeout" in ended.stdout
+    assert "give it longer with --timeout" in ended.stdout
+    assert "install samestep" not in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [(("--nproc-per-node", "0"), "at least 1"), (("--timeout", "0"), "above 0"), (("--josn",), "did you mean --json?")],

@@ -388,3 +388,29 @@ def test_launcher_never_polls(samestep):
     assert after[0] - before[0] <= 2
     process.terminate()
     wait_until(lambda: process.poll() is not None, "the launcher has ended")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("def broken(:\n", "SyntaxError"), ("  x = 1\n", "IndentationError")])
+def test_text_that_is_no_python_is_named_with_its_line(text, kind, samestep):
+    (samestep.cwd / "bad.py").write_text("x = 0\n" + text)
+    (samestep.cwd / "imports.py").write_text("import bad\n")
+    for recipe in ("bad.py", "imports.py"):
+        ended = samestep("run", recipe)
+        assert ended.code == 1
+        failed = next(line for line in ended.stderr.splitlines() if " failed: " in line)
+        assert failed.startswith(f"samestep: rank 0 failed: {kind}: ")
+        assert failed.endswith("bad.py:2")
+
+
+def test_a_crash_of_a_program_that_is_no_recipe_names_no_recipes_option(samestep):
+    ended = samestep.act("0=signal:11", ranks=1)
+    assert "killed by SIGSEGV" in ended.stderr
+    assert "--num-workers" not in ended.stderr
+    assert "run it alone" in ended.stderr
+
+
+def test_a_recipe_on_one_rank_is_warned_of_nothing(samestep):
+    recipe = WORKERS.parents[1] / "scripts" / "recipes" / "seed_linear.py"
+    ended = samestep("run", recipe, "--epochs", "1", "--device", "cpu")
+    assert ended.code == 0
+    assert "Warning" not in ended.stderr

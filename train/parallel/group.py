@@ -10,6 +10,7 @@ import datetime as dt
 import os
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,7 @@ def join(
         store, published = meet(env, run_dir, environ, dt.timedelta(seconds=JOIN_SECONDS))
         _init_group(env, device, store, environ)
         published.unlink(missing_ok=True)  # all ranks have met
+    warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the threads are ours to set
     accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
     if accelerator.num_processes != env.world_size or accelerator.process_index != env.rank:
         raise UsageError(
