@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from samestep.launcher import host, recipe_file, run_dir
-from samestep.launcher.cluster.layout import timeouts
+from samestep.launcher.cluster.layout import layout, timeouts
 from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.config import DEFAULT_MAX_RESTARTS, LaunchConfig, ranks_named
 from samestep.launcher.contract import UsageError
@@ -16,7 +16,7 @@ from samestep.launcher.plan import Facts
 from samestep.launcher.supervise import policy
 
 
-def _check_ranks(config: LaunchConfig, local_world_size: int) -> None:
+def _check_ranks(config: LaunchConfig, environ: Mapping[str, str], local_world_size: int) -> None:
     """Judge options that name ranks of this machine, and one that names how many there are to be.
 
     Raises:
@@ -28,8 +28,8 @@ def _check_ranks(config: LaunchConfig, local_world_size: int) -> None:
                 f"{flag} is expected to name ranks below {local_world_size}, but names {max(ranks)}",
                 "ranks of a machine count from 0, up to --nproc-per-node",
             )
-    one_machine = config.nnodes in (None, "1", "1:1")
-    if one_machine and config.min_ranks is not None and config.min_ranks > local_world_size:
+    too_many = config.min_ranks is not None and config.min_ranks > local_world_size
+    if too_many and layout(config, environ) is None:
         raise UsageError(
             f"--min-ranks is expected to be at most the number of ranks, {local_world_size}, but is {config.min_ranks}",
             "leave it out to keep all ranks",
@@ -51,7 +51,7 @@ def facts_of(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -
         or environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     )
     world_size = host.count_ranks(config.nproc_per_node, host.inspect(environ), on_cpu=on_cpu)
-    _check_ranks(config, world_size)
+    _check_ranks(config, environ, world_size)
     path = recipe.run_dir(environ, ours=ours)
     run_dir.check(path)
     if config.log_dir:

@@ -7,7 +7,9 @@ import difflib
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -31,6 +33,7 @@ def trains(recipe: Recipe) -> bool:
         if spec is not None and spec.submodule_search_locations is not None:
             spec = _find(f"{recipe.target}.__main__")
         path = spec.origin if spec is not None else None
+    own = recipe.target.partition(".")[0] if recipe.kind is Kind.MODULE else ""
     root = Path.cwd() if recipe.kind is Kind.MODULE else Path(recipe.target).parent
     coming, seen = [Path(path)] if path is not None else [], set[Path]()
     while coming and len(seen) < _MOST_FILES:
@@ -40,7 +43,7 @@ def trains(recipe: Recipe) -> bool:
         if _TRAINS.search(text):
             return True
         seen.add(file)
-        coming += _imported(text, {file.parent, root})
+        coming += _imported(text, {file.parent, root}, own)
     return False
 
 
@@ -51,10 +54,12 @@ def _text(file: Path) -> bytes | None:
         return None
 
 
-def _imported(text: bytes, folders: Collection[Path]) -> list[Path]:
-    """Files and packages in these folders that the text of a module may import."""
+def _imported(text: bytes, folders: Collection[Path], own: str) -> list[Path]:
+    """Files that the text of a module may import: in these folders, or wherever the user's own code is."""
     try:
-        statements = list(ast.walk(ast.parse(text)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the user's own text are for the rank to tell
+            statements = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError):
         return []
     names: list[str] = []
@@ -62,13 +67,24 @@ def _imported(text: bytes, folders: Collection[Path]) -> list[Path]:
         if isinstance(statement, ast.Import):
             names += [alias.name for alias in statement.names]
         elif isinstance(statement, ast.ImportFrom) and statement.level <= 1:
-            names.append(statement.module or "")
-            names += [
-                f"{statement.module}.{alias.name}" if statement.module else alias.name for alias in statement.names
-            ]
-    places = [folder.joinpath(*name.split(".")) for name in names if name for folder in folders]
-    found = [form for place in places for form in (place.with_suffix(".py"), place / "__init__.py")]
-    return [path for path in found if path.is_file()]
+            module = f"{statement.module}." if statement.module else ""
+            names += [statement.module or "", *(module + alias.name for alias in statement.names)]
+    found = []
+    for name in filter(None, names):
+        for folder in {*folders, *_home(name.partition(".")[0], own)}:
+            place = folder.joinpath(*name.split("."))
+            found += [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
+    return found
+
+
+@lru_cache(maxsize=256)
+def _home(top: str, own: str) -> tuple[Path, ...]:
+    """The folder in which a top-level module is, if it is the user's: `own`, or not installed beside everybody's."""
+    if top in sys.stdlib_module_names or top == "samestep" or (spec := _find(top)) is None:
+        return ()
+    places = list(spec.submodule_search_locations or ()) or [spec.origin or ""]
+    folders = [Path(place).parent for place in places if place]
+    return tuple(f for f in folders if top == own or not {"site-packages", "dist-packages"} & set(f.parts))
 
 
 def check(recipe: Recipe, program: str = "samestep run") -> None:

@@ -7,22 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from samestep.launcher.contract import ExitCode
+
 _ASKED = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def ends_tidily() -> Iterator[None]:
-    """While entered, SIGTERM and SIGHUP raise SystemExit(128 + signal), once; a SIGHUP that is ignored stays so.
+    """While entered, SIGTERM and SIGHUP raise SystemExit(143), once; a SIGHUP that is ignored stays so.
 
     Raises:
         SystemExit: one of them has come.
     """
     previous = {s: signal.getsignal(s) for s in _ASKED if signal.getsignal(s) is not signal.SIG_IGN}
 
-    def leave(signum: int, _frame: FrameType | None) -> None:
+    def leave(_signum: int, _frame: FrameType | None) -> None:
         for each in previous:
             signal.signal(each, signal.SIG_IGN)  # not in the middle of tidying up
-        raise SystemExit(128 + signum)
+        raise SystemExit(int(ExitCode.TERMINATED))
 
     for signum in previous:
         signal.signal(signum, leave)

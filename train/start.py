@@ -176,7 +176,7 @@ def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> None:
             )
     try:
         run.state.restore(snapshot)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         first = " ".join(str(error).split())[:300]
         raise UsageError(
             f"model and optimizer are expected to fit {source}, but do not: {first}",

@@ -21,6 +21,7 @@ from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.diagnosis import evidence
 from samestep.launcher.diagnosis.diagnose import is_consequence
 from samestep.launcher.plan import Facts, Meeting, fork_server_environment, plan
+from samestep.launcher.run_dir import holds_training
 from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.outcome import Generation, RankEnd
@@ -157,7 +158,8 @@ class Follower:
         def tell(end: RankEnd) -> bool:
             command = commands[end.rank - facts.first_rank]
             victim = is_consequence(evidence.of_rank(end, command, job.directory, facts.generation))
-            self._say({"kind": "failed", "exit_code": end.returncode, "is_victim": victim, "rank": end.rank})
+            code = self._meant(end)
+            self._say({"kind": "failed", "exit_code": code, "is_victim": victim, "rank": end.rank})
             return victim
 
         if self._halted == self._generation:  # over before it began
@@ -183,11 +185,14 @@ class Follower:
         assert ended.signum is not None
         return policy.after_stop(
             ended.signum,
-            [end.returncode for end in ended.ends],
+            [self._meant(end) for end in ended.ends],
             forced=ended.forced,
             saves=self._facts.resumes,
             committed=bool(manifest.committed(self._job.directory.checkpoints)),
         )
+
+    def _meant(self, end: RankEnd) -> int:
+        return policy.meant(end.returncode, ours=self._facts.resumes or holds_training(self._job.directory))
 
     def _without_head(self) -> int:
         kept = bool(manifest.committed(self._job.directory.checkpoints))

@@ -98,7 +98,7 @@ class ForkServer:
             for fd in pipes.values():
                 os.close(fd)
             if "refused" not in answer:
-                self._abandon()
+                self._give_up()
             raise NoForkError(answer.get("refused", "the fork server has ended, or does not answer"))
         return Worker(command, answer["pid"], pipes)
 
@@ -107,8 +107,16 @@ class ForkServer:
         self._socket.close()
         self._abandon()
 
-    def _abandon(self) -> None:
+    def _give_up(self) -> None:
         """Have it fork nobody any more: an answer that comes late would be taken for that to the next request."""
+        self._abandon()
+        self._socket.setblocking(False)
+        late = self._read().get("pid")  # it may have answered in the last moment
+        if late is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(late, signal.SIGKILL)
+
+    def _abandon(self) -> None:
         self._ready = False
         if self._popen.poll() is None:
             with contextlib.suppress(ProcessLookupError):

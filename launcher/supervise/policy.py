@@ -173,6 +173,7 @@ def signature(
         return rank, kind, frame, step
     known = getattr(builtins, kind, None)
     passing = isinstance(known, type) and issubclass(known, OSError | MemoryError)
+    passing = passing or _DEVICE_GONE.search(cause) is not None  # another machine may have one
     return (rank, cause, frame, step) if recorded and not passing else None
 
 

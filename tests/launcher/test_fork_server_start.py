@@ -3,6 +3,7 @@
 import getpass
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 
@@ -54,3 +55,36 @@ def test_a_server_that_does_not_answer_in_time_forks_nobody_later(tmp_path):
         os.close(read)
         os.close(write)
     assert not (tmp_path / "began").exists()
+
+
+ALONE = """
+import os, signal, sys
+from samestep.launcher.liveness import adopt_orphans
+from samestep.launcher.supervise.fork_server import ForkServer
+
+adopt_orphans()
+(read, write), (output, out) = os.pipe(), os.pipe()
+server = ForkServer(sys.executable, os.environ, read)
+server._socket.settimeout(60)
+assert server.greet()
+server._socket.settimeout(0.2)
+os.kill(server.pid, signal.SIGSTOP)
+request = {"target": sys.argv[1], "arguments": [], "is_module": False, "env": dict(os.environ), "fds": []}
+assert server._ask(request | {"stdin": False, "launcher": os.getpid()}, [out, out, read]) == {}
+server._socket.close()
+os.close(out)
+os.kill(server.pid, signal.SIGCONT)
+with os.fdopen(output, "rb") as said:
+    print("said:", said.read())
+server.close()
+"""
+
+
+@pytest.mark.processes
+def test_a_rank_whose_number_reached_nobody_does_not_begin(tmp_path):
+    """The launcher no longer listens when the server forks: it has started the rank in another way."""
+    script = tmp_path / "rank.py"
+    script.write_text("print('began', flush=True)\n")
+    done = subprocess.run([sys.executable, "-c", ALONE, script], capture_output=True, text=True, timeout=60, check=True)
+    assert "said: " in done.stdout
+    assert "began" not in done.stdout

@@ -55,6 +55,19 @@ def test_a_module_finds_its_package_from_where_it_is_started(tmp_path: Path, mon
     assert trains(Recipe("jobs", kind=Kind.MODULE))
 
 
+def test_a_package_that_is_found_elsewhere_is_looked_at_where_it_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, expected in (("src", True), ("venv/site-packages", False)):
+        name = f"engine_{place[:3]}"
+        write(tmp_path, {f"{place}/{name}/__init__.py": "", f"{place}/{name}/core.py": TRAINS})
+        write(tmp_path, {f"scripts/{name}.cli.py": f"from {name}.core import main\n"})
+        monkeypatch.syspath_prepend(tmp_path / place)
+        assert trains(Recipe(str(tmp_path / "scripts" / f"{name}.cli.py"))) is expected
+        write(tmp_path, {f"{place}/{name}/cli.py": f"from {name}.core import main\n"})
+        assert trains(Recipe(f"{name}.cli", kind=Kind.MODULE)), "a module's own package is the user's, wherever it is"
+
+
 def test_a_command_is_none(tmp_path: Path) -> None:
     write(tmp_path, {"main.py": TRAINS})
     assert not trains(Recipe(str(tmp_path / "main.py"), kind=Kind.COMMAND))

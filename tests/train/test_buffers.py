@@ -90,6 +90,42 @@ def test_a_complex_buffer_that_changes_is_named() -> None:
         combiner.finish(torch.zeros(2, dtype=torch.float64))
 
 
+class Masked(nn.Module):
+    """Makes a mask in each forward: of one size, or of that of the batch."""
+
+    def __init__(self, rows: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.rows = rows
+        self.register_buffer("mask", torch.ones(4), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mask = torch.ones(len(x) if self.rows else 4)
+        return self.layer(x) * self.mask[: len(x), None]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_buffer_that_is_made_from_the_batch_each_time_is_left_to_the_forward(rows: bool, shards: int) -> None:
+    model = Masked(rows)
+    combiner = BufferCombiner(model, SoloGroup(), shards)
+    for step, samples in enumerate((4, 4, 3)):
+        plan = StepPlan(step, 0, 0, samples, shards)
+        combiner.begin(plan, keep=True)
+        total, left = torch.zeros(combiner.width, dtype=torch.float64), 0
+        for shard in plan.present((0, shards)):
+            (part,) = plan.parts(shard)
+            left = part.samples if rows else 4
+            combiner.before(part)
+            model(torch.ones(part.samples, 3))
+            combiner.after(part)
+            if combiner.width:
+                total = total + combiner.of_shard()
+        combiner.finish(total)
+        assert model.mask.tolist() == [1.0] * left
+    assert combiner.changing == []
+
+
 def run_step(combiner: BufferCombiner, step: int, added: list[int]) -> None:
     """One shard of two samples for each number, on one rank."""
     plan = StepPlan(step, 0, 0, 2 * len(added), len(added))

@@ -27,9 +27,13 @@ def test_gradients_reach_the_elements_that_they_belong_to(trained: Any, case: st
     assert runs[2].bits == runs[0].bits
 
 
+@pytest.mark.parametrize("unused", ["--unused", "--no-unused"])
 @pytest.mark.parametrize("case", ["thaws", "freezes"])
-def test_a_layer_may_begin_and_end_to_train_on_the_way(trained: Any, case: str) -> None:
-    runs = [trained("laid_out", *FLAGS, "--case", case, ranks=n, cwd=f"on-{n}") for n in (1, 2, 4)]
+@pytest.mark.parametrize("shards", [4, 2])
+def test_a_layer_may_begin_and_end_to_train_on_the_way(trained: Any, shards: int, case: str, unused: str) -> None:
+    """On 4 ranks with 2 shards two never run a forward, so they have to be told."""
+    flags = ("--shards", shards, "--threads", 1, "--case", case, unused)
+    runs = [trained("laid_out", *flags, ranks=n, cwd=f"on-{n}") for n in (1, 2, 4)]
     assert runs[1].bits == runs[0].bits
     assert runs[2].bits == runs[0].bits
 

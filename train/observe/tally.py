@@ -73,7 +73,7 @@ class StepTally:
                 "return Weighted(total, weight) always",
             )
         names = self._names if len(self._kinds) == 1 else None  # else _agree says so
-        names = list(outcome.log) if names is None else names
+        names = sorted(outcome.log) if names is None else names
         if len(names) != len(outcome.log) or not all(name in outcome.log for name in names):
             raise _logs_other(self._plan.step, names, list(outcome.log))
         self._names = names

@@ -45,6 +45,8 @@ class BufferCombiner:
         self._versions: dict[str, tuple[Tensor, int]] = {}
         self._leaf: Tensor | None = None  # of the shard's parts so far, weighed by their samples
         self._names: list[str] = []
+        self._sizes: dict[str, int] = {}  # numbers of each that are summed
+        self._renewed: set[str] = set()  # put anew in the first step, with the same values or another shape
         self._open: list[tuple[int, Tensor, Tensor]] = []  # step, a part's integers and the mean: to be compared
 
     def begin(self, plan: StepPlan, *, keep: bool = False) -> None:
@@ -58,9 +60,10 @@ class BufferCombiner:
         names = self._ordered(set(self.buffers)) if self.changing is None else self.changing
         if names is not self._names:
             self._names = names
-            self._count = sum(self.buffers[name].numel() for name in names if self._is_integer(name))
+            self._sizes = {name: self.buffers[name].numel() for name in names}
+            self._count = sum(size for name, size in self._sizes.items() if self._is_integer(name))
         stay = self._single and self.group.world_size == 1  # what the one shard leaves is right, and here
-        self.width = 0 if stay else sum(self.buffers[name].numel() for name in self._names)
+        self.width = 0 if stay else sum(self._sizes.values())
         if self.changing is None or keep or len(plan.present(self.owned)) > 1 or plan.micro_batches > 1:
             found = [self.buffers[name] for name in self._names]
             if self._base:
@@ -81,10 +84,7 @@ class BufferCombiner:
         """Take what a part of a shard left in the buffers that it changed, or put in their places."""
         self._read()
         if self.changing is None:
-            # By value: batch_norm writes running statistics without raising the tensor's version.
-            self._changed |= {
-                name for name, buffer in self.buffers.items() if not torch.equal(buffer, self._base[name])
-            }
+            self._note_changes()
         else:
             self._refuse_new()
         if self.width:
@@ -114,8 +114,7 @@ class BufferCombiner:
         combined = total if self._single else total / self._plan.samples
         if self._count and not self._single and not first:
             self._compare(combined[-self._count :])
-        sizes = [self.buffers[name].numel() for name in self._names]
-        for name, value in zip(self._names, combined.split(sizes), strict=True):
+        for name, value in zip(self._names, combined.split(list(self._sizes.values())), strict=True):
             if name in self.changing:
                 self.buffers[name].copy_(value.view_as(self.buffers[name]))
 
@@ -158,16 +157,33 @@ class BufferCombiner:
 
     def _name_at(self, place: int) -> str:
         names = [name for name in self._names if self._is_integer(name)]
-        ends = itertools.accumulate(self.buffers[name].numel() for name in names)
+        ends = itertools.accumulate(self._sizes[name] for name in names)
         return next(name for name, end in zip(names, ends, strict=True) if place < end)
 
     def _read(self) -> None:
         self.buffers = {name: kept[key] for name, (kept, key) in self._places.items()}
 
+    def _note_changes(self) -> None:
+        """By value: batch_norm writes running statistics without raising the tensor's version.
+
+        One that is put anew as it was, or in another shape, is made from something else, such as a mask for the length
+        of a batch. It is left to the forward.
+        """
+        for name, buffer in self.buffers.items():
+            base, (before, _) = self._base.get(name), self._versions[name]
+            if base is None or base.shape != buffer.shape:
+                self._base.pop(name, None)
+                self._renewed.add(name)
+            elif not torch.equal(buffer, base):
+                self._changed.add(name)
+            elif buffer is not before:
+                self._renewed.add(name)
+
     def _refuse_new(self) -> None:
         for name, buffer in self.buffers.items():
             before, version = self._versions[name]
-            if (buffer is not before or buffer._version != version) and name not in (self.changing or []):
+            known = name in (self.changing or ()) or name in self._renewed
+            if (buffer is not before or buffer._version != version) and not known:
                 raise UsageError(
                     f"buffers are expected to change in every step or never, but {name} "
                     f"changed first in step {self._plan.step + 1}",
@@ -175,17 +191,23 @@ class BufferCombiner:
                 )
 
     def _flat(self) -> Tensor:
-        parts = [self.buffers[name].detach() for name in self._names]
-        # complex ones do not change, or _agree says so
-        return torch.cat([(part.real if part.is_complex() else part).reshape(-1).double() for part in parts])
+        return torch.cat([self._numbers(name) for name in self._names])
+
+    def _numbers(self, name: str) -> Tensor:
+        buffer = self.buffers[name].detach()
+        if buffer.numel() != self._sizes[name]:  # not combined
+            return buffer.new_zeros(self._sizes[name], dtype=torch.float64)
+        real = buffer.real if buffer.is_complex() else buffer  # complex ones do not change, or _agree says so
+        return real.reshape(-1).double()
 
     def _agree(self) -> None:
         """All ranks learn which buffers change, and whether integer ones do so alike."""
         record = json.dumps(self._ordered(self._changed)).encode()
         changed = [json.loads(part) for part in self.group.gather_bytes(record)]
-        self.changing = self._ordered({name for part in changed for name in part})
+        self.changing = self._ordered({name for part in changed for name in part} - self._renewed)
         self._base = {name: self._base[name] for name in self.changing}
-        for name in self.changing if self.width else ():
+        shared = self.shards > 1 or self.group.world_size > 1 or self._plan.micro_batches > 1
+        for name in self.changing if shared else ():
             if self.buffers[name].is_complex():
                 raise UsageError(
                     f"buffers that change are expected to be real where shards share them, but {name} is complex",
@@ -207,7 +229,7 @@ class BufferCombiner:
             return {}
         rows = torch.stack(self._integers).cpu().long()
         names = [name for name in self._names if self._is_integer(name)]
-        columns = zip(names, rows.split([self.buffers[name].numel() for name in names], dim=1), strict=True)
+        columns = zip(names, rows.split([self._sizes[name] for name in names], dim=1), strict=True)
         return {name: column.unique(dim=0).tolist() for name, column in columns if name in (self.changing or [])}
 
     def _is_integer(self, name: str) -> bool:

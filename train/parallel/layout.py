@@ -12,6 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from samestep.launcher.contract import UsageError
+
+
+def dense(name: str, gradient: Tensor) -> Tensor:
+    """The gradient, which has to have all its elements.
+
+    Raises:
+        UsageError: it is sparse.
+    """
+    if gradient.layout != torch.strided:
+        raise UsageError(
+            f"gradients are expected to be dense, but that of {name} is {gradient.layout}",
+            "build the layer with sparse=False",
+        )
+    return gradient
+
 
 def flat(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
     """One gradient after the other, each laid out as its parameter: real, of shape (numbers,)."""

@@ -4,8 +4,8 @@ Earlier shards of a rank run on the raw module through `torch.autograd.grad`, wh
 asleep. The last one runs through DistributedDataParallel, whose communication hook adds the pending partial sums and
 exchanges bucket by bucket while backward goes on. Where one shard is all there is, its gradient is the sum and plain
 backward leaves it. A shard that runs in several parts adds up their gradients from left to right, in the same ways.
-Where some rank has nothing to do in a step, and in the first step (which finds out whether parameters stay unused), all
-shards take the first way and the exchange follows backward; the bits are the same.
+Where some rank has nothing to do in a step, layers begin or end to train, or parameters may stay unused for all that is
+known (the first step), all shards take the first way and the exchange follows backward; the bits are the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import GradBucket
 
-from samestep.launcher.contract import UsageError
 from samestep.train.parallel.bucket_flights import BucketFlights
 from samestep.train.parallel.exchange import Exchange, present_roots
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import CompressionHook
-from samestep.train.parallel.layout import flat, like, numbers, views
+from samestep.train.parallel.layout import dense, flat, like, numbers, views
 from samestep.train.parallel.missing_gradients import incomplete_backward, refuse_reentrant_checkpoints, require_some
 from samestep.train.parallel.replica import replicate
 from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
+from samestep.train.parallel.used import anywhere
 
 Gradients = list[Tensor]
 
@@ -63,6 +63,7 @@ class GradientReducer:
         self._done: Callable[[], None] = lambda: None  # told when this rank's gradients are computed
         self.flights = BucketFlights()
         self._replica: nn.Module | None = None
+        self._former: nn.Module | None = None  # until the end of a step in which layers begin or end to train
         self._train([p.requires_grad for p in self._every.values()])
 
     def _train(self, trained: list[bool]) -> None:
@@ -71,9 +72,8 @@ class GradientReducer:
         named = [pair for pair, trains in zip(self._every.items(), trained, strict=True) if trains]
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._position = {id(p): index for index, p in enumerate(self.parameters)}
-        if self._replica is not None:
-            self._replica, self.overlaps = None, False
-            self._accelerator.free_memory()  # holds it too, and its hooks would go on
+        if self._replica is not None:  # this step's forward may have been through it
+            self._former, self._replica, self.overlaps = self._replica, None, False
 
     # One step: begin, then for each owned shard module and backward, then finish.
 
@@ -129,7 +129,7 @@ class GradientReducer:
         for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             self._used[index] |= gradient is not None
             self._skipped |= gradient is None
-            leaf.append(self._absent(parameter) if gradient is None else self._dense(index, gradient))
+            leaf.append(self._absent(parameter) if gradient is None else dense(self.names[index], gradient))
         self._leaf = leaf if self._leaf is None else _add(self._leaf, leaf)
         if part.last:
             self._fold_of(part.shard).push(part.shard, self._leaf)
@@ -153,6 +153,9 @@ class GradientReducer:
             self._exchange_all()
         # gradients of this step must be free when the next ones are made
         self._folds, self._results, self._leaf = {}, [], None
+        if self._former is not None:
+            self._former = None
+            self._accelerator.free_memory()  # holds it too, and its hooks would go on
         if self._replica is None and self.group.world_size > 1:
             self._wrap()
         return self._left()
@@ -185,10 +188,14 @@ class GradientReducer:
                 parameter.grad = view if used[i] else None
 
     def _used_anywhere(self) -> list[bool]:
-        bits = torch.tensor(self._used, dtype=torch.uint8, device=self.parameters[0].device)
-        used: list[bool] = self.group.gather(bits).any(0).tolist()
+        device = self.parameters[0].device
+        trained, used = anywhere(self.group, self._trained, self._used, device, ran=bool(self.mine))
+        if trained != self._trained:
+            self._train(trained)
+            for parameter, trains in zip(self._every.values(), trained, strict=True):
+                parameter.requires_grad_(trains)
         if self._find_unused is None:
-            skipped = torch.tensor([self._skipped], dtype=torch.uint8, device=bits.device)
+            skipped = torch.tensor([self._skipped], dtype=torch.uint8, device=device)
             self._find_unused = bool(self.group.gather(skipped).any())
         return used
 
@@ -266,7 +273,7 @@ class GradientReducer:
         if any(gradient.layout != torch.strided for gradient in gradients):
             for index, parameter in enumerate(self.parameters):
                 if parameter.grad is not None:
-                    self._dense(index, parameter.grad)
+                    dense(self.names[index], parameter.grad)
         return gradients
 
     def _left(self) -> Gradients:
@@ -280,14 +287,6 @@ class GradientReducer:
     def _absent(self, parameter: Tensor) -> Tensor:
         """What stands for no gradient. With one shard plain backward adds nothing at all, and -0.0 keeps every bit."""
         return torch.full_like(parameter, -0.0) if self.shards == 1 else torch.zeros_like(parameter)
-
-    def _dense(self, index: int, gradient: Tensor) -> Tensor:
-        if gradient.layout != torch.strided:
-            raise UsageError(
-                f"gradients are expected to be dense, but that of {self.names[index]} is {gradient.layout}",
-                "build the layer with sparse=False",
-            )
-        return gradient
 
 
 # torch reads these annotations at run time, so this file does not postpone their evaluation.

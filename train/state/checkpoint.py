@@ -80,10 +80,11 @@ def commit(
         sync(temporary)
         lock.check(run_dir, fence)
         if final.exists():
-            if not manifest.verify(final) and state_digest(final) == state_digest(temporary):
+            damaged = manifest.verify(final)
+            if not damaged and state_digest(final) == state_digest(temporary):
                 _remove(temporary)
                 return final
-            set_aside(final, "superseded")
+            set_aside(final, "corrupt" if damaged else "superseded")
         temporary.rename(final)
     except BaseException:
         _remove(temporary)

@@ -7,6 +7,7 @@ keeps how the run was begun.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -138,7 +139,12 @@ def look(run_dir: RunDir, resume: str, environ: Mapping[str, str]) -> dict[str, 
 
 def _ended_with(run_dir: RunDir, step: int) -> bool:
     lines = run_dir.events.read_bytes().splitlines() if run_dir.events.exists() else []
-    return any(b'"run_finished"' in line and json.loads(line).get("steps") == step for line in lines)
+    for line in lines:
+        if b'"run_finished"' in line:
+            with contextlib.suppress(ValueError):  # half a line, of a run that was killed
+                if json.loads(line).get("steps") == step:
+                    return True
+    return False
 
 
 def cut_events(run_dir: RunDir, offset: int, step: int) -> None:

@@ -161,7 +161,10 @@ class TrainState:
             self.ema.load_state_dict(trees["ema"])
         for name, value in trees.get("buffers", {}).items():
             buffer = self.components.model.get_buffer(name)
-            if not torch.equal(buffer.cpu(), value.cpu()):  # it may be a view that can't be written to
+            if buffer.shape != value.shape and self.step:
+                raise ValueError(f"size mismatch for {name}: {tuple(value.shape)} there, {tuple(buffer.shape)} here")
+            # before the first step all are there, also masks of a batch's length, and views that can't be written to
+            if buffer.shape == value.shape and not torch.equal(buffer.cpu(), value.cpu()):
                 buffer.copy_(value)
 
     def _trees(self) -> dict[str, Any]:
