@@ -17,10 +17,10 @@ from samestep.launcher.lock import start_time
 
 def folder(base: Path | None = None) -> Path | None:
     """A folder of this process, made if it is not there; None where the system can't tell processes apart."""
-    prefix = _prefix()
-    if not prefix:
+    prefix, started = _prefix(), start_time(os.getpid())
+    if not prefix or started < 0:  # which a process that is out of descriptors can't read
         return None
-    path = (base or Path(tempfile.gettempdir())) / f"{prefix}{os.getpid()}-{start_time(os.getpid())}"
+    path = (base or Path(tempfile.gettempdir())) / f"{prefix}{os.getpid()}-{started}"
     try:
         path.mkdir(mode=0o700)  # never one that somebody else has put there
     except FileExistsError:

@@ -37,3 +37,18 @@ def test_a_folder_that_somebody_else_put_there_is_not_used(tmp_path):
     mine.rmdir()
     mine.symlink_to(tmp_path)
     assert temporary.folder(tmp_path) is None
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from samestep.launcher.temporary import folder
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+print(folder(Path(sys.argv[1])))
+"""
+
+
+def test_a_process_out_of_descriptors_makes_no_folder_that_nobody_could_tell_from_that_of_a_living_one(tmp_path):
+    shown = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert shown.stdout == "None\n"
+    assert list(tmp_path.iterdir()) == []
