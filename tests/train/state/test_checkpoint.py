@@ -72,7 +72,7 @@ def test_another_state_of_the_same_step_is_set_aside_and_the_same_one_stays_as_i
     (folder / "state.json").write_text("{}")
     commit(other, run_dir, generation=1, keep=2)
     assert manifest.verify(folder) == ""
-    assert names(run_dir) == ["step-00000007", "step-00000007.superseded", "step-00000007.superseded-2"]
+    assert names(run_dir) == ["step-00000007", "step-00000007.corrupt", "step-00000007.superseded"]
 
 
 def test_views_of_one_storage_can_be_saved(run_dir: RunDir) -> None:
