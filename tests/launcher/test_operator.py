@@ -59,10 +59,14 @@ def test_stubborn_ranks_get_the_time_that_was_given_and_no_more(samestep):
     assert all_gone(samestep)
 
 
-def test_ranks_that_saved_before_leaving_are_believed(samestep):
+@pytest.mark.parametrize(("trains", "code"), [(True, 75), (False, 143)])
+def test_ranks_that_saved_before_leaving_are_believed_where_they_train_with_us(samestep, trains, code):
+    if trains:
+        (samestep.cwd / "runs" / "actor").mkdir(parents=True)
+        (samestep.cwd / "runs" / "actor" / "config.json").write_text("{}")
     process = samestep.start_acting("*=exit-on-term:75,wait")
     process.terminate()
-    assert samestep.finish(process, time.monotonic()).code == 75
+    assert samestep.finish(process, time.monotonic()).code == code
 
 
 def test_ranks_die_with_a_killed_launcher(samestep):

@@ -18,7 +18,15 @@ pytestmark = pytest.mark.timeout(120)
 FLAGS = ("--shards", 4, "--threads", 1)
 
 
-@pytest.mark.parametrize("flags", [(), ("--clip-grad-norm", 0.01), ("--micro-batches", 2), ("--unused",)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--clip-grad-norm", 0.01),
+        ("--micro-batches", 2, "--unused"),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("--unused",), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", ["channels last", "turned"])
 def test_gradients_reach_the_elements_that_they_belong_to(trained: Any, case: str, flags: tuple[Any, ...]) -> None:
     """DDP lays its buckets out as a parameter lies in memory, and shows them to hooks as if all lay row by row."""
@@ -27,9 +35,16 @@ def test_gradients_reach_the_elements_that_they_belong_to(trained: Any, case: st
     assert runs[2].bits == runs[0].bits
 
 
-@pytest.mark.parametrize("unused", ["--unused", "--no-unused"])
 @pytest.mark.parametrize("case", ["thaws", "freezes"])
-@pytest.mark.parametrize("shards", [4, 2])
+@pytest.mark.parametrize(
+    ("shards", "unused"),
+    [
+        (4, "--unused"),
+        (2, "--no-unused"),
+        pytest.param(4, "--no-unused", marks=pytest.mark.slow),
+        pytest.param(2, "--unused", marks=pytest.mark.slow),
+    ],
+)
 def test_a_layer_may_begin_and_end_to_train_on_the_way(trained: Any, shards: int, case: str, unused: str) -> None:
     """On 4 ranks with 2 shards two never run a forward, so they have to be told."""
     flags = ("--shards", shards, "--threads", 1, "--case", case, unused)
