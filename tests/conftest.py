@@ -6,9 +6,11 @@ import functools
 import hashlib
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,15 @@ def rank_server() -> Iterator[RankServer]:
     server = RankServer()
     yield server
     server.close()
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[int], None]]:
+    """`limit(n)`: from now on no file of this process gets larger than n bytes."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 @functools.cache

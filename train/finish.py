@@ -27,7 +27,6 @@ def close(run: Run, run_dir: RunDir, member: Membership) -> str:
             ExitCode.FAILED,
         ) from None
     start.on_rank_zero(lambda: _export(run, run_dir.path / "weights.safetensors"), member)
-    run.saver.close()
     return digest
 
 

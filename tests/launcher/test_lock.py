@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import resource
 import signal
 import socket
 from dataclasses import replace
@@ -91,15 +90,6 @@ def test_no_two_owners_get_the_same_generation_however_late_the_first_one_lets_g
     second = RunLock(run_dir)
     assert (first.generation, second.generation) == (2, 3)
     second.release()
-
-
-@pytest.fixture
-def limit():
-    """`limit(n)`: from now on no file of this process gets larger than n bytes."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_lock_that_does_not_fit_on_the_disk_is_nobodys_and_a_restart_keeps_its_generation(run_dir, limit):

@@ -74,9 +74,6 @@ class Saver:
         """Nothing to wait for."""
         return True
 
-    def close(self) -> None:
-        """Nothing to end."""
-
 
 class CopyBuffers:
     """Host copies of a snapshot's tensors, kept from save to save: only the first clone costs page faults.
@@ -155,10 +152,6 @@ class WritingSaver(Saver):
         where = (self.run_dir, self.generation, self.keep, protected, self.fence)
         written = self._thread.submit(self._write, snapshot, *where)
         self._writing = (state.step, time.perf_counter() - begin, written)
-
-    def close(self) -> None:
-        """End the thread; nothing is saved any more."""
-        self._thread.shutdown(wait=False)
 
     def _write(self, *what: Any) -> Path:
         self._copies.wait()

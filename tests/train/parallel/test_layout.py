@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
+from samestep.train.parallel.exchange import TreeExchange
+from samestep.train.parallel.group import SoloGroup
 from samestep.train.parallel.layout import flat, like, numbers, views
+from samestep.train.parallel.reduction import GradientReducer
+from samestep.train.parallel.shards import StepPlan
 
 FORMS: dict[str, Tensor] = {
     "rows": torch.randn(3, 4),
@@ -47,3 +52,16 @@ def test_elements_lie_as_in_the_parameters_own_memory(name: str) -> None:
     turned = like(parameter.contiguous(), parameter)
     assert torch.equal(turned, parameter)
     assert torch.equal(turned.as_strided((parameter.numel(),), (1,)), memory)
+
+
+def test_sums_over_shards_on_one_rank_lie_as_their_parameter_does() -> None:
+    """As after plain backward and in DDP's buckets: a norm over them adds up in the order of their memory."""
+    model = nn.ParameterList([FORMS["channels last"].clone()])
+    reducer = GradientReducer(model, Accelerator(cpu=True), SoloGroup(), TreeExchange(0, 1, 2), 2, None)
+    plan = StepPlan(0, 0, 0, 4, 2)
+    reducer.begin(plan)
+    for shard in (0, 1):
+        (part,) = plan.parts(shard)
+        reducer.backward(part, (model[0] * torch.randn(4, 3, 2, 2)).sum(), torch.ones(()), lambda: None)
+    (gradient,) = reducer.finish()
+    assert gradient.stride() == model[0].stride()

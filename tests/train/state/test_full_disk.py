@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import resource
-import signal
 import subprocess
 from pathlib import Path
 
@@ -20,15 +18,6 @@ from samestep.train.state.export import export_weights
 from samestep.train.state.resume import cut_events
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "small.py"
-
-
-@pytest.fixture
-def limit():
-    """`limit(n)`: from now on no file of this process gets larger than n bytes."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture
