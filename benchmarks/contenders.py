@@ -1,6 +1,6 @@
-"""The same training written in four ways: samestep, hand-written DDP, Accelerate, Lightning Fabric.
+"""The same training written in five ways: samestep, by hand with and without DDP, Accelerate, Lightning Fabric.
 
-Each is made once for a workload and gives a function that trains so many steps more. The hand-written loop is what a
+Each is made once for a workload and gives a function that trains so many steps more. The hand-written loops are what a
 careful person writes (whole-batch indexing where the data are tensors); the peers' loops are those of their guides.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -146,13 +147,25 @@ def samestep(workload: Workload, member: Membership, folder: Path, **more: Any) 
     return train
 
 
-def hand_written(workload: Workload, member: Membership, folder: Path) -> Steps:
+def hand_written_ddp(workload: Workload, member: Membership, folder: Path) -> Steps:
+    """The script for any number of ranks, which makes DDP on a single one too."""
     components = workload.make()
+    if not dist.is_initialized():  # samestep needs no group for one rank
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    wrapped = components.model.to(member.device)
+    model = DistributedDataParallel(wrapped, gradient_as_bucket_view=True, broadcast_buffers=False)
+    leave.end_hard(model)
+    return _by_hand(workload, components, model, member)
+
+
+def hand_written(workload: Workload, member: Membership, folder: Path) -> Steps:
+    """The script for one rank: no DDP."""
+    components = workload.make()
+    return _by_hand(workload, components, components.model.to(member.device), member)
+
+
+def _by_hand(workload: Workload, components: Components, model: Any, member: Membership) -> Steps:
     rank, world_size = member.group.rank, member.group.world_size
-    model: Any = components.model.to(member.device)
-    if world_size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        leave.end_hard(model)
     optimizer, scheduler = components.optimizer, components.scheduler
     data: Any = components.train_data
 

@@ -24,7 +24,8 @@ from typing import Any
 import blocks
 
 HERE = Path(__file__).resolve().parent
-LOOPS = ("hand-written", "samestep", "accelerate", "fabric")
+LOOPS = ("hand-written DDP", "samestep", "accelerate", "fabric")
+PLAIN = "without DDP"
 WORKLOADS = ("MLP 0.2 ms", "MLP 1 ms", "MLP 5 ms", "digits CNN", "char LM")
 GPU = "On a GPU"  # left out where there is none
 GPU_WORKLOADS = ("MLP 0.2 ms", "MLP 5 ms", "digits CNN", "char LM", "transformer 85M")
@@ -70,14 +71,19 @@ def seed_job(quick: bool) -> Lines:
 
 
 def loop_overhead(quick: bool) -> Lines:
-    lines = ["Milliseconds a step and ratio to hand-written DDP, one thread a rank.", ""]
-    lines += [f"| Workload | Ranks | {' | '.join(LOOPS)} |", "|" + "---|" * (2 + len(LOOPS))]
+    lines = [
+        "Milliseconds a step and ratio to hand-written DDP, one thread a rank. A script for any number of ranks has",
+        "DDP on one rank too, which would not need it; the last column is the same loop without.",
+        "",
+    ]
+    columns = (*LOOPS, PLAIN)
+    lines += [f"| Workload | Ranks | {' | '.join(columns)} |", "|" + "---|" * (2 + len(columns))]
     scaling: dict[str, dict[int, dict[str, Any]]] = {}
     for name in WORKLOADS[:1] if quick else WORKLOADS:
         for count in (1, 2):
             row = ranks(count, "loop_overhead", name, 5 if quick else 11)["loops"]
             scaling.setdefault(name, {})[count] = row
-            cells = [f"{row[loop]['ms']:g} ms, {_ratio(row[loop])}" for loop in LOOPS]
+            cells = [f"{row[loop]['ms']:g} ms, {_ratio(row[loop])}" if loop in row else "-" for loop in columns]
             lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
     lines += ["", "Scaling: steps a second at 2 ranks over 1 rank, the same global batch.", ""]
     lines += [f"| Workload | {' | '.join(LOOPS)} |", "|" + "---|" * (1 + len(LOOPS))]
@@ -149,13 +155,17 @@ def checkpoint_stall(_quick: bool, device: str = "cpu") -> Lines:
 
 
 def on_a_gpu(quick: bool) -> Lines:
-    lines = ["Milliseconds a step and ratio to a hand-written loop that copies from pinned memory; one rank.", ""]
-    lines += [f"| Workload | {' | '.join(LOOPS)} |", "|" + "---|" * (1 + len(LOOPS))]
+    lines = [
+        "Milliseconds a step and ratio to a hand-written loop that copies from pinned memory; one rank, no DDP.",
+        "",
+    ]
+    columns = ("hand-written", *LOOPS[1:])
+    lines += [f"| Workload | {' | '.join(columns)} |", "|" + "---|" * (1 + len(columns))]
     device = ""
     for name in GPU_WORKLOADS[:1] if quick else GPU_WORKLOADS:
         row = script("loop_overhead", name, 5 if quick else 7, "cuda")
         device, loops = row["device"], row["loops"]
-        cells = [f"{loops[loop]['ms']:g} ms, {_ratio(loops[loop])}" for loop in LOOPS]
+        cells = [f"{loops[loop]['ms']:g} ms, {_ratio(loops[loop])}" for loop in (PLAIN, *LOOPS[1:])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     workers = "Seconds of 500 steps of the digits and ratio to the best fixed number of loader workers; above it is 0."
     lines += ["", workers, "", *_choices(("digits",), 3, 500, "cuda")]
