@@ -27,7 +27,7 @@ from samestep.launcher.contract import RunDir
 from samestep.train import Components, TrainConfig, leave, supervised
 from samestep.train.assemble import Setting, assemble
 from samestep.train.loop import run_to_the_end
-from samestep.train.parallel.group import Membership
+from samestep.train.parallel.join import Membership
 from samestep.train.state.saver import Saver
 
 Steps = Callable[[int], None]

@@ -26,7 +26,7 @@ from samestep.train import Components, TrainConfig, environment, supervised
 from samestep.train.assemble import Setting, assemble
 from samestep.train.data.sampler import epoch_plans
 from samestep.train.observe.guards.watch import FIRST_STEPS
-from samestep.train.parallel.group import Membership, join
+from samestep.train.parallel.join import Membership, join
 
 SIZES = {"small": (64, 256, 64), "large": (512, 2048, 256)}  # features, width, global batch
 ROUNDS = 25

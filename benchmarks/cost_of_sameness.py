@@ -30,7 +30,8 @@ from samestep.launcher.contract import RunDir
 from samestep.train import Components, TrainConfig, environment, leave, supervised
 from samestep.train.assemble import Setting, assemble
 from samestep.train.data.sampler import epoch_plans
-from samestep.train.parallel.group import Membership, RankGroup, join, pick_device
+from samestep.train.parallel.group import RankGroup
+from samestep.train.parallel.join import Membership, join, pick_device
 
 # features, width, global batch, steps a round; "heavy" is the one where computing is most of a step on 2 cores
 SIZES = {"small": (64, 256, 64, 100), "large": (512, 2048, 256, 20), "heavy": (512, 2048, 2048, 3)}

@@ -32,7 +32,7 @@ from contenders import (
 
 from samestep.launcher import who_started
 from samestep.train import environment, leave
-from samestep.train.parallel.group import join, pick_device
+from samestep.train.parallel.join import join, pick_device
 
 DDP, PLAIN = "hand-written DDP", "without DDP"
 PEERS = {"samestep": samestep, "accelerate": accelerate_loop, "fabric": fabric_loop}

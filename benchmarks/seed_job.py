@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from samestep.launcher import who_started
 from samestep.train import Components, environment, leave
-from samestep.train.parallel.group import join, pick_device
+from samestep.train.parallel.join import join, pick_device
 
 BATCH = 32
 MAKE = recipe("seed_linear", "SeedConfig")

@@ -31,7 +31,7 @@ from samestep.launcher.contract import RunDir
 from samestep.train import Components, TrainConfig, environment, supervised
 from samestep.train.assemble import Setting, assemble
 from samestep.train.loop import run_to_the_end
-from samestep.train.parallel.group import Membership, join, pick_device
+from samestep.train.parallel.join import Membership, join, pick_device
 from samestep.train.state.saver import Saver
 
 SECONDS, BATCH = 0.005, 8

@@ -36,8 +36,9 @@ from samestep.train.parallel.agreement import PACE_SECONDS, Agreement, exchange_
 from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
 from samestep.train.parallel.exchange import BackendExchange, Exchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
-from samestep.train.parallel.group import Group, Membership
+from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import compression_hook
+from samestep.train.parallel.join import Membership
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shared_memory_exchange import ArenaExchange
 from samestep.train.parallel.step_sums import step_sums

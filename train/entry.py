@@ -34,7 +34,7 @@ from samestep.train.finish import close, goodput
 from samestep.train.loop import Run
 from samestep.train.micro_batches import Agreed
 from samestep.train.observe import profile, trackers
-from samestep.train.parallel.group import Membership, join, pick_device
+from samestep.train.parallel.join import Membership, join, pick_device
 from samestep.train.progress import Progress
 from samestep.train.recipe import Components
 from samestep.train.signals import StopSignals

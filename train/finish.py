@@ -11,7 +11,7 @@ from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.digest import file_digest
 from samestep.train import start
 from samestep.train.loop import Run
-from samestep.train.parallel.group import Membership
+from samestep.train.parallel.join import Membership
 from samestep.train.state.export import export_weights
 
 

@@ -13,7 +13,7 @@ from samestep.launcher.contract import RunDir
 from samestep.train import start
 from samestep.train.finite import BadStep, RewindError
 from samestep.train.loop import Run, run_to_the_end
-from samestep.train.parallel.group import Membership
+from samestep.train.parallel.join import Membership
 
 
 def run_with_rewinds(run: Run, member: Membership, run_dir: RunDir) -> None:

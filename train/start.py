@@ -25,7 +25,7 @@ from samestep.train.config import TrainConfig, plain
 from samestep.train.fused import fused_hint
 from samestep.train.loop import Run
 from samestep.train.observe.memory import memory_at_start
-from samestep.train.parallel.group import Membership
+from samestep.train.parallel.join import Membership
 from samestep.train.state import checkpoint
 from samestep.train.state.resume import is_elsewhere, look
 

@@ -9,7 +9,7 @@ import torch
 
 from samestep.launcher import who_started
 from samestep.train.leave import end_hard
-from samestep.train.parallel.group import join, pick_device
+from samestep.train.parallel.join import join, pick_device
 
 if __name__ == "__main__":
     env = who_started.worker(os.environ)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from samestep.train.parallel import group
+from samestep.train.parallel import join
 
-vars(group)["open_arena"] = lambda *_: None
+vars(join)["open_arena"] = lambda *_: None
 vars(torch.cuda)["stream"] = None  # ranks that compute on a CPU do not start CUDA on a machine that has it
 
 if __name__ == "__main__":

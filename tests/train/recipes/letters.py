@@ -5,7 +5,7 @@ import os
 import torch
 
 from samestep.launcher import who_started
-from samestep.train.parallel.group import join, pick_device
+from samestep.train.parallel.join import join, pick_device
 from samestep.train.parallel.shared_memory import LETTER_BYTES
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from samestep.launcher import who_started
 from samestep.train.observe.tally import StepTally
 from samestep.train.parallel.exchange import BackendExchange, Exchange, TreeExchange
-from samestep.train.parallel.group import join, pick_device
+from samestep.train.parallel.join import join, pick_device
 from samestep.train.parallel.shard_sums import ShardSums
 from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Weighted

@@ -1,0 +1,209 @@
+"""How a rank joins: its device, the store where ranks meet, the process group.
+
+Joining goes through accelerate, which picks device and backend; below `samestep run` the store is made first, on a
+socket that the launcher bound to loopback.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
+
+from samestep.launcher.contract import (
+    ENV_JOIN_TIMEOUT,
+    ENV_PDB,
+    ENV_STORE_ADDR,
+    ENV_STORE_FD,
+    ENV_STORE_PORT,
+    UsageError,
+    WorkerEnv,
+)
+from samestep.train.parallel.group import Group, RankGroup, SoloGroup
+from samestep.train.parallel.meet import meet
+from samestep.train.parallel.shared_memory import Arena, open_arena
+
+_PATIENCE = dt.timedelta(minutes=30)  # that collectives may take
+_LOOKED_AT = dt.timedelta(days=7)  # the same, while somebody looks at one of the ranks
+JOIN_SECONDS = 120.0  # where no launcher of ours says how long
+
+
+class JoinTimeoutError(Exception):
+    """Some ranks never came; `missing` are their numbers."""
+
+    def __init__(self, missing: list[int], seconds: float) -> None:
+        self.missing = missing
+        ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+        super().__init__(f"{ranks} did not join within {seconds:g} s")
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Result of joining."""
+
+    env: WorkerEnv
+    group: Group
+    accelerator: Accelerator
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        device: torch.device = self.accelerator.device
+        return device
+
+
+def pick_device(wanted: str, env: WorkerEnv) -> torch.device:
+    """Device of this rank for `--device`.
+
+    Raises:
+        UsageError: no such device here, or not enough of them for the ranks of this node.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind = ("cuda" if available else "cpu") if wanted == "auto" else wanted
+    try:
+        device = torch.device(kind)
+    except RuntimeError:
+        raise UsageError(f"--device is expected to be auto, cpu, cuda or cuda:N, but is {wanted}") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UsageError(f"--device is expected to be auto, cpu, cuda or cuda:N, but is {wanted}")
+    indexed = device.index is not None  # torch's types say that it always is
+    if indexed and env.world_size > 1:
+        raise UsageError(
+            f"--device is expected to name no index with {env.world_size} ranks, but is {wanted}",
+            "set CUDA_VISIBLE_DEVICES, and pass --device cuda",
+        )
+    index = device.index if indexed else env.local_rank
+    if index >= available:
+        raise UsageError(
+            f"--device {wanted} needs CUDA device {index} for local rank {env.local_rank}, but {available} are visible",
+            "start fewer ranks, or pass --device cpu",
+        )
+    return torch.device("cuda", index)
+
+
+def join(
+    env: WorkerEnv, device: torch.device, run_dir: Path | None = None, environ: MutableMapping[str, str] = os.environ
+) -> Membership:
+    """Become one rank of the run; `run_dir` is where ranks meet that were given no address.
+
+    Raises:
+        UsageError: the world that was joined is not the one the environment asks for.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if env.world_size > 1 and environ.get(ENV_STORE_PORT):
+        _init_group(env, device, _launchers_store(env, environ), environ)
+    elif env.world_size > 1 and env.job and not env.master_addr and run_dir is not None:
+        store, published = meet(env, run_dir, environ, dt.timedelta(seconds=JOIN_SECONDS))
+        _init_group(env, device, store, environ)
+        published.unlink(missing_ok=True)  # all ranks have met
+    warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the threads are ours to set
+    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    if accelerator.num_processes != env.world_size or accelerator.process_index != env.rank:
+        raise UsageError(
+            f"the process group is expected to be rank {env.rank} of {env.world_size}, "
+            f"but is rank {accelerator.process_index} of {accelerator.num_processes}",
+            "unset ACCELERATE_* variables that contradict the launcher",
+        )
+    if device.type == "cpu":
+        # accelerate's is cpu:0 with several ranks, to torch another device: what is moved is copied, and shared no more
+        accelerator.state.device = PartialState().device = torch.device("cpu")
+    if env.world_size == 1:
+        return Membership(env, SoloGroup(), accelerator)
+    group = RankGroup(env.rank, env.world_size, device)
+    if device.type == "cpu":
+        patience = _LOOKED_AT if environ.get(ENV_PDB) else _PATIENCE
+        group.arena = _arena(dist.group.WORLD, group, int(patience.total_seconds()))
+    return Membership(env, group, accelerator)
+
+
+_arenas: dict[object, Arena | None] = {}
+
+
+def _arena(process_group: object, group: RankGroup, patience: int) -> Arena | None:
+    """One for each process group, however often it is joined. A collective."""
+    if process_group not in _arenas:
+        _arenas[process_group] = open_arena(group, patience)
+    return _arenas[process_group]
+
+
+def _launchers_store(env: WorkerEnv, environ: MutableMapping[str, str]) -> dist.Store:
+    """Rank zero serves the store on the socket it inherited: no port is ever bound twice or beyond what was chosen."""
+    seconds = float(environ.get(ENV_JOIN_TIMEOUT) or JOIN_SECONDS)
+    listen_fd = int(environ[ENV_STORE_FD]) if env.rank == 0 and environ.get(ENV_STORE_FD) else None
+    store = _within(
+        seconds,
+        lambda: dist.TCPStore(
+            environ.get(ENV_STORE_ADDR) or "127.0.0.1",
+            int(environ[ENV_STORE_PORT]),
+            env.world_size,
+            is_master=env.rank == 0,
+            timeout=dt.timedelta(seconds=seconds),
+            wait_for_workers=False,
+            master_listen_fd=listen_fd,
+        ),
+    )
+    if store is None:
+        raise JoinTimeoutError([0], seconds)
+    _await_all(store, env, seconds)
+    return store
+
+
+def _init_group(env: WorkerEnv, device: torch.device, store: dist.Store, environ: Mapping[str, str]) -> None:
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=_LOOKED_AT if environ.get(ENV_PDB) else None,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _within(seconds: float, connect: Callable[[], dist.TCPStore]) -> dist.TCPStore | None:
+    """The store; None if rank zero does not serve it in time.
+
+    The socket is open before rank zero comes, so connecting succeeds, and torch's client then waits for an answer
+    without regard to its timeout: on a thread, which an exit does not wait for.
+    """
+    answer: queue.SimpleQueue[dist.TCPStore | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(connect())
+        except Exception as error:  # noqa: BLE001 (raised where it is waited for)
+            answer.put(error)
+
+    threading.Thread(target=ask, name="store", daemon=True).start()
+    try:
+        got = answer.get(timeout=seconds)
+    except queue.Empty:
+        return None
+    if isinstance(got, Exception):
+        raise got
+    return got
+
+
+def _await_all(store: dist.Store, env: WorkerEnv, seconds: float) -> None:
+    """Return when every rank is at the store: what follows would wait for an absent one for half an hour."""
+    names = [f"samestep/joined/{rank}" for rank in range(env.world_size)]
+    store.set(names[env.rank], "")
+    try:
+        store.wait(names, dt.timedelta(seconds=seconds))
+    except dist.DistStoreError as error:
+        missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+        if not missing:
+            return
+        raise JoinTimeoutError(missing, seconds) from error
