@@ -124,3 +124,17 @@ def test_a_folder_without_a_run_is_refused_with_a_hint(tmp_path):
     with pytest.raises(UsageError, match="expected to be a run directory with events") as error:
         read(RunDir(tmp_path))
     assert "--run-dir" in error.value.hint
+
+
+def test_times_of_ranks_of_a_run_that_begins_in_the_middle_are_those_of_its_steps(made):
+    loads = {"rank_seconds": {phase: [1.0, 2.0] for phase in made.step(1)["seconds"]}}
+    start = made.events(0, finish=False)
+    resumed = {"event": "resumed", "time": 1000.0, "step": 100, "epoch": 3, "checkpoint": "step-00000100"}
+    history = folded([*start, resumed, made.step(101), made.step(102, **loads)])
+    assert (history.ranks.since_step, history.ranks.steps) == (101, 2)
+    assert history.ranks.seconds["data"] == [2.0, 4.0]
+
+
+def test_a_step_without_weight_is_not_one_that_was_not_finite(made):
+    history = folded([made.step(1), made.step(2, loss=None, weightless=True), made.step(3, loss=None)])
+    assert [place.step for place in history.broken] == [3]
