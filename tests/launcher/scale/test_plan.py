@@ -61,6 +61,27 @@ def test_starts_that_do_not_tell_their_ranks_are_left_out(run_dir):
         measured(RunDir(run_dir))
 
 
+def test_times_are_those_of_the_number_of_ranks_that_is_told(run_dir):
+    events = run_dir / "events.jsonl"
+    text = events.read_text().rpartition("\n")[0] + "\n"
+    slower = {"event": "step", "time": 20.0, "samples": 32, "seconds": phases(forward=0.08)}
+    events.write_text(text + json.dumps({"event": "restarted", "world_size": 1}) + "\n")
+    assert measured(RunDir(run_dir)).ranks == 2, "no step was made on one rank yet"
+    with events.open("a") as file:
+        file.write(json.dumps(slower) + "\n")
+    found = measured(RunDir(run_dir))
+    assert (found.ranks, found.forward, found.samples) == (1, 0.08, 672)
+
+
+def test_json_is_json_also_where_nothing_ever_ends():
+    said: list[str] = []
+    for hours in ("0.00001", "1e308"):
+        assert plan([*GIVEN, "--json", "--rank-hours", hours], said.append) == 0
+    hopeless, endless = (json.loads(text, parse_constant=pytest.fail)["rows"][0] for text in said)
+    assert (hopeless["goodput"], hopeless["days"]) == (0.0, None)
+    assert (endless["goodput"], endless["mttf"], endless["checkpoint_every"]) == (1.0, None, None)
+
+
 def rows_of(*words: str) -> dict:
     said: list[str] = []
     assert plan([*words, "--json"], said.append) == 0
@@ -123,6 +144,7 @@ def test_numbers_of_ranks(text, numbers):
         ([*GIVEN, "--plot", "/proc/nosuch/x.svg"], "--plot is expected to be writable"),
         ([*GIVEN, "--scaling", "medium"], "medium"),
         ([*GIVEN, "--weights-mb", "0"], "--weights-mb is expected"),
+        ([*GIVEN, *"--forward-ms 0 --backward-ms 0 --optimizer-ms 0".split()], "expected to add up to more than 0"),
         ([*GIVEN, "--bandwith", "1"], "did you mean --bandwidth?"),
     ],
 )
