@@ -89,6 +89,7 @@ def _rest_of_epoch(run: Run) -> None:
         state.advance(plan)
 
         # --- what is due after it
+        run.saver.tell(run.reporter)
         epoch_done, last = state.cursor == run.sampler.samples, state.step >= max_steps
         evaluate, due = _evaluation_due(run, epoch_done), run.saver.due(state.step) or last
         if state.step % config.log_every == 0 or epoch_done or evaluate or due:
