@@ -12,12 +12,16 @@ from samestep.launcher import manifest
 from samestep.launcher.contract import OPTIMIZER, WEIGHTS, RunDir, UsageError
 
 Step = Mapping[str, Any]
+_OWN = ("data", "forward", "backward", "optimizer")  # phases in which a rank does not wait for others
 _WARM_UP = 0.1  # share of the first steps, which allocate and choose kernels
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a run says of itself; None where it does not. Times in seconds, sizes in bytes."""
+    """What a run says of itself; None where it does not. Times in seconds, of the slowest rank; sizes in bytes.
+
+    `optimizer` includes what the loop does between two steps.
+    """
 
     batch: int
     ranks: int
@@ -52,13 +56,14 @@ def measured(run_dir: RunDir) -> Measured:
     ranks, alike = _newest_size(run_dir, events)
     warm = alike[int(len(alike) * _WARM_UP) :]
     weights, state = _sizes(run_dir)
+    slow, between = _slowest(warm)
     return Measured(
         batch=round(statistics.median(step["samples"] for step in warm)),
         ranks=ranks,
-        data=_phase(warm, "data"),
-        forward=_phase(warm, "forward"),
-        backward=_phase(warm, "backward"),
-        optimizer=_phase(warm, "optimizer"),
+        data=_phase(warm, "data") * slow["data"],
+        forward=_phase(warm, "forward") * slow["forward"],
+        backward=_phase(warm, "backward") * slow["backward"],
+        optimizer=_phase(warm, "optimizer") * slow["optimizer"] + between,
         weights=weights,
         state=state,
         samples=sum(step["samples"] for step in steps),
@@ -96,6 +101,18 @@ def _parsed(text: str) -> Iterator[Step]:
 
 def _phase(steps: Sequence[Step], name: str) -> float:
     return statistics.median(float(step["seconds"].get(name, {}).get("mean", 0.0)) for step in steps)
+
+
+def _slowest(steps: Sequence[Step]) -> tuple[dict[str, float], float]:
+    """By phase: the time of the rank that is slowest in all over the mean of the ranks; and its seconds between steps."""
+    told = [step["rank_seconds"] for step in steps if isinstance(step.get("rank_seconds"), dict)]
+    if not told:
+        return dict.fromkeys(_OWN, 1.0), 0.0
+    ranks = {phase: [sum(of_rank) for of_rank in zip(*(each[phase] for each in told), strict=True)] for phase in _OWN}
+    whole = [sum(of_rank) for of_rank in zip(*ranks.values(), strict=True)]
+    worst = whole.index(max(whole))
+    ratios = {phase: sums[worst] * len(sums) / sum(sums) if sum(sums) else 1.0 for phase, sums in ranks.items()}
+    return ratios, statistics.median(each["between"][worst] if "between" in each else 0.0 for each in told)
 
 
 def _median(values: list[float]) -> float | None:

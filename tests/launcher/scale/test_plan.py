@@ -73,6 +73,19 @@ def test_times_are_those_of_the_number_of_ranks_that_is_told(run_dir):
     assert (found.ranks, found.forward, found.samples) == (1, 0.08, 672)
 
 
+def test_a_plan_for_the_measured_ranks_is_as_fast_as_the_run_whose_slowest_rank_sets_the_pace(tmp_path):
+    # rank 1 takes 80 ms in forward, rank 0 30 ms, then it waits; 10 ms lie between steps
+    step = {"event": "step", "time": 1.0, "samples": 8, "seconds": phases(forward=0.055, backward=0.02, sync=0.025)}
+    by_rank = {"data": [0.0, 0.0], "forward": [0.03, 0.08], "backward": [0.02, 0.02], "optimizer": [0.0, 0.0]}
+    step["rank_seconds"] = by_rank | {"sync": [0.05, 0.0], "between": [0.01, 0.01]}
+    events = [{"event": "run_started", "world_size": 2}, *[step] * 20]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    (row,) = rows_of(str(tmp_path), "--ranks", "2", "--weights-mb", "1", "--latency-us", "0", "--node-latency-us", "0")[
+        "rows"
+    ]
+    assert row["samples_per_s"] == pytest.approx(8 / 0.11, rel=1e-3)
+
+
 def test_json_is_json_also_where_nothing_ever_ends():
     said: list[str] = []
     for hours in ("0.00001", "1e308"):
