@@ -131,7 +131,7 @@ def _timeline(histories: Sequence[History]) -> Chart:
         def over_time(places: Sequence[Position]) -> dict[str, Any]:
             return {"x": [short(p.seconds / unit.seconds) for p in places], "y": [p.step for p in places]}
 
-        line = {"mode": "lines", "line": {"color": ink, "width": 2}, "name": history.name}
+        line = {"mode": "lines", "line": {"color": ink, "width": 2, "shape": "hv"}, "name": history.name}
         chart.add(group | line | over_time(places))
         ticks = thin(history.checkpoints)
         if ticks:

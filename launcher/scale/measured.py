@@ -104,7 +104,7 @@ def _phase(steps: Sequence[Step], name: str) -> float:
 
 
 def _slowest(steps: Sequence[Step]) -> tuple[dict[str, float], float]:
-    """By phase: the time of the rank that is slowest in all over the mean of the ranks; and its seconds between steps."""
+    """By phase: the time of the rank that is slowest in all, over the ranks' mean; and its seconds between steps."""
     told = [step["rank_seconds"] for step in steps if isinstance(step.get("rank_seconds"), dict)]
     if not told:
         return dict.fromkeys(_OWN, 1.0), 0.0
