@@ -330,7 +330,7 @@ class WorkerFailed(TypedDict):
     time: float
     seen: float
     rank: int
-    step: int | None
+    step: int | None  # optimizer steps completed
     phase: str
     cause: str
     exit_code: int

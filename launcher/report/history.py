@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.heartbeat import where
 from samestep.launcher.report.thinning import Position, Thinner
 
 PHASES = ("data", "forward", "backward", "sync", "optimizer")
@@ -73,8 +74,8 @@ class History:
 
     @property
     def restarts(self) -> int:
-        """Starts after the first one."""
-        return max(len(self.generations) - 1, 0)
+        """Starts after the first one, also of ranks that failed before they could write that they had started."""
+        return max([0, len(self.generations) - 1, *(int(start.get("generation", 0)) for start in self.generations)])
 
     def take(self, event: Mapping[str, Any]) -> None:
         """One event, in the order of the file; unknown ones are passed over.
@@ -155,8 +156,8 @@ class History:
         self.checkpoints.append((self._place(seconds), int(event["step"])))
 
     def _failed(self, event: Mapping[str, Any], seconds: float) -> None:
-        step = "" if event["step"] is None else f"step {event['step']}"
-        place = ", ".join(filter(None, [step, str(event["phase"])]))
+        phase = str(event["phase"])
+        place = ", ".join(filter(None, [where(event["step"], phase), phase]))
         self.last = self._place(seconds)
         self._note("worker_failed", self.last, f"rank {event['rank']}{place and f' ({place})'}: {event['cause']}")
 

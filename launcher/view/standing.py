@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from samestep.launcher.heartbeat import where
+
 PHASES = ("data", "forward", "backward", "sync", "optimizer")
 _WINDOW = 100  # steps that speed, shares and the slowest rank are taken from
 _WAITING = "sync"  # the phase in which a rank waits for others: it is longest on the fastest one
@@ -142,7 +144,8 @@ class Standing:
         self.saved = int(event["step"])
 
     def _failed(self, event: Mapping[str, Any]) -> None:
-        at = f" at step {event['step']}" if event.get("step") is not None else ""
+        at = where(event.get("step"), str(event.get("phase", "")))
+        at = f" in {at}" if at.startswith("step") else f" {at}" if at else ""
         self.status, self.failure = "failed", f"rank {event['rank']} failed{at}: {event['cause']}"
 
     def _warned(self, _event: Mapping[str, Any]) -> None:

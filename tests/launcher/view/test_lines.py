@@ -46,8 +46,8 @@ def test_a_failed_run_says_why_and_whether_it_goes_on(made):
     events = made.events(60, crash_after=40)
     failed = [event["event"] for event in events].index("worker_failed")
     standing = stood(events[: failed + 1])
-    assert shown(standing, 80, running=False)[-1] == "rank 1 failed at step 40: killed by SIGKILL (signal 9)"
-    assert shown(standing, 80)[-1] == "rank 1 failed at step 40: killed by SIGKILL (signal 9); starting again"
+    assert shown(standing, 80, running=False)[-1] == "rank 1 failed in step 41: killed by SIGKILL (signal 9)"
+    assert shown(standing, 80)[-1] == "rank 1 failed in step 41: killed by SIGKILL (signal 9); starting again"
 
 
 def test_a_run_that_was_stopped_says_where_it_would_go_on(made):
