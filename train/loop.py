@@ -55,7 +55,8 @@ class Run:
             whole += -(-(samples - state.cursor) // size) - (-samples // size) * (self.config.epochs - state.epoch - 1)
         if self.config.replay is not None:
             whole = min(whole, self.config.replay)
-        return whole if self.config.max_steps is None else min(whole, self.config.max_steps)
+        whole = whole if self.config.max_steps is None else min(whole, self.config.max_steps)
+        return max(whole, self.state.step)
 
 
 def run_to_the_end(run: Run) -> None:
