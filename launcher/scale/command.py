@@ -44,7 +44,10 @@ def plan(argv: Sequence[str], say: Callable[[str], None]) -> int:
     else:
         for line in table(rows):
             say(line)
-        say(f"{title(work, config)}. Formulas and sources: samestep.launcher.scale, network.py and faults.py")
+        say(
+            f"{title(work, config)}. Without evaluations. "
+            "Formulas and sources: samestep.launcher.scale, network.py and faults.py"
+        )
     return ExitCode.DONE
 
 

@@ -116,6 +116,7 @@ def test_table_has_a_row_for_each_number_of_ranks():
     assert [int(row.split()[0]) for row in rows] == [1 << power for power in range(15)]
     assert {len(line) for line in (head, *rows)} == {len(head)}
     assert "3.09 h" in rows[-1]
+    assert "Without evaluations" in last
     assert "network.py" in last
 
 
