@@ -265,10 +265,11 @@ class Step(TypedDict):
     """One optimizer step; none is missing or repeated over restarts."""
 
     event: Literal["step"]
-    time: float
+    time: float  # when it was done
     step: int
     epoch: int
-    loss: float | None  # None: the step had no weight, or the loss was not finite (`loss_hex` tells)
+    loss: float | None  # None: it was not finite (`loss_hex` tells), or the step had no weight
+    weightless: NotRequired[bool]  # true: it had none
     loss_hex: str  # float.hex() of the objective, for comparing bits
     samples: int
     samples_per_s: float
@@ -329,7 +330,7 @@ class WorkerFailed(TypedDict):
     time: float
     seen: float
     rank: int
-    step: int | None
+    step: int | None  # optimizer steps completed
     phase: str
     cause: str
     exit_code: int

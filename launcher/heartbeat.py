@@ -73,6 +73,13 @@ class Beat:
         return self.device or (self.step, self.phase)
 
 
+def where(step: int | None, phase: str) -> str:
+    """Where a rank was that had done `step` steps: `step 8` in its eighth one, `after step 7` where it was in none."""
+    if step is None or (phase not in IN_STEP and not step):
+        return ""
+    return f"step {step + 1}" if phase in IN_STEP else f"after step {step}"
+
+
 class Board:
     """The launcher's end: one slot a rank."""
 

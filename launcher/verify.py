@@ -80,15 +80,15 @@ def ranks_of(flag: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def plan_rows(config: VerifyConfig, folder: Path) -> list[Row]:
-    """The runs to compare: one a world size, and one that stops after equal parts. Pure."""
+def plan_rows(config: VerifyConfig, folder: Path, steps: int) -> list[Row]:
+    """The runs to compare: one a world size, and one that stops after equal parts of at least a step. Pure."""
     rows = [
-        Row(((size, config.steps),), RunDir(folder / f"w{size}"))
-        for size in ranks_of("--world-sizes", config.world_sizes)
+        Row(((size, steps),), RunDir(folder / f"w{size}")) for size in ranks_of("--world-sizes", config.world_sizes)
     ]
     stops = ranks_of("--stops", config.stops)
-    if stops:
-        legs = tuple((size, config.steps * (leg + 1) // len(stops)) for leg, size in enumerate(stops))
+    ends = [steps * leg // max(1, len(stops)) for leg in range(len(stops) + 1)]
+    legs = tuple((size, ends[leg + 1]) for leg, size in enumerate(stops) if ends[leg] < ends[leg + 1])
+    if legs:
         rows.append(Row(legs, RunDir(folder / "stopped")))
     return rows
 
@@ -97,18 +97,21 @@ def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say
     """Run everything, print the table, and return 0 only if all rows are equal."""
     with ends_tidily(), tempfile.TemporaryDirectory(prefix="samestep-verify-") as temporary:
         folder = config.keep or Path(temporary)
-        rows = plan_rows(config, folder)
+        rows = plan_rows(config, folder, config.steps)
         _refuse_old_runs(rows)
         shards = config.shards or max(size for row in rows for size, _ in row.legs)
         results = []
         liveness, _life = os.pipe()  # open until this process ends
-        for row in rows:
+        for number in range(len(rows)):
+            row = rows[number]
             if not (config.json or config.quiet):
-                print(f"ranks {row.name}: {config.steps} steps ...", file=sys.stderr, flush=True)
+                print(f"ranks {row.name}: {row.legs[-1][1]} steps ...", file=sys.stderr, flush=True)
             status = _run_row(row, recipe, shards, environ, liveness)
             if status:
                 return status
             results.append(_result(row))
+            if not number:  # the recipe may end earlier: then the stops lie before that
+                rows[1:] = plan_rows(config, folder, len(losses(row)))[1:]
         differing = {row.name: first_difference(rows[0], row) for row in rows[1:]}
         if config.json:
             say(json.dumps([result | {"difference": differing.get(result["ranks"], "")} for result in results]))

@@ -25,11 +25,12 @@ from samestep.train.finite import guard as finite_guard
 from samestep.train.loop import Run
 from samestep.train.micro_batches import Agreed, MicroBatches, largest_count
 from samestep.train.moving_average import MovingAverage
+from samestep.train.observe.event_log import EventLog
 from samestep.train.observe.guards.check import Subject
 from samestep.train.observe.guards.watch import Guards, guards_for
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.phases import CudaClock, HostClock
-from samestep.train.observe.reporter import EventLog, RankZeroReporter, Reporter
+from samestep.train.observe.reporter import RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.agreement import PACE_SECONDS, Agreement, exchange_of
@@ -277,7 +278,7 @@ def _reporter(setting: Setting, sampler: SameOrderSampler) -> Reporter:
         global_batch_size=config.global_batch_size,
         log_every=config.log_every,
     )
-    rhythm = (config.global_batch_size, config.log_every)
+    rhythm = (sampler.samples, config.global_batch_size, config.log_every)
     return tracked(reporter, wanted(config.trackers), setting.run_dir.path, plain(config), rhythm)
 
 

@@ -215,7 +215,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         warnings += start.changes(config, joined.stored, environment.record(member.device))
 
     run.state.note_not_finite()
-    run.state.restarts = max(run.state.restarts, joined.generation)  # also those before the first checkpoint
+    start.count(run, found, joined.generation)
 
     # --- train
     if found.ended and run.state.step >= run.max_steps:

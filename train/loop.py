@@ -55,7 +55,8 @@ class Run:
             whole += -(-(samples - state.cursor) // size) - (-samples // size) * (self.config.epochs - state.epoch - 1)
         if self.config.replay is not None:
             whole = min(whole, self.config.replay)
-        return whole if self.config.max_steps is None else min(whole, self.config.max_steps)
+        whole = whole if self.config.max_steps is None else min(whole, self.config.max_steps)
+        return max(whole, self.state.step)
 
 
 def run_to_the_end(run: Run) -> None:
@@ -89,6 +90,7 @@ def _rest_of_epoch(run: Run) -> None:
         state.advance(plan)
 
         # --- what is due after it
+        run.saver.tell(run.reporter)
         epoch_done, last = state.cursor == run.sampler.samples, state.step >= max_steps
         evaluate, due = _evaluation_due(run, epoch_done), run.saver.due(state.step) or last
         if state.step % config.log_every == 0 or epoch_done or evaluate or due:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,6 +100,8 @@ class Found:
     ended: bool = False  # the run got to its last event with just this state
     note: str = ""  # where --resume does not come to what it says
     begun: dict[str, str] = field(default_factory=dict)  # how, for config.json
+    elsewhere: bool = False  # it is another run's
+    starts: tuple[float, ...] = ()  # times of those before this one, seconds since 1970
 
 
 def find_state(run_dir: RunDir, config: TrainConfig, member: Membership) -> Found:
@@ -109,6 +112,7 @@ def find_state(run_dir: RunDir, config: TrainConfig, member: Membership) -> Foun
     """
     seen = on_rank_zero(lambda: look(run_dir, config.resume, os.environ), member)
     found = Found(warnings=tuple(seen["warnings"]), ended=seen["ended"], note=seen["note"], begun=seen["begun"])
+    found = replace(found, elsewhere=seen["elsewhere"], starts=tuple(seen["starts"]))
     if not seen["path"]:
         return found
     folder = Path(seen["path"])
@@ -182,6 +186,15 @@ def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> None:
             f"model and optimizer are expected to fit {source}, but do not: {first}",
             "restore the code of the first launch, or start a new run with another --run-dir",
         ) from error
+
+
+def count(run: Run, found: Found, generation: int) -> None:
+    """Restarts and time of this run directory: also of starts that no checkpoint knows, and of no other run."""
+    state = run.state
+    if found.elsewhere:
+        state.restarts, state.useful_seconds, state.started_at = 0, 0.0, time.time()
+    state.restarts = max(state.restarts, generation, len(found.starts))
+    state.started_at = min(state.started_at, *found.starts, time.time())
 
 
 def changes(config: TrainConfig, stored: dict[str, Any], record: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from samestep.launcher.diagnosis.traceback_text import (
     last_exception,
     tells_of_another_rank,
 )
-from samestep.launcher.heartbeat import IN_STEP
+from samestep.launcher.heartbeat import IN_STEP, where
 from samestep.launcher.supervise.outcome import Hang, RankEnd
 
 _MOST_FRAMES = 5  # of a stack, so that the block stays one look long
@@ -257,14 +257,13 @@ def _is_told(ranks: Sequence[Evidence]) -> bool:
 def describe(failure: Failure, exit_code: int) -> list[str]:
     """The block that ends a failed run, culprit first."""
     place = f"at {failure.frame}" if failure.frame and failure.frame not in failure.cause else ""
-    step = f"step {failure.step}" if failure.step is not None else ""
     phase = f"phase {failure.phase}" if failure.phase else ""
-    where = ", ".join(part for part in (place, step, phase) if part)
+    found = ", ".join(part for part in (place, where(failure.step, failure.phase), phase) if part)
     others = failure.others_stopped
     meaning = EXIT_MEANING[ExitCode(exit_code)]
     lines = [
         f"samestep: rank {failure.rank} failed: {failure.cause}",
-        f"  {where}" if where else "",
+        f"  {found}" if found else "",
         *(f"    from {frame}" for frame in failure.stack[1:_MOST_FRAMES]),
         f"  {others} other rank{'s' if others > 1 else ''} stopped as a consequence" if others else "",
         f"  log: {failure.log}",

@@ -1,7 +1,7 @@
 """What the kernel counts about memory: kills for lack of it, the limit, shared memory. Standard library, no torch.
 
 Formats: `memory.events` and `memory.max` of cgroup v2 (Documentation/admin-guide/cgroup-v2.rst), `memory.oom_control`
-and `memory.limit_in_bytes` of v1 (cgroup-v1/memory.rst), `smaps_rollup` (filesystems/proc.rst).
+`memory.limit_in_bytes` and `memory.stat` of v1 (cgroup-v1/memory.rst), `smaps_rollup` (filesystems/proc.rst).
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def read(cgroups: Path = _CGROUPS, own: Path = _OWN, shared: Path = _SHARED) -> 
     return MemorySigns(sum(kills), min([*limits, _machine()], default=0), size, used)
 
 
+def left(cgroups: Path = _CGROUPS, own: Path = _OWN) -> int:
+    """Bytes until the first limit of our cgroups is reached; file pages that can be given back count as free."""
+    known = [(limit, folder) for folder in _folders(cgroups, own) if (limit := _limit(folder)) < _UNLIMITED]
+    return min([max(0, limit - _used(folder)) for limit, folder in known], default=_UNLIMITED)
+
+
 def footprint(pid: int, proc: Path = Path("/proc")) -> Footprint | None:
     """Memory of a process now; None if it is gone or the system doesn't tell."""
     try:
@@ -65,7 +71,7 @@ def size(number: int) -> str:
     for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20)):
         if number >= factor:
             return f"{number / factor:.1f} {unit}"
-    return f"{number / 1024:.0f} KiB"
+    return f"{number / 1024:.0f} KiB" if number >= 1024 else f"{number} B"
 
 
 def _folders(cgroups: Path, own: Path) -> Iterator[Path]:
@@ -98,6 +104,14 @@ def _limit(folder: Path) -> int:
         with contextlib.suppress(OSError, ValueError):
             return int((folder / name).read_text())  # v2 says "max" where there is none
     return _UNLIMITED
+
+
+def _used(folder: Path) -> int:
+    for name, given_back in (("memory.current", "inactive_file"), ("memory.usage_in_bytes", "total_inactive_file")):
+        with contextlib.suppress(OSError, ValueError):
+            used = int((folder / name).read_text())
+            return used - _words((folder / "memory.stat").read_text()).get(given_back, 0)
+    return 0
 
 
 def _machine() -> int:

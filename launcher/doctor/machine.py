@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from samestep.launcher import host
+from samestep.launcher.diagnosis import memory_signs
 
 _WRITTEN_BYTES = 64 << 20
 _FSYNCS = 9
@@ -38,8 +39,8 @@ def inspect(environ: Mapping[str, str], folder: Path) -> dict[str, Any]:
         "cpus_physical": psutil.cpu_count(logical=False),
         "cpu_quota": cpu_quota(Path("/sys/fs/cgroup")),
         "numa_nodes": numa_nodes(Path("/sys/devices/system/node")),
-        "memory_bytes": memory.total,
-        "memory_free_bytes": memory.available,
+        "memory_bytes": min(memory.total, memory_signs.read().limit or memory.total),
+        "memory_free_bytes": min(memory.available, memory_signs.left()),
         "shm_bytes": _free(Path("/dev/shm")),  # noqa: S108 (asked for its size, nothing is written)
         "open_files": _soft(resource.RLIMIT_NOFILE),
         "processes": _soft(resource.RLIMIT_NPROC),

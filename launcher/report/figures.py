@@ -131,7 +131,7 @@ def _timeline(histories: Sequence[History]) -> Chart:
         def over_time(places: Sequence[Position]) -> dict[str, Any]:
             return {"x": [short(p.seconds / unit.seconds) for p in places], "y": [p.step for p in places]}
 
-        line = {"mode": "lines", "line": {"color": ink, "width": 2}, "name": history.name}
+        line = {"mode": "lines", "line": {"color": ink, "width": 2, "shape": "hv"}, "name": history.name}
         chart.add(group | line | over_time(places))
         ticks = thin(history.checkpoints)
         if ticks:
@@ -180,14 +180,15 @@ def _phases(history: History, *, many: bool) -> Chart:
     columns = [_column(f"{phase} max") for phase in PHASES]
     highest = [short(1000 * sum(bucket.columns[column].mean for column in columns)) for bucket in areas]
     line = {"dash": "dot", "width": 1.3, "color": FAILURE}
-    chart.add({"type": "scatter", "mode": "lines", "name": "slowest rank", "y": highest, "line": line}, places)
+    chart.add({"type": "scatter", "mode": "lines", "name": "longest of each phase", "y": highest, "line": line}, places)
     return chart
 
 
 def _ranks(history: History, *, many: bool) -> Chart:
     ranks = history.ranks
     title = "Step time by rank" + (f": {history.name}" if many else "")
-    note = f"Mean since step {ranks.since_step}, {ranks.world_size} ranks. Hover: how often a rank was the slowest."
+    note = f"Mean since step {ranks.since_step}, {ranks.world_size} ranks. Hover: how often a rank took longest"
+    note += "; in sync, it waits for others."
     chart = Chart(f"ranks-{history.name}", title, "ms a step", note, layout={"barmode": "stack"})
     chart.layout["xaxis"] = {"type": "category"}
     all_steps = sum(ranks.slowest[PHASES[0], rank] for rank in range(ranks.world_size))
@@ -195,7 +196,7 @@ def _ranks(history: History, *, many: bool) -> Chart:
     for phase in PHASES if ranks.steps and all_steps else ():
         sums = ranks.seconds[phase]
         often = [f"{100 * ranks.slowest[phase, rank] / all_steps:.0f}%" for rank in range(len(sums))]
-        hover = "%{y:.3g} ms, slowest in %{customdata} of the steps<extra>" + phase + "</extra>"
+        hover = "%{y:.3g} ms, longest in %{customdata} of the steps<extra>" + phase + "</extra>"
         bar = {"type": "bar", "name": phase, "marker": {"color": PHASE_COLOURS[phase]}, "hovertemplate": hover}
         chart.add(bar | {"x": names, "y": _milliseconds(sums, ranks.steps), "customdata": often})
     if any(ranks.seconds.get(BETWEEN, ())):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.heartbeat import where
 from samestep.launcher.report.thinning import Position, Thinner
 
 PHASES = ("data", "forward", "backward", "sync", "optimizer")
@@ -51,6 +52,7 @@ class History:
     first_step: int = 0
     series: dict[tuple[str, str], Thinner] = field(default_factory=dict)  # ("extra" | "eval" | kind of memory, name)
     moments: list[Moment] = field(default_factory=list)
+    evaluated: dict[str, float | None] = field(default_factory=dict)  # the last value of each metric
     checkpoints: list[tuple[Position, int]] = field(default_factory=list)  # when it was committed, and of which step
     ranks: RankSums = field(default_factory=RankSums)
     generations: list[Mapping[str, Any]] = field(default_factory=list)
@@ -60,7 +62,7 @@ class History:
     dropped: int = 0  # moments that were too many
     last: Position = field(default=Position(0, 0, 0.0))
     _begin: float | None = None
-    _loads_step: int = 0
+    _loaded: int = 0  # steps since times of ranks were told
 
     @property
     def status(self) -> str:
@@ -72,8 +74,8 @@ class History:
 
     @property
     def restarts(self) -> int:
-        """Starts after the first one."""
-        return max(len(self.generations) - 1, 0)
+        """Starts after the first one, also of ranks that failed before they could write that they had started."""
+        return max([0, len(self.generations) - 1, *(int(start.get("generation", 0)) for start in self.generations)])
 
     def take(self, event: Mapping[str, Any]) -> None:
         """One event, in the order of the file; unknown ones are passed over.
@@ -105,16 +107,17 @@ class History:
         self.steps.add(at, (loss, rate or None, samples, samples / rate if rate else None, *means, *highest))
         self.first_step = self.first_step or step
         self.losses.append(float.fromhex(event["loss_hex"]))
-        if loss is None and len(self.broken) < MOST_MOMENTS:
+        if loss is None and not event.get("weightless") and len(self.broken) < MOST_MOMENTS:
             self.broken.append(at)
         for name, value in event.get("extra", {}).items():
             self._add("extra", name, at, value)
+        self._loaded += 1
         self.ranks.slowest.update((phase, int(spreads[phase]["slowest_rank"])) for phase in PHASES)
         if "rank_seconds" in event:
             self._loads(event, at)
 
     def _loads(self, event: Mapping[str, Any], at: Position) -> None:
-        steps, self._loads_step = at.step - self._loads_step, at.step
+        steps, self._loaded = self._loaded, 0
         self.ranks.steps += steps
         none = [0.0] * self.ranks.world_size
         for phase in (*PHASES, BETWEEN):
@@ -134,24 +137,27 @@ class History:
         self.finished = None
         if int(event["world_size"]) != self.ranks.world_size:
             self.ranks = RankSums(int(event["world_size"]), since_step=self.last.step + 1)
-            self._loads_step = self.last.step
+            self._loaded = 0
         text = f"{event['world_size']} ranks, {event['shards']} shards"
         self._note(str(event["event"]), self._place(seconds), text)
 
     def _resumed(self, event: Mapping[str, Any], seconds: float) -> None:
         at = self._place(seconds, int(event["step"]))
+        if at.step > self.last.step:  # it begins here, with the checkpoint of another run
+            self.ranks.since_step = at.step + 1
         self._note("resumed", at, f"after step {event['step']}, from {event['checkpoint']}")
 
     def _eval(self, event: Mapping[str, Any], seconds: float) -> None:
         for name, value in event["metrics"].items():
+            self.evaluated[str(name)] = value
             self._add("eval", name, self._place(seconds, int(event["step"])), value)
 
     def _checkpoint(self, event: Mapping[str, Any], seconds: float) -> None:
         self.checkpoints.append((self._place(seconds), int(event["step"])))
 
     def _failed(self, event: Mapping[str, Any], seconds: float) -> None:
-        step = "" if event["step"] is None else f"step {event['step']}"
-        place = ", ".join(filter(None, [step, str(event["phase"])]))
+        phase = str(event["phase"])
+        place = ", ".join(filter(None, [where(event["step"], phase), phase]))
         self.last = self._place(seconds)
         self._note("worker_failed", self.last, f"rank {event['rank']}{place and f' ({place})'}: {event['cause']}")
 
@@ -212,6 +218,12 @@ def read(run_dir: RunDir) -> History:
             f"{run_dir.path} is expected to be a run directory with events.jsonl, but: {error.strerror}",
             "runs/<recipe> is where a run is kept unless --run-dir was given",
         ) from None
+
+
+def steps_in_common(left: History, right: History) -> int:
+    """How many steps both have."""
+    ends = (history.first_step + len(history.losses) for history in (left, right))
+    return max(0, min(ends) - max(left.first_step, right.first_step))
 
 
 def first_difference(left: History, right: History) -> int | None:

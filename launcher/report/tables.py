@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from samestep.launcher.diagnosis.memory_signs import size
-from samestep.launcher.report.history import STEP_COLUMNS, History, first_difference
+from samestep.launcher.report.history import STEP_COLUMNS, History, first_difference, steps_in_common
 
 _ABSENT = "-"
 
@@ -39,11 +39,7 @@ def facts(history: History) -> dict[str, str]:
         "Steps": f"{history.last.step:,}" + (f" of {total:,}" if isinstance(total, int) else ""),
         "Loss, last steps": number(_recent_loss(history)),
     }
-    for (group, name), series in history.series.items():
-        buckets = series.buckets()
-        if group == "eval" and buckets:
-            last = buckets[-1].columns[0]
-            found[f"Evaluation: {name}"] = number(last.high if last.high_at > last.low_at else last.low)
+    found |= {f"Evaluation: {name}": number(value) for name, value in history.evaluated.items()}
     found["Time"] = duration(history.last.seconds)
     found["Samples/s"] = number(_rate(history))
     started = history.generations[-1] if history.generations else {}
@@ -51,14 +47,10 @@ def facts(history: History) -> dict[str, str]:
     found["Restarts"] = str(history.restarts)
     if "goodput" in finished:
         found["Time in steps that count"] = f"{100 * float(finished['goodput']):.0f}%"
-    held = [
-        bucket.columns[0].high
-        for (group, _), series in history.series.items()
-        if group == "host memory"
-        for bucket in series.buckets()
-    ]
-    if held:
-        found["Peak memory of a rank"] = f"{max(held) / 2**30:.2f} GiB"
+    for kind in ("host", "device"):
+        held = _most(history, f"{kind} memory")
+        if held:
+            found[f"Peak {kind} memory of a rank"] = f"{held / 2**30:.2f} GiB"
     return found | _memory_at_start(started.get("ranks", []))
 
 
@@ -73,6 +65,12 @@ def _memory_at_start(ranks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         copies = max(int(rank["gradient_copies"]) for rank in ranks)
         found["Gradients"] = f"{size(int(ranks[0]['gradient_bytes']))}, at most {copies} times on a rank"
     return found
+
+
+def _most(history: History, group: str) -> float:
+    """The highest value of a group of series, 0 without any."""
+    series = [found for (name, _), found in history.series.items() if name == group]
+    return max((bucket.columns[0].high for each in series for bucket in each.buckets()), default=0.0)
 
 
 def digest(history: History) -> str:
@@ -94,10 +92,12 @@ def verdicts(histories: Sequence[History]) -> list[Verdict]:
     first, *others = histories
     for other in others:
         if other.losses and first.losses and not (digest(first) and digest(first) == digest(other)):
-            step = first_difference(first, other)
-            same = "have the same bits in every step that both have"
+            step, common = first_difference(first, other), steps_in_common(first, other)
+            same = f"have the same bits in all {common:,} steps that both have" if common else "have no step in common"
             text = same if step is None else f"have other bits from step {step} on"
-            found.append(Verdict(f"The losses of {first.name} and {other.name} {text}", good=step is None))
+            found.append(
+                Verdict(f"The losses of {first.name} and {other.name} {text}", good=step is None and common > 0)
+            )
     return found
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from samestep.launcher.command_line.argv import interleaved
 from samestep.launcher.command_line.options import load
@@ -38,11 +40,14 @@ def plan(argv: Sequence[str], say: Callable[[str], None]) -> int:
         write(config.plot, rows, title(work, config))
     if config.json:
         about = {"workload": dataclasses.asdict(work), "question": dataclasses.asdict(question)}
-        say(json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}))
+        say(json.dumps(about | {"rows": [_as_json(row) for row in rows]}, allow_nan=False))
     else:
         for line in table(rows):
             say(line)
-        say(f"{title(work, config)}. Formulas and sources: samestep.launcher.scale, network.py and faults.py")
+        say(
+            f"{title(work, config)}. Without evaluations. "
+            "Formulas and sources: samestep.launcher.scale, network.py and faults.py"
+        )
     return ExitCode.DONE
 
 
@@ -67,7 +72,7 @@ def workload(config: PlanConfig, found: Measured | None) -> Workload:
     weights = pick(config.weights_mb, 1e6, "weights")
     if not weights:
         raise UsageError("--weights-mb is expected, for the run has no checkpoint that tells", "--weights-mb 400")
-    return Workload(
+    work = Workload(
         batch=round(pick(config.batch, 1, "batch")),
         ranks=round(pick(config.measured_ranks, 1, "ranks", 1.0)),
         data=pick(config.data_ms, 1e-3, "data"),
@@ -80,6 +85,15 @@ def workload(config: PlanConfig, found: Measured | None) -> Workload:
         activations=(config.activations_mb or 0.0) * 1e6,
         samples=round(pick(config.samples, 1, "samples")),
     )
+    if not work.data + work.forward + work.backward + work.optimizer:
+        raise UsageError("--data-ms, --forward-ms, --backward-ms, --optimizer-ms are expected to add up to more than 0")
+    return work
+
+
+def _as_json(row: Prediction) -> dict[str, Any]:
+    """What is without end is null: JSON has no infinity."""
+    values = dataclasses.asdict(row)
+    return {name: None if value == math.inf else value for name, value in values.items()}
 
 
 def title(work: Workload, config: PlanConfig) -> str:

@@ -57,7 +57,7 @@ def goodput(faults: Faults, interval: float) -> float:
     fails, also while it saves or starts again.
     """
     if math.isinf(faults.mttf):
-        return interval / (interval + faults.save)
+        return 1.0 if math.isinf(interval) else interval / (interval + faults.save)
     exponent = (interval + faults.save) / faults.mttf
     if exponent + faults.restart / faults.mttf > _LARGEST:
         return 0.0

@@ -11,12 +11,17 @@ from typing import Any
 from samestep.launcher import manifest
 from samestep.launcher.contract import OPTIMIZER, WEIGHTS, RunDir, UsageError
 
+Step = Mapping[str, Any]
+_OWN = ("data", "forward", "backward", "optimizer")  # phases in which a rank does not wait for others
 _WARM_UP = 0.1  # share of the first steps, which allocate and choose kernels
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a run says of itself; None where it does not. Times in seconds, sizes in bytes."""
+    """What a run says of itself; None where it does not. Times in seconds, of the slowest rank; sizes in bytes.
+
+    `optimizer` includes what the loop does between two steps.
+    """
 
     batch: int
     ranks: int
@@ -48,15 +53,17 @@ def measured(run_dir: RunDir) -> Measured:
     steps = [event for event in events if event.get("event") == "step" and isinstance(event.get("seconds"), dict)]
     if not steps:
         raise UsageError(f"{run_dir.path} is expected to have steps, but has none", "let it train for some steps first")
-    warm = steps[int(len(steps) * _WARM_UP) :]
+    ranks, alike = _newest_size(run_dir, events)
+    warm = alike[int(len(alike) * _WARM_UP) :]
     weights, state = _sizes(run_dir)
+    slow, between = _slowest(warm)
     return Measured(
         batch=round(statistics.median(step["samples"] for step in warm)),
-        ranks=_ranks(run_dir, events),
-        data=_phase(warm, "data"),
-        forward=_phase(warm, "forward"),
-        backward=_phase(warm, "backward"),
-        optimizer=_phase(warm, "optimizer"),
+        ranks=ranks,
+        data=_phase(warm, "data") * slow["data"],
+        forward=_phase(warm, "forward") * slow["forward"],
+        backward=_phase(warm, "backward") * slow["backward"],
+        optimizer=_phase(warm, "optimizer") * slow["optimizer"] + between,
         weights=weights,
         state=state,
         samples=sum(step["samples"] for step in steps),
@@ -65,17 +72,24 @@ def measured(run_dir: RunDir) -> Measured:
     )
 
 
-def _ranks(run_dir: RunDir, events: Sequence[Mapping[str, Any]]) -> int:
-    """World size of the newest start that tells it."""
-    starts = (event for event in reversed(events) if event.get("event") in ("run_started", "restarted"))
-    sizes = (event.get("world_size") for event in starts)
-    found = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+def _newest_size(run_dir: RunDir, events: Sequence[Step]) -> tuple[int, list[Step]]:
+    """The last steps that were made on one and the same number of ranks, and that number."""
+    found: int | None = None
+    started: int | None = None
+    alike: list[Step] = []
+    for event in events:
+        if event.get("event") in ("run_started", "restarted"):
+            size = event.get("world_size")
+            started = size if isinstance(size, int) and size > 0 else started
+        elif event.get("event") == "step" and isinstance(event.get("seconds"), dict):
+            alike, found = alike if started == found else [], started
+            alike.append(event)
     if found is None:
         raise UsageError(f"{run_dir.path} is expected to tell its number of ranks, but does not", "let it train anew")
-    return found
+    return found, alike
 
 
-def _parsed(text: str) -> Iterator[dict[str, Any]]:
+def _parsed(text: str) -> Iterator[Step]:
     for line in text.splitlines():
         try:
             event = json.loads(line)
@@ -85,20 +99,32 @@ def _parsed(text: str) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def _phase(steps: Sequence[Mapping[str, Any]], name: str) -> float:
+def _phase(steps: Sequence[Step], name: str) -> float:
     return statistics.median(float(step["seconds"].get(name, {}).get("mean", 0.0)) for step in steps)
+
+
+def _slowest(steps: Sequence[Step]) -> tuple[dict[str, float], float]:
+    """By phase: the time of the rank that is slowest in all, over the ranks' mean; and its seconds between steps."""
+    told = [step["rank_seconds"] for step in steps if isinstance(step.get("rank_seconds"), dict)]
+    if not told:
+        return dict.fromkeys(_OWN, 1.0), 0.0
+    ranks = {phase: [sum(of_rank) for of_rank in zip(*(each[phase] for each in told), strict=True)] for phase in _OWN}
+    whole = [sum(of_rank) for of_rank in zip(*ranks.values(), strict=True)]
+    worst = whole.index(max(whole))
+    ratios = {phase: sums[worst] * len(sums) / sum(sums) if sum(sums) else 1.0 for phase, sums in ranks.items()}
+    return ratios, statistics.median(each["between"][worst] if "between" in each else 0.0 for each in told)
 
 
 def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _restarts(events: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+def _restarts(events: Sequence[Step]) -> Iterator[float]:
     """Seconds from a failure to the first step after it."""
     failed: float | None = None
     for event in events:
         if event.get("event") == "worker_failed":
-            failed = event["time"]
+            failed = event.get("seen", event["time"])
         elif event.get("event") == "step" and failed is not None:
             yield max(0.0, event["time"] - failed)
             failed = None

@@ -18,7 +18,7 @@ from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.lock import Owner
 from samestep.launcher.view.follow import Follower
 from samestep.launcher.view.lines import one_line
-from samestep.launcher.view.standing import Standing
+from samestep.launcher.view.standing import Standing, begins
 
 _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 5.0  # between two lines for a file or a pipe
@@ -80,7 +80,7 @@ class Watched:
             self.standing = Standing()
         for event in events:
             self.standing.take(event)
-        if self.standing.total is None:
+        if self.standing.total is None or any(map(begins, events)):
             self._configure()
         self.running = owned and self.standing.status != "finished"
 

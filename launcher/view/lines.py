@@ -110,8 +110,9 @@ def _costs(standing: Standing) -> list[Part]:
         rank, phase = standing.slowest
         parts.append(Part(f"slowest rank {rank} in {phase}", f"slowest {rank}"))
     if standing.memory:
-        held, rank = standing.memory
-        parts.append(Part(f"memory {size(held)} (rank {rank})", size(held)))
+        kind, held, rank = standing.memory
+        name = "memory" if kind == "host" else "GPU memory"
+        parts.append(Part(f"{name} {size(held)} (rank {rank})", size(held)))
     if standing.restarts:
         words = f"{standing.restarts} restart" + ("s" if standing.restarts > 1 else "")
         parts.append(Part(words, words, "yellow"))

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from samestep.launcher.heartbeat import where
+
 PHASES = ("data", "forward", "backward", "sync", "optimizer")
 _WINDOW = 100  # steps that speed, shares and the slowest rank are taken from
-_PACE = 20  # log intervals that the remaining time is taken from
+_WAITING = "sync"  # the phase in which a rank waits for others: it is longest on the fastest one
+_PACE = 2000  # steps that the remaining time is taken from
 
 
 class _Recent(NamedTuple):
@@ -30,7 +33,9 @@ class Standing:
     step: int = 0
     epoch: int = 0
     loss: float | None = None  # None: not finite, if there was a step at all
-    memory: tuple[int, int] | None = None  # most bytes, and the rank that held them
+    memory: tuple[str, int, int] | None = (
+        None  # of devices where there are any: most bytes, and the rank that held them
+    )
     metrics: Mapping[str, Any] = field(default_factory=dict)
     ranks: int = 0
     restarts: int = 0
@@ -78,17 +83,18 @@ class Standing:
 
     @property
     def slowest(self) -> tuple[int, str] | None:
-        """The rank that most often kept the others waiting in the phase that cost most so; None with one rank."""
+        """The rank that most often took longest in the phase for which others waited most; None with one rank."""
         if self.ranks < 2 or not self._recent:
             return None
         excess = [sum(values) for values in zip(*(recent.excess for recent in self._recent), strict=True)]
+        excess[PHASES.index(_WAITING)] = -1.0
         worst = excess.index(max(excess))
         rank = Counter(recent.slowest[worst] for recent in self._recent).most_common(1)[0][0]
         return rank, PHASES[worst]
 
     @property
     def remaining(self) -> float | None:
-        """Seconds to the last step at the pace of the last log intervals, evaluations and all; None if not known."""
+        """Seconds to the last step at the pace of the last steps, evaluations and all; None if not known."""
         if self.total is None or not self._recent:
             return None
         (since, first), (until, last) = self._pace[0], self._pace[-1]
@@ -99,7 +105,8 @@ class Standing:
     def _step(self, event: Mapping[str, Any]) -> None:
         spreads, rate = event.get("seconds") or {}, float(event.get("samples_per_s") or 0.0)
         samples, time = int(event.get("samples") or 0), float(event.get("time", 0.0))
-        self.step, self.epoch, self.loss = int(event["step"]), int(event["epoch"]), event["loss"]
+        self.step, self.epoch = int(event["step"]), int(event["epoch"])
+        self.loss = self.loss if event.get("weightless") else event["loss"]
         self.status, self.stepped = "training", time
         of_phase = [spreads[phase] for phase in PHASES if phase in spreads]
         if len(of_phase) == len(PHASES):
@@ -115,9 +122,10 @@ class Standing:
         if not self._pace or self._pace[-1][0] != time:
             self._pace.append((time, self.step))
         self._pace[-1] = (time, self.step)
-        held = [max(of_ranks) for of_ranks in zip(*event.get("memory", {}).values(), strict=True)]
-        if held:
-            self.memory = (max(held), held.index(max(held)))
+        for kind in ("host", "device"):
+            held = event.get("memory", {}).get(kind, [])
+            if any(held):
+                self.memory = (kind, max(held), held.index(max(held)))
 
     def _started(self, event: Mapping[str, Any]) -> None:
         self.status, self.failure, self.digest = "starting", "", ""
@@ -136,7 +144,8 @@ class Standing:
         self.saved = int(event["step"])
 
     def _failed(self, event: Mapping[str, Any]) -> None:
-        at = f" at step {event['step']}" if event.get("step") is not None else ""
+        at = where(event.get("step"), str(event.get("phase", "")))
+        at = f" in {at}" if at.startswith("step") else f" {at}" if at else ""
         self.status, self.failure = "failed", f"rank {event['rank']} failed{at}: {event['cause']}"
 
     def _warned(self, _event: Mapping[str, Any]) -> None:
@@ -157,3 +166,8 @@ _HANDLERS: Mapping[str, Callable[[Standing, Mapping[str, Any]], None]] = {
     "warning": Standing._warned,
     "run_finished": Standing._finished,
 }
+
+
+def begins(event: Mapping[str, Any]) -> bool:
+    """Whether it says that ranks have started: config.json, written just before, is theirs from then on."""
+    return event.get("event") in ("run_started", "restarted")

@@ -103,7 +103,7 @@ KINDS = {
     "bus error": ("killed by SIGBUS (signal 7)", "in shorten", "shared memory"),
     "heap": ("killed by SIGABRT (signal 6): double free or corruption", "in free_twice", "native code gave up"),
     "abort": ("killed by SIGABRT (signal 6)", "in <lambda>|in loss", "native code gave up"),
-    "kill": ("killed by SIGKILL (signal 9)", "memory was not short (it held", "step 1, phase forward"),
+    "kill": ("killed by SIGKILL (signal 9)", "memory was not short (it held", "step 2, phase forward"),
     "illegal": ("killed by SIGILL (signal 4)", "in <lambda>", "this CPU doesn't have"),
     "exception": ("KeyError: 'label'", "in fail, step", "phase forward"),
     "device memory": (

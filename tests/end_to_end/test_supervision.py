@@ -130,7 +130,7 @@ def test_a_rank_killed_from_outside_is_placed_by_step_and_phase(hang_timeout, ru
     os.kill(run.waiting("step-7", 1), signal.SIGKILL)
     said = run.ended()
     assert "samestep: rank 1 failed: killed by SIGKILL (signal 9)" in said
-    assert "\n  step 6, phase forward\n" in said
+    assert "\n  step 7, phase forward\n" in said
     assert run.process.returncode == 1
 
 

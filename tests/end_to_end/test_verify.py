@@ -35,13 +35,14 @@ def verify(tmp_path, *words):
 @pytest.mark.processes
 def test_a_recipe_that_keeps_its_bits_is_told_so_in_one_table(tmp_path):
     recipe = RECIPES / "seed_linear.py"
-    done = verify(tmp_path, "--world-sizes", "1,2", "--stops", "2,1", "--steps", 6, recipe, "--global-batch-size", 50)
+    done = verify(tmp_path, "--world-sizes", "1,2", "--stops", "2,1", recipe, "--global-batch-size", 5000)
     assert done.returncode == 0, done.stderr
     header, one, two, stopped, verdict = done.stdout.splitlines()
     assert header.split()[0] == "ranks"
     assert one.split()[1] == two.split()[1] == stopped.split()[-2]
     assert stopped.startswith("2 -> 1")
     assert verdict == "3 runs at 2 shards: all end in the same bits"
+    assert "ranks 2 -> 1: 6 steps ..." in done.stderr, "a recipe that ends before 24 steps is stopped before its end"
     assert not list(tmp_path.iterdir())
 
 
@@ -70,9 +71,16 @@ def test_a_recipe_that_depends_on_the_ranks_is_told_the_first_step_and_tensor(tm
 
 
 def test_rows_are_one_a_world_size_and_one_with_stops_at_equal_parts(tmp_path):
-    rows = plan_rows(VerifyConfig(world_sizes="1,3", stops="4,2,3", steps=24), tmp_path)
+    config = VerifyConfig(world_sizes="1,3", stops="4,2,3", steps=24)
+    rows = plan_rows(config, tmp_path, 24)
     assert [row.legs for row in rows] == [((1, 24),), ((3, 24),), ((4, 8), (2, 16), (3, 24))]
     assert rows[-1].run_dir == RunDir(tmp_path / "stopped")
+    assert plan_rows(config, tmp_path, 2)[-1].legs == ((2, 1), (3, 2)), "no number of ranks is named that did no step"
+    assert (
+        len(plan_rows(config, tmp_path, 0))
+        == len(plan_rows(VerifyConfig(world_sizes="1,3", stops=""), tmp_path, 9))
+        == 2
+    )
 
 
 @pytest.mark.parametrize(

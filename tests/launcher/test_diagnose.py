@@ -141,7 +141,7 @@ def test_block_is_culprit_first_and_ends_with_the_fix():
     assert failure is not None
     assert describe(failure, 1) == [
         "samestep: rank 1 failed: KeyError: 'x'",
-        "  at r.py:1 in f, step 40, phase forward",
+        "  at r.py:1 in f, step 41, phase forward",
         "  2 other ranks stopped as a consequence",
         "  log: logs/rank-1.log",
         "  exit code 1: user code or a worker failed for good",
@@ -213,7 +213,7 @@ def test_a_hang_is_a_failure_of_the_rank_that_hangs():
     failure = hung(hang, "logs/rank-2.log", 4)
     assert describe(failure, 1) == [
         "samestep: rank 2 failed: hang: 31 s in forward at r.py:12 in loss (a whole step took at most 0.2 s before)",
-        "  step 40, phase forward",
+        "  step 41, phase forward",
         "  3 other ranks stopped as a consequence",
         "  log: logs/rank-2.log",
         "  exit code 1: user code or a worker failed for good",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from samestep.launcher.heartbeat import PHASES, SPANS, Beat, Board, Heartbeat, NoPulse, pulse
+from samestep.launcher.heartbeat import PHASES, SPANS, Beat, Board, Heartbeat, NoPulse, pulse, where
 
 from .conftest import wait_until
 
@@ -164,3 +164,10 @@ def test_a_reader_never_sees_half_a_beat_and_the_memory_has_no_name(board):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert str(Path(f"/proc/self/fd/{board.fd}").readlink()).startswith("/memfd:")
+
+
+def test_a_step_in_which_a_rank_was_is_counted_as_people_count():
+    assert where(7, "forward") == "step 8"
+    assert where(0, "data") == "step 1"
+    assert where(7, "evaluation") == where(7, "") == "after step 7"
+    assert where(0, "build") == where(None, "forward") == ""

@@ -273,7 +273,7 @@ def test_services_that_detach_themselves_from_a_successful_rank_stay(samestep):
         ),
         (
             ["0=record-victim:RuntimeError,exit:1", "1=await-death:0,record:KeyError,exit:1"],
-            ["rank 1 failed: KeyError: recorded", "at recipe.py:12 in loss, step 40, phase forward", "a hint from"],
+            ["rank 1 failed: KeyError: recorded", "at recipe.py:12 in loss, step 41, phase forward", "a hint from"],
         ),
     ],
 )

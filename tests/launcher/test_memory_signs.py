@@ -73,7 +73,9 @@ def test_pages_shared_with_others_count_in_part():
     assert footprint(0) is None
 
 
-@pytest.mark.parametrize(("number", "text"), [(3 << 29, "1.5 GiB"), (64 << 20, "64.0 MiB"), (2048, "2 KiB")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(12, "12 B"), (3 << 29, "1.5 GiB"), (64 << 20, "64.0 MiB"), (2048, "2 KiB")]
+)
 def test_sizes_are_read_by_people(number, text):
     assert size(number) == text
 
@@ -100,3 +102,40 @@ def test_a_rank_that_the_kernel_ended_for_lack_of_memory_is_said_so(tight, tmp_p
     assert done.returncode == 1
     assert "rank 1 failed: killed by SIGKILL (signal 9): the kernel ended it for lack of memory" in done.stderr
     assert "MiB of 190.7 MiB at most" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("own", "files"),
+    [
+        (
+            "0::/a/b\n",
+            {
+                "a/b/memory.events": "",
+                "a/b/memory.max": "max\n",
+                "a/memory.events": "",
+                "a/memory.max": "1000000\n",
+                "a/memory.current": "700000\n",
+                "a/memory.stat": "anon 400000\ninactive_file 300000\n",
+            },
+        ),
+        (
+            "4:memory:/a\n",
+            {
+                "memory/a/memory.oom_control": "",
+                "memory/a/memory.limit_in_bytes": "1000000\n",
+                "memory/a/memory.usage_in_bytes": "700000\n",
+                "memory/a/memory.stat": "inactive_file 1\ntotal_inactive_file 300000\n",
+            },
+        ),
+    ],
+    ids=["v2", "v1"],
+)
+def test_what_a_container_has_left_is_less_than_what_the_machine_has(own, files, tmp_path):
+    tree(tmp_path / "cgroup", files)
+    (tmp_path / "own").write_text(own)
+    assert memory_signs.left(tmp_path / "cgroup", tmp_path / "own") == 600_000
+
+
+def test_without_a_limit_nothing_is_told_of_what_is_left(tmp_path):
+    (tmp_path / "own").write_text("0::/\n")
+    assert memory_signs.left(tmp_path, tmp_path / "own") >= 1 << 60

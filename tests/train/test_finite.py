@@ -72,7 +72,9 @@ def test_a_resume_after_a_step_was_left_out_ends_in_the_same_bits(trained: Any, 
     whole = trained("poisoned", *flags, cwd="whole", env=env)
     for stop in sorted({BAD_STEPS[0] - 1, BAD_STEPS[0], BAD_STEPS[0] + 1} - {0}):
         trained("poisoned", *flags, "--max-steps", stop, cwd=f"stop-{stop}", ranks=2, env=env)
-        assert trained("poisoned", *flags, cwd=f"stop-{stop}", env=env).bits == whole.bits
+        ended = trained("poisoned", *flags, cwd=f"stop-{stop}", env=env)
+        assert ended.bits == whole.bits
+        assert ended.events("run_finished")[-1]["restarts"] == 1, "to go back is no restart, and undoes none"
 
 
 def test_the_policy_moves_no_bit_of_a_run_that_stays_finite(trained: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from samestep.train.observe.memory import KINDS, peak_memory
-from samestep.train.observe.phases import BETWEEN, PHASES, Reading
+from samestep.train.observe.phases import BETWEEN, PHASES, WAITING, Reading
 from samestep.train.observe.stragglers import Straggler, StragglerWatch
 from samestep.train.observe.tally import Values, table
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -42,6 +42,7 @@ class StepRecords:
     Attributes:
         plans: which steps they are.
         losses: the objective, NaN where a step had no weight.
+        weightless: whether it had none.
         extras: further averages that the loss logs, by name.
         mean, most, slowest: seconds over the ranks, and who took longest; shape (steps, PHASES).
         walls: seconds of the rank that took longest, with the time since the step before.
@@ -50,6 +51,7 @@ class StepRecords:
 
     plans: list[StepPlan]
     losses: list[float]
+    weightless: list[bool]
     extras: dict[str, list[float]]
     mean: Table
     most: Table
@@ -60,13 +62,16 @@ class StepRecords:
     def __len__(self) -> int:
         return len(self.plans)
 
-    def due(self, every: int, global_batch_size: int) -> Iterator[int]:
-        """Rows of the steps after which something is shown, each `every` steps of an epoch."""
-        return (row for row in range(len(self)) if self.position(row, global_batch_size) % every == 0)
+    def due(self, every: int, samples: int, global_batch_size: int) -> Iterator[int]:
+        """Rows of the steps after which something is shown, each `every` steps of an epoch of `samples`."""
+        return (row for row in range(len(self)) if self.position(row, samples, global_batch_size) % every == 0)
 
-    def position(self, row: int, global_batch_size: int) -> int:
-        """Steps done in the epoch after that of `row`, of the size that they have now."""
-        return -(-self.plans[row].end // global_batch_size)
+    def position(self, row: int, samples: int, global_batch_size: int) -> int:
+        """Steps done in the epoch after that of `row`: those there are of this size, without those that are left.
+
+        So each has a number of its own and the last one is the last, also where the first ones had another size.
+        """
+        return -(-samples // global_batch_size) + (self.plans[row].end - samples) // global_batch_size
 
     def logged(self, row: int) -> dict[str, float]:
         """Further averages of one step."""
@@ -147,6 +152,7 @@ class Ledger:
         return StepRecords(
             plans=plans,
             losses=losses,
+            weightless=(weights == 0).tolist(),
             extras=dict(zip(extras, averages, strict=True)),
             mean=seconds.mean(0),
             most=seconds.max(0),
@@ -201,11 +207,15 @@ def _loads(seconds: Table, memory: Table) -> RankLoads:
 
 
 def phase_line(several: list[StepRecords]) -> str:
-    """Where the time of some steps went on average, and which rank spent most of it, in one line."""
+    """Where the time of some steps went on average, and which rank the others waited for most, in one line."""
     mean, most, slowest = (np.concatenate([getattr(r, name) for r in several]) for name in ("mean", "most", "slowest"))
-    means, late = mean.sum(0), (most - mean).sum(0)
-    shares = ", ".join(
-        f"{phase} {100 * part:.0f}%" for phase, part in zip(PHASES, means / (means.sum() or 1.0), strict=True)
-    )
+    between = sum(len(r) * float(np.mean(r.loads.seconds[BETWEEN])) for r in several)
+    parts = {**dict(zip(PHASES, mean.sum(0).tolist(), strict=True)), "between steps": between}
+    whole = sum(parts.values()) or 1.0
+    shares = ", ".join(f"{name} {100 * part / whole:.0f}%" for name, part in parts.items())
+    if len(several[0].loads.seconds[BETWEEN]) < 2:
+        return shares
+    late = (most - mean).sum(0)
+    late[PHASES.index(WAITING)] = -1.0
     phase = int(late.argmax())
     return f"{shares}; slowest in {PHASES[phase]}: rank {np.bincount(slowest[:, phase]).argmax()}"

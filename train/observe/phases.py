@@ -17,6 +17,7 @@ import torch
 
 PHASES = ("data", "forward", "backward", "sync", "optimizer")
 BETWEEN = "between"  # what the loop does from the end of one step to the begin of the next
+WAITING = "sync"  # the phase in which a rank waits for others: it is longest on the fastest one
 Reading = Callable[[], list[float]]
 
 

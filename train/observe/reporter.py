@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 from samestep.launcher.contract import OPTIMIZER, WEIGHTS, RankInfo
 from samestep.train.observe.bar import Bar, PlainLines, bar
+from samestep.train.observe.event_log import EventLog, finite
 from samestep.train.observe.ledger import EpochSums, StepRecords, phase_line
-from samestep.train.observe.phases import PHASES
-
-_MOST_WAITING = 100_000  # events, 50 MB; of more, the oldest are given up
 
 
 class Reporter:
@@ -69,57 +63,6 @@ class Reporter:
         return 0
 
 
-class EventLog:
-    """Appends JSON objects to events.jsonl, one a line; a line is written whole or not at all.
-
-    What a full disk does not take waits for the next try; then `problem` says why.
-    """
-
-    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
-        self.path = path
-        self.clock = clock
-        self.problem = ""
-        self._waiting: list[str] = []
-        self._append([])
-
-    def write(self, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Append events that carry `event`; the time is added here, and what was written is returned."""
-        now = self.clock()
-        stamped = [{"event": event["event"], "time": now, **event} for event in events]
-        self._append([json.dumps(event) + "\n" for event in stamped])
-        return stamped
-
-    def write_steps(self, records: StepRecords) -> list[str]:
-        """Append a `step` event for each; the lines that were written."""
-        lines = step_lines(records, self.clock())
-        self._append(lines)
-        return lines
-
-    def _append(self, lines: list[str]) -> None:
-        self._waiting = [*self._waiting, *lines][-_MOST_WAITING:]
-        try:
-            with self.path.open("ab", buffering=0) as file:  # anew each time: going back cuts the file
-                _write_whole(file, "".join(self._waiting).encode())
-        except OSError as error:
-            self.problem = error.strerror or str(error)
-        else:
-            self.problem, self._waiting = "", []
-
-    def offset(self) -> int:
-        """Bytes written so far."""
-        return self.path.stat().st_size if self.path.exists() else 0
-
-
-def _write_whole(file: FileIO, content: bytes) -> None:
-    size, rest = file.seek(0, os.SEEK_END), memoryview(content)
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-    except OSError:
-        file.truncate(size)
-        raise
-
-
 @dataclass(slots=True)
 class RankZeroReporter(Reporter):
     """Lines for people in the form of a hand-written loop, events for programs."""
@@ -143,23 +86,27 @@ class RankZeroReporter(Reporter):
         )
 
     def resumed(self, step: int, epoch: int, source: str) -> None:
-        """Say where training goes on."""
-        self._write([{"event": "resumed", "step": step, "epoch": epoch + 1, "checkpoint": source}])
-        self._print(f"Resumed at epoch {epoch + 1}, step {step}, from {source}")
+        """Say where training goes on, or that nothing is left to do."""
+        current = epoch + (epoch < self.epochs)
+        self._write([{"event": "resumed", "step": step, "epoch": current, "checkpoint": source}])
+        self._print(f"Resumed at epoch {current}, step {step}, from {source}")
 
     def steps(self, records: StepRecords) -> None:
         """Write an event a step, print a line each `log_every` steps of an epoch."""
         lines = self.log.write_steps(records)
         self._tell_of_log()
         self._bar.take(map(json.loads, lines))  # parsed by a view on a terminal alone
+        first = records.plans[0].step
+        self._of_epoch = [r for r in self._of_epoch if r.plans[0].step < first]  # what a rewind did again counts once
         self._of_epoch.append(records)
         per_epoch = -(-self.samples // self.global_batch_size)
-        for row in records.due(self.log_every, self.global_batch_size):
-            extra = "".join(f", {name}: {value:.4f}" for name, value in records.logged(row).items())
+        for row in records.due(self.log_every, self.samples, self.global_batch_size):
+            extra = "".join(f", {name}: {shown(value)}" for name, value in records.logged(row).items())
+            loss = "none, it has no weight" if records.weightless[row] else shown(records.losses[row])
             self._print(
                 f"Epoch [{records.plans[row].epoch + 1}/{self.epochs}], "
-                f"Step [{records.position(row, self.global_batch_size)}/{per_epoch}], "
-                f"Loss: {records.losses[row]:.4f}{extra}"
+                f"Step [{records.position(row, self.samples, self.global_batch_size)}/{per_epoch}], "
+                f"Loss: {loss}{extra}"
             )
 
     def epoch(self, epoch: int, sums: EpochSums) -> None:
@@ -169,21 +116,25 @@ class RankZeroReporter(Reporter):
                 {
                     "event": "epoch",
                     "epoch": epoch + 1,
-                    "loss": _finite(sums.loss),
+                    "loss": finite(sums.loss),
                     "loss_hex": sums.loss.hex(),
                     "samples": sums.samples,
                     "seconds": sums.seconds,
                 }
             ]
         )
-        self._print(f"Epoch [{epoch + 1}/{self.epochs}] finished in {sums.seconds:.2f}s. Average Loss: {sums.loss:.4f}")
+        self._print(
+            f"Epoch [{epoch + 1}/{self.epochs}] finished in {sums.seconds:.2f}s. Average Loss: {shown(sums.loss)}"
+        )
         if self._of_epoch:
-            self._print(f"  time: {phase_line(self._of_epoch)}")
+            first = self._of_epoch[0].plans[0]
+            part = f" since step {first.step + 1}" if first.begin else ""
+            self._print(f"  time{part}: {phase_line(self._of_epoch)}")
         self._of_epoch.clear()
 
     def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
         """Print all metrics in one line."""
-        values = {name: _finite(value) for name, value in metrics.items()}
+        values = {name: finite(value) for name, value in metrics.items()}
         hexes = {name: value.hex() for name, value in metrics.items()}
         self._write(
             [
@@ -198,8 +149,8 @@ class RankZeroReporter(Reporter):
                 }
             ]
         )
-        shown = ", ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
-        self._print(f"Evaluation after step {step} on {samples} samples: {shown}")
+        text = ", ".join(f"{name}: {shown(value)}" for name, value in metrics.items())
+        self._print(f"Evaluation after step {step} on {samples} samples: {text}")
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """Write the event."""
@@ -260,28 +211,7 @@ class RankZeroReporter(Reporter):
         self._bar.print(line, self.stream)
 
 
-_SPREAD = '{"mean": %.7f, "max": %.7f, "slowest_rank": %d}'
-_STEP = (
-    '{"event": "step", "time": TIME, "step": %d, "epoch": %d, "loss": %s, "loss_hex": "%s", "samples": %d, '
-    '"samples_per_s": %.1f, "seconds": {' + ", ".join(f'"{phase}": {_SPREAD}' for phase in PHASES) + "}%s}\n"
-)
-
-
-def step_lines(records: StepRecords, now: float) -> list[str]:
-    """The JSON of a `step` event for each; written for every step, so by a template, a tenth of json.dumps's time."""
-    template = _STEP.replace("TIME", repr(now))
-    spreads = np.stack((records.mean, records.most, records.slowest), 2).reshape(len(records), -1).tolist()
-    more = [""] * len(records)
-    for row in range(len(records)) if records.extras else ():
-        more[row] = ', "extra": ' + json.dumps({name: _finite(value) for name, value in records.logged(row).items()})
-    more[-1] += ", " + json.dumps({"rank_seconds": records.loads.seconds, "memory": records.loads.memory})[1:-1]
-    lines = []
-    for row, (plan, loss) in enumerate(zip(records.plans, records.losses, strict=True)):
-        shown = repr(loss) if math.isfinite(loss) else "null"
-        place = (plan.step + 1, plan.epoch + 1, shown, loss.hex(), plan.samples, records.samples_per_second(row))
-        lines.append(template % (*place, *spreads[row], more[row]))
-    return lines
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def shown(value: float) -> str:
+    """Four decimals, or four digits of what has none of its own there or needs many."""
+    plain = value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e6
+    return f"{value:.4f}" if plain else f"{value:.3e}"

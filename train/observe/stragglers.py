@@ -1,7 +1,7 @@
 """Which rank keeps the others waiting, step after step: pure arithmetic on the phase times of all ranks.
 
-A rank's own work is what it does in data, forward and backward; in sync it waits for others, and the optimizer phase
-holds what happens between two steps. Ranks that run more shards may take as much longer. A rank is slow where it takes
+A rank's own work is what it does in data, forward and backward; in sync it waits for others.
+Ranks that run more shards may take as much longer. A rank is slow where it takes
 clearly longer than the median of the others in nearly every step, and the step gets noticeably longer by it: chance,
 samples of different length and a busy moment do not look like that.
 """

@@ -169,6 +169,7 @@ class TrackedReporter(Reporter):
     inner: Reporter
     feeds: list[Feed]
     config: dict[str, Any]
+    samples: int
     global_batch_size: int
     log_every: int
     _step: int = 0  # of the last records
@@ -183,7 +184,7 @@ class TrackedReporter(Reporter):
         """Send the steps for which a line is printed."""
         self.inner.steps(records)
         self._step = records.plans[-1].step + 1
-        for row in records.due(self.log_every, self.global_batch_size):
+        for row in records.due(self.log_every, self.samples, self.global_batch_size):
             plan, speed = records.plans[row], records.samples_per_second(row)
             values = {"loss": records.losses[row], "samples_per_s": speed, "epoch": plan.epoch + 1.0}
             self._send("train", plan.step + 1, values | records.logged(row))
@@ -244,9 +245,9 @@ class TrackedReporter(Reporter):
 
 
 def tracked(
-    inner: Reporter, names: list[str], run_dir: Path, config: dict[str, Any], rhythm: tuple[int, int]
+    inner: Reporter, names: list[str], run_dir: Path, config: dict[str, Any], rhythm: tuple[int, int, int]
 ) -> Reporter:
-    """`inner` itself without trackers; `rhythm` is samples a step, and steps between two printed lines."""
+    """`inner` itself without trackers; `rhythm`: samples of an epoch and of a step, steps between lines."""
     if not names:
         return inner
     sent = Sent(run_dir / "trackers.json")

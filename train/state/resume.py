@@ -124,8 +124,10 @@ def look(run_dir: RunDir, resume: str, environ: Mapping[str, str]) -> dict[str, 
         aside = checkpoint.set_aside(folder)
         warnings.append(f"checkpoint {folder.name} is damaged ({problem}); set aside as {aside.name}")
     begun = Begun.read(run_dir) if meant == "auto" and path else Begun.here(resume, environ)
+    elsewhere = path is not None and is_elsewhere(run_dir, str(path))
     seen = {"path": str(path or ""), "warnings": warnings, "ended": False, "note": note, "begun": asdict(begun)}
-    if path is None or is_elsewhere(run_dir, str(path)):
+    seen |= {"elsewhere": elsewhere, "starts": _starts(run_dir)}
+    if path is None or elsewhere:
         cut_events(run_dir, 0, 0)
         return seen
     step = manifest.step_of(path)
@@ -135,6 +137,18 @@ def look(run_dir: RunDir, resume: str, environ: Mapping[str, str]) -> dict[str, 
             warnings.append(f"checkpoint {folder.name} is newer than the one resumed from; set aside as {aside.name}")
     cut_events(run_dir, checkpoint.load_state(path)["events_offset"], step)
     return seen | {"ended": _ended_with(run_dir, step)}
+
+
+def _starts(run_dir: RunDir) -> list[float]:
+    """Times of the starts so far, seconds since 1970."""
+    lines = run_dir.events.read_bytes().splitlines() if run_dir.events.exists() else []
+    times = []
+    for line in lines:
+        if b'"run_started"' in line or b'"restarted"' in line:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                event = json.loads(line)
+                times += [float(event["time"])] if event["event"] in ("run_started", "restarted") else []
+    return times
 
 
 def _ended_with(run_dir: RunDir, step: int) -> bool:

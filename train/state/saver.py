@@ -70,6 +70,9 @@ class Saver:
     def save(self, state: TrainState, reporter: Reporter) -> None:
         """Nothing to write here."""
 
+    def tell(self, reporter: Reporter) -> None:
+        """Nothing to tell."""
+
     def wait(self, reporter: Reporter) -> bool:  # noqa: ARG002 (WritingSaver's form)
         """Nothing to wait for."""
         return True
@@ -142,11 +145,11 @@ class WritingSaver(Saver):
         """Begin to commit the state, unless it already is, by us or by the start that it was loaded from."""
         if self._writing is not None and self._writing[0] == state.step:
             return
+        begin = time.perf_counter()  # training stands still also while the one before is written
         if not self.wait(reporter):
             return
         if state.step in (self._written, state.loaded_step) and self.run_dir.checkpoint(state.step).exists():
             return
-        begin = time.perf_counter()
         snapshot = self._copies.copy(state.capture(reporter.offset()))
         protected = {state.best_step} if state.best_step is not None else set()
         where = (self.run_dir, self.generation, self.keep, protected, self.fence)
@@ -157,13 +160,21 @@ class WritingSaver(Saver):
         self._copies.wait()
         return commit(*what)
 
+    def tell(self, reporter: Reporter) -> None:
+        """Report what came of the last one, once that is known."""
+        if self._writing is not None and self._writing[2].done():
+            self._report(*self._writing, reporter)
+
     def wait(self, reporter: Reporter) -> bool:
         """True once nothing is being written any more; reports what came of it. False where time is over before."""
         if self._writing is None:
             return True
-        step, stall, written = self._writing
-        if not wait_for_all([written], self._seconds_left()).done:
+        if not wait_for_all([self._writing[2]], self._seconds_left()).done:
             return False
+        self._report(*self._writing, reporter)
+        return True
+
+    def _report(self, step: int, stall: float, written: Future[Path], reporter: Reporter) -> None:
         self._writing = None
         try:
             folder = written.result()
@@ -177,4 +188,3 @@ class WritingSaver(Saver):
         else:
             self._written = step
             reporter.checkpoint(step, folder, stall)
-        return True

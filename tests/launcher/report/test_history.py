@@ -21,7 +21,7 @@ def test_a_whole_run_is_told(made):
     assert (history.status, history.restarts, history.last.step, history.last.samples) == ("finished", 1, 100, 6400)
     kinds = [moment.kind for moment in history.moments]
     assert kinds == ["run_started", "worker_failed", "restarted", "resumed", "run_finished"]
-    assert "rank 1 (step 50, backward): killed by SIGKILL" in history.moments[1].text
+    assert "rank 1 (step 51, backward): killed by SIGKILL" in history.moments[1].text
     assert [step for _, step in history.checkpoints] == [25, 50, 75, 100]
     assert history.unreadable == 0
     assert len(history.losses) == 100
@@ -124,3 +124,23 @@ def test_a_folder_without_a_run_is_refused_with_a_hint(tmp_path):
     with pytest.raises(UsageError, match="expected to be a run directory with events") as error:
         read(RunDir(tmp_path))
     assert "--run-dir" in error.value.hint
+
+
+def test_times_of_ranks_of_a_run_that_begins_in_the_middle_are_those_of_its_steps(made):
+    loads = {"rank_seconds": {phase: [1.0, 2.0] for phase in made.step(1)["seconds"]}}
+    start = made.events(0, finish=False)
+    resumed = {"event": "resumed", "time": 1000.0, "step": 100, "epoch": 3, "checkpoint": "step-00000100"}
+    history = folded([*start, resumed, made.step(101), made.step(102, **loads)])
+    assert (history.ranks.since_step, history.ranks.steps) == (101, 2)
+    assert history.ranks.seconds["data"] == [2.0, 4.0]
+
+
+def test_a_step_without_weight_is_not_one_that_was_not_finite(made):
+    history = folded([made.step(1), made.step(2, loss=None, weightless=True), made.step(3, loss=None)])
+    assert [place.step for place in history.broken] == [3]
+
+
+def test_restarts_of_ranks_that_never_wrote_a_start_count_too(made):
+    started = made.events(0, finish=False)[0]
+    assert folded([started, started | {"event": "restarted", "generation": 3}]).restarts == 3
+    assert folded([started, started]).restarts == 1

@@ -61,6 +61,40 @@ def test_starts_that_do_not_tell_their_ranks_are_left_out(run_dir):
         measured(RunDir(run_dir))
 
 
+def test_times_are_those_of_the_number_of_ranks_that_is_told(run_dir):
+    events = run_dir / "events.jsonl"
+    text = events.read_text().rpartition("\n")[0] + "\n"
+    slower = {"event": "step", "time": 20.0, "samples": 32, "seconds": phases(forward=0.08)}
+    events.write_text(text + json.dumps({"event": "restarted", "world_size": 1}) + "\n")
+    assert measured(RunDir(run_dir)).ranks == 2, "no step was made on one rank yet"
+    with events.open("a") as file:
+        file.write(json.dumps(slower) + "\n")
+    found = measured(RunDir(run_dir))
+    assert (found.ranks, found.forward, found.samples) == (1, 0.08, 672)
+
+
+def test_a_plan_for_the_measured_ranks_is_as_fast_as_the_run_whose_slowest_rank_sets_the_pace(tmp_path):
+    # rank 1 takes 80 ms in forward, rank 0 30 ms, then it waits; 10 ms lie between steps
+    step = {"event": "step", "time": 1.0, "samples": 8, "seconds": phases(forward=0.055, backward=0.02, sync=0.025)}
+    by_rank = {"data": [0.0, 0.0], "forward": [0.03, 0.08], "backward": [0.02, 0.02], "optimizer": [0.0, 0.0]}
+    step["rank_seconds"] = by_rank | {"sync": [0.05, 0.0], "between": [0.01, 0.01]}
+    events = [{"event": "run_started", "world_size": 2}, *[step] * 20]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    (row,) = rows_of(str(tmp_path), "--ranks", "2", "--weights-mb", "1", "--latency-us", "0", "--node-latency-us", "0")[
+        "rows"
+    ]
+    assert row["samples_per_s"] == pytest.approx(8 / 0.11, rel=1e-3)
+
+
+def test_json_is_json_also_where_nothing_ever_ends():
+    said: list[str] = []
+    for hours in ("0.00001", "1e308"):
+        assert plan([*GIVEN, "--json", "--rank-hours", hours], said.append) == 0
+    hopeless, endless = (json.loads(text, parse_constant=pytest.fail)["rows"][0] for text in said)
+    assert (hopeless["goodput"], hopeless["days"]) == (0.0, None)
+    assert (endless["goodput"], endless["mttf"], endless["checkpoint_every"]) == (1.0, None, None)
+
+
 def rows_of(*words: str) -> dict:
     said: list[str] = []
     assert plan([*words, "--json"], said.append) == 0
@@ -82,6 +116,7 @@ def test_table_has_a_row_for_each_number_of_ranks():
     assert [int(row.split()[0]) for row in rows] == [1 << power for power in range(15)]
     assert {len(line) for line in (head, *rows)} == {len(head)}
     assert "3.09 h" in rows[-1]
+    assert "Without evaluations" in last
     assert "network.py" in last
 
 
@@ -123,6 +158,7 @@ def test_numbers_of_ranks(text, numbers):
         ([*GIVEN, "--plot", "/proc/nosuch/x.svg"], "--plot is expected to be writable"),
         ([*GIVEN, "--scaling", "medium"], "medium"),
         ([*GIVEN, "--weights-mb", "0"], "--weights-mb is expected"),
+        ([*GIVEN, *"--forward-ms 0 --backward-ms 0 --optimizer-ms 0".split()], "expected to add up to more than 0"),
         ([*GIVEN, "--bandwith", "1"], "did you mean --bandwidth?"),
     ],
 )

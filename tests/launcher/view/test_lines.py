@@ -46,8 +46,8 @@ def test_a_failed_run_says_why_and_whether_it_goes_on(made):
     events = made.events(60, crash_after=40)
     failed = [event["event"] for event in events].index("worker_failed")
     standing = stood(events[: failed + 1])
-    assert shown(standing, 80, running=False)[-1] == "rank 1 failed at step 40: killed by SIGKILL (signal 9)"
-    assert shown(standing, 80)[-1] == "rank 1 failed at step 40: killed by SIGKILL (signal 9); starting again"
+    assert shown(standing, 80, running=False)[-1] == "rank 1 failed in step 41: killed by SIGKILL (signal 9)"
+    assert shown(standing, 80)[-1] == "rank 1 failed in step 41: killed by SIGKILL (signal 9); starting again"
 
 
 def test_a_run_that_was_stopped_says_where_it_would_go_on(made):
@@ -112,3 +112,25 @@ def test_numbers_are_short():
     assert [size(held) for held in (812 << 20, 3 << 30)] == ["812 MiB", "3.00 GiB"]
     assert [count(value) for value in (0.5234, 87.345, 2787.4)] == ["0.523", "87.3", "2787"]
     assert math.isclose(stood([]).shares.get("data", 0.0), 0.0)
+
+
+def test_who_waits_for_others_is_not_called_slow(made):
+    def spread(mean, most, rank):
+        return {"mean": mean, "max": most, "slowest_rank": rank}
+
+    # rank 1 takes 4 ms longer, half of it in forward and half in backward; rank 0 waits for it in sync
+    seconds = {"data": spread(0, 0, 0), "forward": spread(4, 5, 1), "backward": spread(4, 5, 1)}
+    seconds |= {"sync": spread(2, 4, 0), "optimizer": spread(0, 0, 0)}
+    standing = stood([*made.events(0, finish=False), made.step(1, seconds=seconds)])
+    assert standing.slowest == (1, "forward")
+
+
+def test_a_step_without_weight_changes_no_loss(made):
+    standing = stood([made.step(1, loss=0.25), made.step(2, loss=None, weightless=True)])
+    assert "loss 0.25" in one_line(standing)
+
+
+def test_memory_is_that_of_the_devices_where_there_are_any(made):
+    memory = {"host": [5 << 30, 4 << 30], "device": [2 << 30, 3 << 30]}
+    assert "GPU memory 3.00 GiB (rank 1)" in one_line(stood([made.step(1, memory=memory)]))
+    assert "memory 5.00 GiB (rank 0)" in one_line(stood([made.step(1, memory=memory | {"device": [0, 0]})]))

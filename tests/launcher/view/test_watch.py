@@ -123,6 +123,15 @@ def test_a_restart_that_cuts_the_events_is_followed(samestep, made, owned):
     assert b"cd" * 32 in seen
 
 
+def test_a_start_with_another_length_is_believed_also_where_the_watch_began_before_it(samestep, made, owned):
+    path, _ = owned
+    terminal = Terminal(samestep, "run")
+    terminal.read_until(b"step 60/100")
+    (path / "config.json").write_text(json.dumps({"config": {"epochs": 4}, "total_steps": 400}))
+    append(path, *made.events(0, finish=False), made.step(61))
+    assert b"epoch 2/4" in terminal.read_until(b"step 61/400")
+
+
 def test_the_end_of_the_owner_ends_the_watch(samestep, owned):
     _, lock = owned
     terminal = Terminal(samestep, "run")

@@ -12,7 +12,7 @@ import torch
 
 from samestep.launcher import manifest
 from samestep.launcher.contract import RunDir
-from samestep.train.observe.reporter import EventLog
+from samestep.train.observe.event_log import EventLog
 from samestep.train.state.checkpoint import Snapshot, commit
 from samestep.train.state.export import export_weights
 from samestep.train.state.resume import cut_events

@@ -56,6 +56,15 @@ def test_a_finished_run_started_again_says_its_digest_and_changes_nothing(go):
     assert (again.run_dir / "events.jsonl").read_bytes() == before
 
 
+def test_a_run_that_is_to_end_before_the_step_that_it_has_come_to_has_that_many(go):
+    ended = go("--max-steps", "6")
+    events = ended.run_dir / "events.jsonl"
+    events.write_text("".join(line for line in events.read_text().splitlines(True) if "run_finished" not in line))
+    again = go("--max-steps", "4")
+    assert json.loads((again.run_dir / "config.json").read_text())["total_steps"] == 6
+    assert again.digest == ended.digest
+
+
 def test_a_run_killed_after_its_last_save_is_ended_properly(go):
     ended = go()
     events = ended.run_dir / "events.jsonl"
