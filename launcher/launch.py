@@ -206,7 +206,8 @@ def _stopped(run: _Run, facts: Facts, ended: Generation, signum: int | None) -> 
         return None
     ours, committed = _ours(run, facts), _committed(run.directory) >= 0
     codes = [policy.meant(end.returncode, ours=ours) for end in ended.ends]
-    return policy.after_stop(signum, codes, forced=ended.forced, saves=facts.resumes, committed=committed)
+    about = {"forced": ended.forced, "committed": committed, "trained": any(end.step for end in ended.ends)}
+    return policy.after_stop(signum, codes, saves=facts.resumes, **about)
 
 
 def _ours(run: _Run, facts: Facts) -> bool:

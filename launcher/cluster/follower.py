@@ -189,6 +189,7 @@ class Follower:
             forced=ended.forced,
             saves=self._facts.resumes,
             committed=bool(manifest.committed(self._job.directory.checkpoints)),
+            trained=any(end.step for end in ended.ends),
         )
 
     def _meant(self, end: RankEnd) -> int:

@@ -84,7 +84,9 @@ def after_signal(presses: int, grace: float) -> Patience:
     return Patience(wait=0.0, grace=0.0 if presses > 1 else grace)
 
 
-def after_stop(signum: int, codes: Collection[int], *, forced: bool, saves: bool, committed: bool) -> ExitCode:
+def after_stop(
+    signum: int, codes: Collection[int], *, forced: bool, saves: bool, committed: bool, trained: bool = False
+) -> ExitCode:
     """Exit status of a run that the operator stopped.
 
     Args:
@@ -93,6 +95,7 @@ def after_stop(signum: int, codes: Collection[int], *, forced: bool, saves: bool
         forced: the operator asked again, and the ranks were killed.
         saves: the ranks run a recipe of ours.
         committed: it has a checkpoint.
+        trained: ranks of this start had completed a step.
     """
     without_saving = ExitCode.INTERRUPTED if signum == signal.SIGINT else ExitCode.TERMINATED
     spoken = PREEMPTED & set(codes)
@@ -102,7 +105,7 @@ def after_stop(signum: int, codes: Collection[int], *, forced: bool, saves: bool
         return ExitCode(max(spoken))
     if saves and not any(codes):
         return ExitCode.DONE  # it came to its end meanwhile
-    if _NEVER_BEGAN.issuperset(codes):
+    if _NEVER_BEGAN.issuperset(codes) and not trained:
         return without_saving
     return ExitCode.PREEMPTED_KEPT if saves and committed else without_saving
 
