@@ -206,7 +206,8 @@ def _stopped(run: _Run, facts: Facts, ended: Generation, signum: int | None) -> 
         return None
     ours, committed = _ours(run, facts), _committed(run.directory) >= 0
     codes = [policy.meant(end.returncode, ours=ours) for end in ended.ends]
-    about = {"forced": ended.forced, "committed": committed, "trained": any(end.step for end in ended.ends)}
+    trained = facts.generation > 0 or any(end.step for end in ended.ends)
+    about = {"forced": ended.forced, "committed": committed, "trained": trained}
     return policy.after_stop(signum, codes, saves=facts.resumes, **about)
 
 

@@ -189,7 +189,7 @@ class Follower:
             forced=ended.forced,
             saves=self._facts.resumes,
             committed=bool(manifest.committed(self._job.directory.checkpoints)),
-            trained=any(end.step for end in ended.ends),
+            trained=self._generation > 0 or any(end.step for end in ended.ends),
         )
 
     def _meant(self, end: RankEnd) -> int:

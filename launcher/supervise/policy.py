@@ -95,15 +95,15 @@ def after_stop(
         forced: the operator asked again, and the ranks were killed.
         saves: the ranks run a recipe of ours.
         committed: it has a checkpoint.
-        trained: ranks of this start had completed a step.
+        trained: ranks had completed a step, of this start or an earlier one of this launch.
     """
     without_saving = ExitCode.INTERRUPTED if signum == signal.SIGINT else ExitCode.TERMINATED
     spoken = PREEMPTED & set(codes)
-    if forced or not codes:
+    if forced or not (codes or trained):
         return without_saving
-    if spoken == set(codes) or (spoken and committed):  # all ranks know that it was saved before one says so
+    if spoken and (spoken == set(codes) or committed):  # all ranks know that it was saved before one says so
         return ExitCode(max(spoken))
-    if saves and not any(codes):
+    if saves and codes and not any(codes):
         return ExitCode.DONE  # it came to its end meanwhile
     if _NEVER_BEGAN.issuperset(codes) and not trained:
         return without_saving

@@ -86,6 +86,7 @@ def test_how_a_run_ends_that_the_operator_stops(signum, codes, forced, committed
 def test_ranks_that_sigterm_ends_after_their_last_step_had_trained(committed, code):
     assert after_stop(TERM, [-15, 0], forced=False, saves=True, committed=committed, trained=True) == code
     assert after_stop(TERM, [-15, -15], forced=False, saves=True, committed=committed, trained=True) == code
+    assert after_stop(TERM, [], forced=False, saves=True, committed=committed, trained=True) == code
 
 
 @pytest.mark.parametrize("code", [1, 3, 70, -9, -11])

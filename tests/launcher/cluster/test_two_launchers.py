@@ -89,3 +89,24 @@ def test_a_machine_that_is_asked_to_stop_while_its_ranks_end_for_anothers_failur
     launchers[1].send_signal(signal.SIGTERM)
     assert launchers[1].wait(timeout=40) == 143, (tmp_path / "node-1").read_text()
     assert launchers[0].wait(timeout=40) == 0, (tmp_path / "node-0").read_text()
+
+
+ENDING = """
+import os, signal, sys, time
+if False:  # it only looks like a recipe
+    from samestep.train import train
+if os.environ["WORLD_SIZE"] == "1":
+    open("again", "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+open("ready-" + os.environ["RANK"], "w").close()
+while True:
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("launchers", [(ENDING, "--no-warm", "--no-report")], indirect=True)
+def test_a_machine_that_is_asked_to_stop_when_all_ranks_come_to_their_end_leaves_nothing_to_do(launchers, tmp_path):
+    launchers[1].send_signal(signal.SIGTERM)
+    assert [launcher.wait(timeout=40) for launcher in launchers] == [0, 0], (tmp_path / "node-0").read_text()
+    assert not (tmp_path / "again").exists()
