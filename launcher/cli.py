@@ -54,7 +54,11 @@ where it came from. stdout holds data, stderr what is for people; NO_COLOR is re
 def main() -> None:
     """Entry point of the console command."""
     stdout.prepare()
-    raise SystemExit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    from samestep.launcher.supervise.signals import hear_none
+
+    hear_none()
+    raise SystemExit(code)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -70,12 +70,13 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
     directory, lock = run_dir.own(path)
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
-    console = Console(stdout=sys.stderr.fileno() if config.json else None)  # stdout then holds the answer alone
     far, times = FarRanks(), place.timeouts if place else None
     watch = watch_all(facts.world_size, config.hang_timeout, directory, times, far) if facts.resumes else NoWatch()
     facts = replace(facts, heartbeat_fd=watch.fd)
     try:
         with SignalSocket() as signals, terminal.kept(lent=config.pdb is not None):
+            stdout = sys.stderr.fileno() if config.json else None  # stdout then holds the answer alone
+            console = Console(stdout=stdout, asked=signals.asked)
             supervisor = Supervisor(config, directory, console, signals, watch, facts.grace, saves=facts.resumes)
             head = Head(place, listener, directory, supervisor, console, environ, far) if place and listener else None
             team = head or Alone(config)
@@ -88,8 +89,9 @@ def launch(config: LaunchConfig, recipe: Recipe, environ: Mapping[str, str]) -> 
                 supervisor.close()
                 watch.close()
                 console.close()
-        if facts.resumes and result.exit_code == ExitCode.DONE and not config.no_report:
-            _report(directory, console)
+            if facts.resumes and result.exit_code == ExitCode.DONE and not config.no_report:
+                with signals.interrupting():
+                    _report(directory, console)
         return result
     finally:
         lock.release()
@@ -101,11 +103,12 @@ def _follow(
     """The same on a machine where another one decides."""
     if config.log_dir:
         run_dir.prepare_logs(Path(config.log_dir))
-    console, directory = Console(), RunDir(path)
+    directory = RunDir(path)
     reporting = Reporting(facts.world_size, directory) if facts.resumes else None
     watch = reporting or NoWatch()
     facts = replace(facts, heartbeat_fd=watch.fd)
     with SignalSocket() as signals:
+        console = Console(asked=signals.asked)
         supervisor = Supervisor(config, directory, console, signals, watch, facts.grace, saves=facts.resumes)
         job = FollowerJob(config, recipe, directory, environ, supervisor, console, reporting)
         follower = Follower(job, place, facts)
@@ -203,7 +206,9 @@ def _stopped(run: _Run, facts: Facts, ended: Generation, signum: int | None) -> 
         return None
     ours, committed = _ours(run, facts), _committed(run.directory) >= 0
     codes = [policy.meant(end.returncode, ours=ours) for end in ended.ends]
-    return policy.after_stop(signum, codes, forced=ended.forced, saves=facts.resumes, committed=committed)
+    trained = facts.generation > 0 or any(end.step for end in ended.ends)
+    about = {"forced": ended.forced, "committed": committed, "trained": trained}
+    return policy.after_stop(signum, codes, saves=facts.resumes, **about)
 
 
 def _ours(run: _Run, facts: Facts) -> bool:

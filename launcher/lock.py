@@ -2,7 +2,8 @@
 
 The kernel lets go of the lock when its owner ends, however it ends, so an old file never stands in the way; what it
 says is for people, and for file systems whose locks don't reach other hosts. Its generation grows with every start of
-ranks: a process of an earlier start sees that it was replaced, and publishes nothing.
+ranks, from a random number on: a process of an earlier start, also one whose run directory was removed and made anew,
+sees that it was replaced, and publishes nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 
 _BYTES = 512  # always as many, so that one write replaces all of it
+_MOST_FIRST = 1 << 30
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -88,7 +91,7 @@ class RunLock:
         if refusal in (errno.EWOULDBLOCK, errno.EACCES) or (refusal and found.may_live()):
             self._forget()
             raise _in_use(run_dir, found)
-        self.generation = found.generation + 1
+        self.generation = (found.generation or secrets.randbelow(_MOST_FIRST)) + 1
         try:
             self._write(Owner.here(self.generation))
         except OSError:

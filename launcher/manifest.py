@@ -91,9 +91,10 @@ def is_step(folder: Path) -> bool:
 
 def committed(checkpoints: Path) -> list[Path]:
     """Checkpoint folders below `checkpoints`, newest first, verified or not."""
-    if not checkpoints.is_dir():
+    try:
+        found = [path for path in checkpoints.iterdir() if is_step(path) and path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in checkpoints.iterdir() if is_step(path) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 

@@ -13,7 +13,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from samestep.launcher.diagnosis.traceback_text import last_exception
+from samestep.launcher.diagnosis.traceback_text import is_ours, last_exception
 
 _OURS = str(Path(__file__).parent) + os.sep
 _NOTE = "samestep: raised by "
@@ -63,7 +63,9 @@ def _user_frame(error: BaseException) -> str:
     """Innermost frame that is neither ours nor a library's."""
     frames = traceback.extract_tb(error.__traceback__)
     others = (_OURS, sysconfig.get_path("stdlib") + os.sep, "<")
-    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(others)]
+    own = [
+        f for f in frames if not ("site-packages" in f.filename or is_ours(f.filename) or f.filename.startswith(others))
+    ]
     if not own:
         return ""
     frame = own[-1]

@@ -221,16 +221,24 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     if found.ended and run.state.step >= run.max_steps:
         digest = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
         run.reporter.already_finished(digest, run.state.step)
+        member.group.barrier()
     else:
         _announce(run, joined, found, [uncompiled, *warnings])
-        with signals, environment.long_lived_objects_set_aside():
-            rewind.run_with_rewinds(run, member, run_dir)
-            preemption.leave_if_stopped(run, run_dir)
-        progress(run.state.step, "closing")
-        digest = close(run, run_dir, member)
-        run.reporter.finished(digest, run.state.step, run.state.restarts, goodput(run))
-    member.group.barrier()
+        with signals:
+            digest = _to_the_end(run, member, run_dir, progress)
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)
+
+
+def _to_the_end(run: Run, member: Membership, run_dir: RunDir, progress: Progress) -> str:
+    """Train, save, export. Who asks to stop after the last step waits for the rest, and finds it done. A collective."""
+    with environment.long_lived_objects_set_aside():
+        rewind.run_with_rewinds(run, member, run_dir)
+        preemption.leave_if_stopped(run, run_dir)
+    progress(run.state.step, "closing")
+    digest = close(run, run_dir, member)
+    run.reporter.finished(digest, run.state.step, run.state.restarts, goodput(run))
+    member.group.barrier()
+    return digest
 
 
 def _announce(run: Run, joined: _Joined, found: start.Found, warnings: list[str]) -> None:

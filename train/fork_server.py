@@ -135,7 +135,7 @@ def _fork() -> tuple[int, int]:
         for fd in (told, tell, gate):
             os.close(fd)
         if not os.read(go, 2):
-            os._exit(0)
+            os._exit(1)  # whose server was killed in this moment: the launcher waits for this rank
         os.close(go)
         return 0, -1
     for fd in (tell, go):

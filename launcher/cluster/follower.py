@@ -124,7 +124,7 @@ class Follower:
                 return self._told_to_stop(message)
             if message["kind"] == "start":
                 ended = self._one_generation(message)
-                if ended.stopped_by is not None:
+                if ended.signum is not None:
                     return self._stopped(ended)
 
     def _one_generation(self, message: dict[str, Any]) -> Generation:
@@ -166,7 +166,7 @@ class Follower:
             ended = Generation(self._generation, ())
         else:
             ended = job.supervisor.run(facts.generation, commands, job.environ, started=_nothing, is_victim=tell)
-        self._say({"kind": "ended", "ends": [_words(end) for end in ended.ends], "stopped_by": ended.stopped_by})
+        self._say({"kind": "ended", "ends": [_words(end) for end in ended.ends], "stopped_by": ended.signum})
         return ended
 
     def _say(self, message: dict[str, Any]) -> None:
@@ -189,6 +189,7 @@ class Follower:
             forced=ended.forced,
             saves=self._facts.resumes,
             committed=bool(manifest.committed(self._job.directory.checkpoints)),
+            trained=self._generation > 0 or any(end.step for end in ended.ends),
         )
 
     def _meant(self, end: RankEnd) -> int:

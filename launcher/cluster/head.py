@@ -54,7 +54,7 @@ class Head:
         self._callers: list[Peer] = []  # have said hello, in the order in which they came
         self._members: list[Peer] = []  # take part in the generation, in the order of their ranks
         self._generation = -1
-        self._running = self._halted = False
+        self._running = self._halted = self._saves = False
         self._missing: Failure | None = None
         self._reshaped = ""
         self._committed = -1
@@ -79,6 +79,7 @@ class Head:
         place, store = meeting.open_store(self._address, None, self._address)
         place = replace(place, interface=interfaces.interface_toward(self._address, place.store_port))
         self._generation, self._committed = facts.generation, _committed(self._run_dir)
+        self._saves = facts.resumes
         first = sizes[0]
         for node_rank, peer in enumerate(self._members, 1):
             peer.facts |= {"first_rank": first, "rank_of_node": node_rank, "ended": None}
@@ -127,7 +128,8 @@ class Head:
                 if peer in self._callers:  # it may have left already
                     self._callers.remove(peer)
                     self._hub.say(peer, {"kind": "stop", "exit_code": None})
-        if generation.stopped_by is not None:
+        done = self._saves and not any(end.returncode for end in ends)
+        if generation.stopped_by is not None or done:
             self._reshaped = ""
         return replace(generation, ends=tuple(ends), signum=asked)
 

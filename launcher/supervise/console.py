@@ -8,18 +8,25 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from samestep.launcher.supervise.events import Stream
 
 _CLEAR = b"\r\x1b[2K"
 _UP = b"\x1b[1A"
+_LOOK_SECONDS = 0.1  # how often somebody whose output nobody takes looks whether he is asked to stop
 
 
 class Console:
-    """Two byte streams, and below them a display of a few lines that is redrawn."""
+    """Two byte streams, and below them a display of a few lines that is redrawn.
 
-    def __init__(self, *, stdout: int | None = None, stderr: int | None = None) -> None:
+    Who reads slowly is waited for, until `asked` says that the operator wants to stop.
+    """
+
+    def __init__(
+        self, *, stdout: int | None = None, stderr: int | None = None, asked: Callable[[], bool] = bool
+    ) -> None:
+        self._asked = asked
         sys.stdout.flush()
         sys.stderr.flush()
         self._fds: dict[Stream, int | None] = {
@@ -95,8 +102,18 @@ class Console:
         view = memoryview(data)
         while fd is not None and view:
             try:
-                view = view[os.write(fd, view) :]
-            except BlockingIOError:  # somebody made the shared terminal non-blocking
-                select.select([], [fd], [])
+                if self._is_taken(fd):
+                    view = view[os.write(fd, view[: select.PIPE_BUF]) :]  # so much a pipe takes at once
+                else:
+                    fd = self._fds[stream] = None
+            except BlockingIOError:  # somebody made the shared terminal non-blocking, and was faster
+                continue
             except OSError:  # the reader has gone, as in `| head`: the run goes on, its logs have everything
                 fd = self._fds[stream] = None
+
+    def _is_taken(self, fd: int) -> bool:
+        """Wait until somebody takes what is written; False where the operator asks to stop before."""
+        while not select.select([], [fd], [], _LOOK_SECONDS)[1]:
+            if self._asked():
+                return False
+        return True

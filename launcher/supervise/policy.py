@@ -84,7 +84,9 @@ def after_signal(presses: int, grace: float) -> Patience:
     return Patience(wait=0.0, grace=0.0 if presses > 1 else grace)
 
 
-def after_stop(signum: int, codes: Collection[int], *, forced: bool, saves: bool, committed: bool) -> ExitCode:
+def after_stop(
+    signum: int, codes: Collection[int], *, forced: bool, saves: bool, committed: bool, trained: bool = False
+) -> ExitCode:
     """Exit status of a run that the operator stopped.
 
     Args:
@@ -93,16 +95,17 @@ def after_stop(signum: int, codes: Collection[int], *, forced: bool, saves: bool
         forced: the operator asked again, and the ranks were killed.
         saves: the ranks run a recipe of ours.
         committed: it has a checkpoint.
+        trained: ranks had completed a step, of this start or an earlier one of this launch.
     """
     without_saving = ExitCode.INTERRUPTED if signum == signal.SIGINT else ExitCode.TERMINATED
     spoken = PREEMPTED & set(codes)
-    if forced or not codes:
+    if forced or not (codes or trained):
         return without_saving
-    if spoken == set(codes) or (spoken and committed):  # all ranks know that it was saved before one says so
+    if spoken and (spoken == set(codes) or committed):  # all ranks know that it was saved before one says so
         return ExitCode(max(spoken))
-    if saves and not any(codes):
+    if saves and codes and not any(codes):
         return ExitCode.DONE  # it came to its end meanwhile
-    if _NEVER_BEGAN.issuperset(codes):
+    if _NEVER_BEGAN.issuperset(codes) and not trained:
         return without_saving
     return ExitCode.PREEMPTED_KEPT if saves and committed else without_saving
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 OPERATOR = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
@@ -48,7 +50,40 @@ class SignalSocket:
 
     def read(self) -> list[int]:
         """Numbers of the signals since the last call, in order."""
+        return self._receive()
+
+    def asked(self) -> bool:
+        """Whether one of the operator's is still to be read."""
+        return any(signum != signal.SIGCHLD for signum in self._receive(socket.MSG_PEEK))
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """While entered, the operator's next one raises KeyboardInterrupt, which ends this block and no more."""
+
+        def interrupt(_signum: int, _frame: FrameType | None) -> None:
+            self._handle(_ignore)
+            raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            try:
+                self._handle(interrupt)
+                yield
+            finally:
+                self._handle(_ignore)
+
+    def _receive(self, flags: int = 0) -> list[int]:
         try:
-            return list(self._reader.recv(4096))
+            return list(self._reader.recv(4096, flags))
         except BlockingIOError:
             return []
+
+    def _handle(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        for signum in OPERATOR:
+            if signum in self._previous:
+                signal.signal(signum, handler)
+
+
+def hear_none() -> None:
+    """From now on the operator's signals change nothing: all is done, and one would only replace the exit code."""
+    for signum in OPERATOR:
+        signal.signal(signum, signal.SIG_IGN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from samestep.launcher import temporary
 from samestep.launcher.config import LaunchConfig
@@ -44,30 +45,27 @@ class Supervisor:
         *,
         saves: bool,
     ) -> None:
-        self._config = config
-        self._grace, self._saves, self._run_dir = grace, saves, run_dir
-        self._watch = watch
+        self._config, self._run_dir, self._console, self._watch = config, run_dir, console, watch
+        self._grace, self._saves = grace, saves
         self._hang: Hang | None = None
-        self._console = console
         self._progress = Progress(run_dir) if console.has_bar and not config.quiet and config.pdb is None else None
         self._source = EventSource(signals)
         self._workers: dict[int, Worker] = {}
         self._listening = Listening(self._source)
         self._ends: list[RankEnd] = []
-        self._failed = False
+        self._failed, self._presses = False, 0
         self._is_victim: Callable[[RankEnd], bool]
         self._stopped_by: int | None = None
         self._signum: int | None = None
-        self._presses = 0
-        self._patience = Patience(0.0, 0.0)
         self._due: dict[str, Callable[[], None]] = {
             "terminate": self._terminate,
             "kill": self._kill,
             "abandon": self._abandon,
             "progress": self._show_progress,
             "watch": self._look_for_hangs,
+            "server": partial(self._server_spoke, late=True),
         }
-        self._memory = NOTHING_COUNTED
+        self._memory, self._patience = NOTHING_COUNTED, Patience(0.0, 0.0)
         self._liveness, self._life = os.pipe()  # the kernel closes the second one with us: ranks die then
         self._adopts, self._inherited = adopt_orphans(), process.below_us()
         self._server: ForkServer | None = None
@@ -94,11 +92,13 @@ class Supervisor:
         self._watch.clear()
         self._memory = memory_signs.read()
         try:
-            self._waiting = lambda: self._start_all(generation, commands, environ, started)
+            start = partial(self._start_all, generation, commands, environ, started)
             if self._server is None or self._server.is_ready or not all(command.recipe for command in commands):
-                self._begin()
+                start()
             else:
+                self._waiting = start
                 self._source.watch_server(self._server.fileno())
+                self._source.start_timer("server", self._config.join_timeout)
             while self._waiting is not None or self._running():
                 for event in self._source.wait():
                     self._handle(event)
@@ -138,16 +138,23 @@ class Supervisor:
         os.close(self._liveness)
         os.close(self._life)
 
-    def _server_spoke(self) -> None:
-        assert self._server is not None
-        self._source.forget(self._server.fileno())
-        self._server.greet()  # where it has ended, ranks are programs of their own and tell why it could not live
-        self._begin()
-
-    def _begin(self) -> None:
+    def _await_no_more(self) -> Callable[[], None] | None:
+        """What was to follow once the fork server is ready; None where that was not waited for, or no more."""
         start, self._waiting = self._waiting, None
-        if start is not None:
-            start()
+        if start is not None and self._server is not None:
+            self._source.forget(self._server.fileno())
+        return start
+
+    def _server_spoke(self, *, late: bool = False) -> None:
+        start = self._await_no_more()
+        if start is None or self._server is None:
+            return
+        if late:
+            self._server.close()
+            self._console.say("samestep: ranks are not forked, which only starts slower: their server is not ready")
+        else:
+            self._server.greet()  # where it has ended, ranks are programs of their own and tell why it could not live
+        start()
 
     def _start_all(
         self, generation: int, commands: Sequence[Command], environ: Mapping[str, str], started: Callable[[], None]
@@ -236,9 +243,7 @@ class Supervisor:
 
     def _operator(self, signum: int) -> None:
         self._presses, self._signum = self._presses + 1, signum
-        if self._waiting is not None and self._server is not None:
-            self._waiting = None  # no rank has been started: none will be
-            self._source.forget(self._server.fileno())
+        self._await_no_more()  # no rank has been started: none will be
         if self._stopped_by is None and not self._failed:
             self._stopped_by = signum
         if self._presses == 1 and not self._config.quiet:
@@ -249,9 +254,7 @@ class Supervisor:
 
     def _halt(self, patience: Patience) -> None:
         """Ranks elsewhere end, so ours can't go on; if ours have begun to fail by themselves, all is on its way."""
-        if self._waiting is not None and self._server is not None:
-            self._waiting = None
-            self._source.forget(self._server.fileno())
+        self._await_no_more()
         if self._running() and not self._failed and self._stopped_by is None:
             self._failed = True
             self._end_all(patience)

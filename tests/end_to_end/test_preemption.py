@@ -29,16 +29,19 @@ FLAGS = (
     "20",
 )
 RECIPE = """
-import os, time
+import os, signal, time
 from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
-from samestep.train import Components, supervised, train
+from samestep.train import Components, finish, supervised, train
 
 RANK, MODE, HERE = os.environ.get("RANK", "0"), os.environ.get("MODE", ""), Path(__file__).parent
 PACE = float(os.environ.get("PACE", "0"))
 calls = 0
+if MODE == "closing":
+    export = finish.export_weights
+    finish.export_weights = lambda *what: (os.kill(os.getpid(), signal.SIGTERM), export(*what))
 
 
 class Samples(Dataset):
@@ -203,6 +206,12 @@ def test_asked_at_its_last_step_it_is_done(job, reference):
     process.terminate()
     process.wait(90)
     assert process.returncode in (0, 75)
+    assert_no_step_lost(job.again(), reference)
+
+
+def test_asked_to_stop_while_the_weights_are_exported_a_run_comes_to_its_end(job, reference):
+    job.end(job.begin("python", 1, mode="closing", pace=0), 0)
+    assert (job.cwd / "run" / "weights.safetensors").exists()
     assert_no_step_lost(job.again(), reference)
 
 

@@ -95,3 +95,17 @@ def test_colours_on_a_terminal_only_without_no_color(no_color, coloured):
     )
     assert b"--nproc-per-node" in shown.stdout
     assert (re.search(rb"\x1b\[[0-9;]*3[0-9]m", shown.stdout) is not None) == coloured
+
+
+LEAVING = """
+import atexit, os, signal, sys
+from samestep.launcher import cli
+atexit.register(lambda: [os.kill(os.getpid(), signum) for signum in (15, 2, 1, 10, 3)])
+sys.argv = ["samestep", "--version"]
+cli.main()
+"""
+
+
+def test_who_is_about_to_leave_keeps_its_exit_code_whatever_signal_comes():
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

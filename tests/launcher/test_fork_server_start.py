@@ -88,3 +88,88 @@ def test_a_rank_whose_number_reached_nobody_does_not_begin(tmp_path):
     done = subprocess.run([sys.executable, "-c", ALONE, script], capture_output=True, text=True, timeout=60, check=True)
     assert "said: " in done.stdout
     assert "began" not in done.stdout
+
+
+UNSENT = """
+import os
+from samestep.launcher.liveness import adopt_orphans
+from samestep.train.fork_server import _fork
+
+adopt_orphans()
+rank, gate = _fork()
+if rank == 0:
+    os._exit(0)
+os.close(gate)
+print("status:", os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]))
+"""
+
+
+@pytest.mark.processes
+def test_a_rank_whose_server_is_killed_before_it_may_begin_has_failed():
+    """With status 0 the launcher of one rank would take its run for done."""
+    done = subprocess.run([sys.executable, "-c", UNSENT], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "status: 1\n"
+
+
+WAITING = """
+import os, signal, socket, sys
+from pathlib import Path
+from samestep.launcher.command_line.argv import Recipe
+from samestep.launcher.config import LaunchConfig
+from samestep.launcher.contract import RunDir
+from samestep.launcher.plan import Command
+from samestep.launcher.supervise.console import Console
+from samestep.launcher.supervise.hang_watch import NoWatch
+from samestep.launcher.supervise.signals import SignalSocket
+from samestep.launcher.supervise.supervisor import Supervisor
+
+
+class Server:
+    pid, is_ready = os.getpid(), False
+
+    def __init__(self):
+        self.ours, self.theirs = socket.socketpair()
+
+    def fileno(self):
+        return self.ours.fileno()
+
+    def close(self):
+        self.ours.close()
+
+
+argv = (sys.executable, "-c", "print('a program')")
+command = Command(0, 0, argv, {}, (), Path("log"), Path("error"), recipe=Recipe("recipe.py"))
+with SignalSocket() as signals:
+    config = LaunchConfig(join_timeout=0.05)
+    supervisor = Supervisor(config, RunDir(Path()), Console(), signals, NoWatch(), 1.0, saves=True)
+    supervisor._server = Server()
+    if sys.argv[1] == "asked":
+        supervisor._server.theirs.send(b"ready")
+        os.kill(os.getpid(), signal.SIGTERM)
+    ended = supervisor.run(0, [command], os.environ, started=bool, is_victim=bool)
+    supervisor.close()
+print([end.returncode for end in ended.ends], ended.stopped_by)
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """What a supervisor prints that waits for its server."""
+
+    def run(what):
+        words = [sys.executable, "-c", WAITING, what]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    return run
+
+
+def test_asked_to_stop_in_the_moment_in_which_the_server_is_ready_no_rank_is_started(waiting):
+    assert waiting("asked")[0] == "[] 15\n"
+
+
+def test_ranks_are_programs_where_the_server_is_not_ready_in_time(waiting):
+    said, complained = waiting("late")
+    assert said == "a program\n[0] None\n"
+    assert "their server is not ready" in complained

@@ -46,11 +46,12 @@ def test_a_second_owner_is_refused_with_pid_and_host_of_the_first(run_dir):
 
 def test_generations_grow_over_starts_and_owners(run_dir):
     first = RunLock(run_dir)
-    assert [first.generation, first.next_generation()] == [1, 2]
+    begun = first.generation
+    assert first.next_generation() == begun + 1
     first.release()
     first.release()
     second = RunLock(run_dir)
-    assert second.generation == 3
+    assert second.generation == begun + 2
     second.release()
 
 
@@ -73,7 +74,7 @@ def test_a_stale_owner_is_recognised(change, lives):
 def test_a_damaged_file_is_nobodys(text, run_dir):
     run_dir.lock.write_bytes(text)
     lock = RunLock(run_dir)
-    assert stored(run_dir)["generation"] == lock.generation == 1
+    assert stored(run_dir)["generation"] == lock.generation > 0
     lock.release()
 
 
@@ -88,7 +89,7 @@ def test_no_two_owners_get_the_same_generation_however_late_the_first_one_lets_g
 
     monkeypatch.setattr(fcntl, "flock", late)
     second = RunLock(run_dir)
-    assert (first.generation, second.generation) == (2, 3)
+    assert second.generation == first.generation + 1
     second.release()
 
 
@@ -102,10 +103,11 @@ def test_a_lock_that_does_not_fit_on_the_disk_is_nobodys_and_a_restart_keeps_its
     limit(1 << 20)
     lock = RunLock(run_dir)
     limit(0)
-    assert lock.next_generation() == lock.generation == stored(run_dir)["generation"]
+    before = lock.generation
+    assert lock.next_generation() == before == stored(run_dir)["generation"]
     check(run_dir, lock.generation)
     limit(1 << 20)
-    assert lock.next_generation() == stored(run_dir)["generation"] == 2
+    assert lock.next_generation() == stored(run_dir)["generation"] == before + 1
     lock.release()
 
 
@@ -122,6 +124,19 @@ def test_an_earlier_start_may_publish_nothing(run_dir):
     run_dir.lock.unlink()
     with pytest.raises(SupersededError, match="was removed"):
         check(run_dir, later)
+
+
+def test_a_run_begun_anew_where_the_folder_was_removed_is_not_taken_for_the_old_one(run_dir):
+    old = RunLock(run_dir)
+    old.next_generation()
+    run_dir.lock.unlink()
+    new = RunLock(run_dir)
+    new.next_generation()
+    check(run_dir, new.generation)
+    with pytest.raises(SupersededError):
+        check(run_dir, old.generation)
+    for lock in (old, new):
+        lock.release()
 
 
 def test_a_forked_child_holds_no_lock(run_dir):

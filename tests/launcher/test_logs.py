@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,25 @@ def test_line_that_another_rank_interrupted_is_not_ended_twice(console):
     for late in (b"\n", b"next\n", b"\n"):
         console.write("stdout", late)
     assert console.printed() == b"from rank 0\n[rank 1] from rank 1\nnext\n\n"
+
+
+def test_a_slow_reader_gets_every_byte_and_one_who_never_reads_holds_nobody_who_is_to_stop():
+    reader, writer = os.pipe()
+    asked = threading.Event()
+    console = Console(stdout=writer, stderr=writer, asked=asked.is_set)
+    heard = bytearray()
+
+    def read() -> None:
+        while len(heard) < 1 << 20:
+            heard.extend(os.read(reader, 4096))
+
+    slow = threading.Thread(target=read)
+    slow.start()
+    console.write("stdout", bytes(1 << 20))
+    slow.join(30)
+    assert heard == bytes(1 << 20)
+    asked.set()
+    for stream in ("stdout", "stderr"):
+        console.write(stream, bytes(1 << 20))
+    os.close(reader)
+    os.close(writer)

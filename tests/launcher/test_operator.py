@@ -130,3 +130,14 @@ def test_stopped_while_a_restart_waits_it_ends_with_the_signals_code(signum, cod
     ended = samestep.finish(process, time.monotonic())
     assert ended.code == code
     assert all_gone(samestep)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_launcher_whose_output_nobody_takes_is_stopped_all_the_same(signum, code, samestep):
+    long = "x" * 100_000  # of which a pipe takes 65 536 bytes
+    process = samestep.start("run", WORKERS / "actor.py", f"0=say:{long}", f"0=say:{long}", "0=wait")
+    log = samestep.cwd / "runs/actor/logs/rank-0.log"
+    wait_until(lambda: log.exists() and log.stat().st_size > 70_000, "more is said than a pipe takes")
+    process.send_signal(signum)
+    assert process.wait(timeout=20) == code
+    assert all_gone(samestep)

@@ -82,6 +82,13 @@ def test_how_a_run_ends_that_the_operator_stops(signum, codes, forced, committed
     assert after_stop(signum, codes, forced=forced, saves=False, committed=False) == of_a_script
 
 
+@pytest.mark.parametrize(("committed", "code"), [(True, 76), (False, 143)])
+def test_ranks_that_sigterm_ends_after_their_last_step_had_trained(committed, code):
+    assert after_stop(TERM, [-15, 0], forced=False, saves=True, committed=committed, trained=True) == code
+    assert after_stop(TERM, [-15, -15], forced=False, saves=True, committed=committed, trained=True) == code
+    assert after_stop(TERM, [], forced=False, saves=True, committed=committed, trained=True) == code
+
+
 @pytest.mark.parametrize("code", [1, 3, 70, -9, -11])
 def test_survivors_of_a_failure_end_at_once(code):
     patience = after_exit(code)

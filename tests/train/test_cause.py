@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch._utils import ExceptionWrapper
 
+from samestep.launcher import lock
+from samestep.launcher.contract import RunDir
 from samestep.train import leave
 from samestep.train.cause import blame, cause_of
 from samestep.train.data.loader import build_loader
@@ -151,3 +153,9 @@ def test_a_rank_that_leaves_in_the_middle_says_so_unless_the_end_is_one_of_ours(
     assert record is not None
     assert (record.exit_code, record.step, record.consequence) == (expected, 5, False)
     assert record.message.endswith("before the run was done")
+
+
+def test_no_frame_of_samesteps_own_passes_for_the_users(tmp_path):
+    with pytest.raises(lock.SupersededError) as caught:
+        lock.check(RunDir(tmp_path), 1)
+    assert Path(cause_of(caught.value).frame.partition(":")[0]).name == "test_cause.py"

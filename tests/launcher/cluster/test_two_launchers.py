@@ -25,12 +25,13 @@ time.sleep(60)
 
 
 @pytest.fixture
-def launchers(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The head's and another one, once their ranks run."""
-    (tmp_path / "script.py").write_text(SCRIPT)
+def launchers(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The head's and another one, once their ranks run; a test may choose what they run, and options."""
+    text, *options = getattr(request, "param", (SCRIPT,))
+    (tmp_path / "script.py").write_text(text)
     theirs = ("SAMESTEP_", "PET_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
-    run = [str(SAMESTEP), "run", "--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=30", "--node-rank"]
+    run = [str(SAMESTEP), "run", "--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=30", *options, "--node-rank"]
     started = []
     for node in ("0", "1"):
         with (tmp_path / f"node-{node}").open("w") as output:
@@ -62,3 +63,50 @@ def test_who_loses_the_head_before_the_first_checkpoint_fails(launchers, tmp_pat
     said = (tmp_path / "node-1").read_text()
     assert "the head of the run is gone" in said
     assert "the ranks of this machine are ended, exit code 1" in said
+
+
+FAILING = """
+import os, signal, sys, time
+if os.environ["WORLD_SIZE"] == "1":
+    sys.exit(0)
+rank = os.environ["RANK"]
+signal.signal(signal.SIGTERM, lambda *_: open("told-" + rank, "w").close())
+with open("pid-" + rank, "w") as file:
+    file.write(str(os.getpid()))
+open("ready-" + rank, "w").close()
+while True:
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("launchers", [(FAILING, "--max-restarts", "1", "--grace-seconds", "0.2")], indirect=True)
+def test_a_machine_that_is_asked_to_stop_while_its_ranks_end_for_anothers_failure_leaves(launchers, tmp_path):
+    os.kill(int((tmp_path / "pid-0").read_text()), signal.SIGKILL)
+    until = time.monotonic() + 40
+    while not (tmp_path / "told-1").exists():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    launchers[1].send_signal(signal.SIGTERM)
+    assert launchers[1].wait(timeout=40) == 143, (tmp_path / "node-1").read_text()
+    assert launchers[0].wait(timeout=40) == 0, (tmp_path / "node-0").read_text()
+
+
+ENDING = """
+import os, signal, sys, time
+if False:  # it only looks like a recipe
+    from samestep.train import train
+if os.environ["WORLD_SIZE"] == "1":
+    open("again", "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+open("ready-" + os.environ["RANK"], "w").close()
+while True:
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("launchers", [(ENDING, "--no-warm", "--no-report")], indirect=True)
+def test_a_machine_that_is_asked_to_stop_when_all_ranks_come_to_their_end_leaves_nothing_to_do(launchers, tmp_path):
+    launchers[1].send_signal(signal.SIGTERM)
+    assert [launcher.wait(timeout=40) for launcher in launchers] == [0, 0], (tmp_path / "node-0").read_text()
+    assert not (tmp_path / "again").exists()

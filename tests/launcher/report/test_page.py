@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import stat
+import time
 
 import pytest
 
@@ -143,3 +147,29 @@ def test_a_page_that_can_not_be_written_changes_nothing_else(samestep):
     ended = samestep("run", "--no-warm", "recipe.py")
     assert ended.code == 0
     assert "samestep: no report: the report is expected to be written to" in ended.stderr
+
+
+PIPE = """
+import os
+from pathlib import Path
+from samestep.train import train  # noqa: F401
+os.mkfifo(Path(os.environ["SAMESTEP_RUN_DIR"]) / "events.jsonl")
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_asked_to_stop_while_it_makes_its_page_a_run_is_done_all_the_same(signum, samestep):
+    (samestep.cwd / "recipe.py").write_text(PIPE)
+    process = samestep.start("run", "--no-warm", "recipe.py")
+    events, opened, end = samestep.cwd / "runs/recipe/events.jsonl", -1, time.monotonic() + 30
+    while opened < 0:  # until the report reads the events
+        assert time.monotonic() < end
+        with contextlib.suppress(OSError):
+            opened = os.open(events, os.O_WRONLY | os.O_NONBLOCK)
+    process.send_signal(signum)
+    ended = samestep.finish(process, 0.0)
+    os.close(opened)
+    assert ended.code == 0
+    assert ended.stderr == "samestep: no report: interrupted; samestep report runs/recipe makes it\n"
+    assert sorted(path.name for path in events.parent.iterdir()) == ["errors", "events.jsonl", "lock", "logs"]
+    assert json.loads((events.parent / "lock").read_text())["pid"] == 0

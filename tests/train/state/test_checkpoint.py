@@ -304,3 +304,10 @@ def test_a_replaced_start_publishes_nothing_and_removes_nothing(run_dir: RunDir)
         commit(snapshot(2), run_dir, 0, keep=1, fence=earlier)
     held.release()
     assert names(run_dir) == ["step-00000001"]
+
+
+def test_a_folder_that_is_removed_while_it_is_looked_at_holds_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_dir", lambda _: True)
+    assert manifest.committed(tmp_path / "gone") == []
