@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from samestep.launcher.contract import UsageError
 from samestep.train.data.fingerprint import dataset_fingerprint
-from samestep.train.data.loader import require_map_style
+from samestep.train.data.map_style import require_map_style
 from samestep.train.parallel.shards import smallest_shard
+from samestep.train.parts import check_parts
 from samestep.train.recipe import Components
 
 
@@ -34,11 +35,7 @@ def check_components(components: object) -> Components:
         raise UsageError(
             f"Components.model is expected to be a torch.nn.Module, but is {type(components.model).__name__}"
         )
-    if not callable(components.loss):
-        raise UsageError(
-            f"Components.loss is expected to be a function of (model, batch), but is {type(components.loss).__name__}",
-            "wrap a criterion: loss=supervised(nn.MSELoss())",
-        )
+    check_parts(components)
     require_map_style(components.train_data, "train_data")
     if components.eval_data is not None:
         require_map_style(components.eval_data, "eval_data")
