@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -34,6 +35,11 @@ def check_components(components: object) -> Components:
     if not isinstance(components.model, nn.Module):
         raise UsageError(
             f"Components.model is expected to be a torch.nn.Module, but is {type(components.model).__name__}"
+        )
+    if any(isinstance(module, DistributedDataParallel) for module in components.model.modules()):
+        raise UsageError(
+            "Components.model is expected to be the model itself, but holds a DistributedDataParallel",
+            "leave DDP(…) out: samestep wraps the model where there are several ranks",
         )
     check_parts(components)
     require_map_style(components.train_data, "train_data")

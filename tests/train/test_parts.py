@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.distributed import FileStore, destroy_process_group, init_process_group
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
@@ -71,6 +74,20 @@ def test_a_part_of_another_kind_is_named_with_its_fix(mistake: str) -> None:
     with pytest.raises(UsageError, match=words) as raised:
         check_components(parts(**{name: make}))
     assert re.search(hint, raised.value.hint), raised.value.hint
+
+
+def test_a_model_that_was_wrapped_already_is_named(tmp_path: Path) -> None:
+    init_process_group("gloo", store=FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(nn.Linear(3, 1))
+    finally:
+        destroy_process_group()
+    for model in (wrapped, nn.Sequential(wrapped)):
+        components = parts()
+        components.model = model
+        with pytest.raises(UsageError, match=r"model itself.*DistributedDataParallel") as raised:
+            check_components(components)
+        assert "DDP(…)" in raised.value.hint
 
 
 class Wrapper(torch.optim.Optimizer):
