@@ -3,8 +3,9 @@
 from samestep.train.config import TrainConfig
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.entry import Result, train
-from samestep.train.recipe import Components, Weighted, supervised
+from samestep.train.recipe import Components, Weighted
 from samestep.train.state_metrics import StateMetric
+from samestep.train.supervised import supervised
 
 __all__ = [
     "Components",

@@ -228,11 +228,12 @@ def _nobody(model: nn.Module) -> None:
 
 
 def _ema(components: Components) -> MovingAverage | None:
-    if components.ema is None:
+    decay: object = components.ema
+    if decay is None:
         return None
-    if not 0 < components.ema < 1:
-        raise UsageError(f"Components.ema is expected to be between 0 and 1, but is {components.ema}")
-    return MovingAverage(components.model, components.ema)
+    if not isinstance(decay, float | int) or not 0 < decay < 1:
+        raise UsageError(f"Components.ema is expected to be between 0 and 1, but is {decay!r}")
+    return MovingAverage(components.model, decay)
 
 
 def _sampler(dataset: Any, setting: Setting, *, shuffle: bool) -> SameOrderSampler:

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from samestep.launcher.contract import UsageError
 from samestep.train.data.fingerprint import dataset_fingerprint
-from samestep.train.data.loader import require_map_style
+from samestep.train.data.map_style import require_map_style
 from samestep.train.parallel.shards import smallest_shard
+from samestep.train.parts import check_parts
 from samestep.train.recipe import Components
 
 
@@ -34,11 +36,12 @@ def check_components(components: object) -> Components:
         raise UsageError(
             f"Components.model is expected to be a torch.nn.Module, but is {type(components.model).__name__}"
         )
-    if not callable(components.loss):
+    if any(isinstance(module, DistributedDataParallel) for module in components.model.modules()):
         raise UsageError(
-            f"Components.loss is expected to be a function of (model, batch), but is {type(components.loss).__name__}",
-            "wrap a criterion: loss=supervised(nn.MSELoss())",
+            "Components.model is expected to be the model itself, but holds a DistributedDataParallel",
+            "leave DDP(…) out: samestep wraps the model where there are several ranks",
         )
+    check_parts(components)
     require_map_style(components.train_data, "train_data")
     if components.eval_data is not None:
         require_map_style(components.eval_data, "eval_data")

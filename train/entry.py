@@ -24,6 +24,7 @@ from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
 from samestep.launcher.heartbeat import pulse
 from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
+from samestep.train.called import check_call
 from samestep.train.checks import check_components, check_gradient_hooks, check_samples_repeat
 from samestep.train.compilation import compile_in_place
 from samestep.train.config import TrainConfig
@@ -87,6 +88,7 @@ def train(
         progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
         progress(0, "joining")
         tell_stacks_when_asked()
+        check_call(build, config_type)
         config = program.load(config_type, program.arguments(argv), env.rank)
         run_dir = RunDir(config.run_dir or run_dir.path)
         with leave.nondeterminism_named():

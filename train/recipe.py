@@ -6,15 +6,11 @@ therefore returns its unnormalised total together with its weight, or something 
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -118,7 +114,7 @@ def weigh(output: LossOutput, samples: int, name: str = "loss") -> Outcome:
     if not isinstance(output, Weighted):
         raise UsageError(
             f"{name} is expected to return a tensor or Weighted, but returned {type(output).__name__}",
-            "return the criterion's tensor itself, without .item()",
+            _way_back(output),
         )
     for part, value in (("total", output.total), ("weight", output.weight)):
         if isinstance(value, Tensor) and value.numel() != 1:
@@ -129,11 +125,38 @@ def weigh(output: LossOutput, samples: int, name: str = "loss") -> Outcome:
             "pass the summed loss itself, without .item()",
         )
     _require_real(output.total, f"{name}: Weighted.total")
-    return Weighted(output.total, output.weight, _scalars(output.log, name)) if output.log else output
+    weight = _weight(output.weight, name)
+    if weight is output.weight and not output.log:
+        return output
+    return Weighted(output.total, weight, _scalars(output.log, name))
+
+
+def _way_back(output: object) -> str:
+    if output is None:
+        return "return the criterion's tensor at its end"
+    if isinstance(output, tuple | list | Mapping):
+        return "return the loss alone; what else is to be reported goes into Weighted(total, weight, log={…})"
+    return "return the criterion's tensor itself, without .item()"
+
+
+def _weight(weight: object, name: str) -> Tensor | Number:
+    """The same; a number of numpy as Python's."""
+    if isinstance(weight, Tensor | int | float):
+        return weight
+    if not isinstance(weight, Real):
+        raise UsageError(
+            f"{name}: Weighted.weight is expected to be a number or a tensor, but is {type(weight).__name__}",
+            "it is what the mean divides by, such as the number of samples or tokens",
+        )
+    return float(weight)
 
 
 def _scalars(log: Mapping[str, Any], name: str) -> dict[str, Tensor | Number]:
     """The same; numbers of numpy as Python's."""
+    if not isinstance(log, Mapping):
+        raise UsageError(
+            f"{name}: Weighted.log is expected to be a dict from names to scalars, but is {type(log).__name__}"
+        )
     for key, value in log.items():
         if isinstance(value, Tensor):
             wrong = f"has shape {tuple(value.shape)}" if value.numel() != 1 else ""
@@ -194,72 +217,3 @@ def require_gradient(total: Tensor) -> None:
             "loss is expected to depend on the model's parameters, but its result has no gradient",
             "look for .item(), .detach(), .data or torch.no_grad() between the model and the loss",
         )
-
-
-class supervised:  # noqa: N801 (used like a function)
-    """`loss(model, batch)` for batches `(x, y)` and a criterion of torch, a module or its functional form.
-
-    Reduction `mean` weighs a batch by its samples, or by the criterion's true denominator where class weights or
-    `ignore_index` make that another number; `none` averages the other dimensions of each sample.
-
-    Raises:
-        UsageError: the criterion sums, so the weight of a batch can't be known.
-    """
-
-    def __init__(self, criterion: Callable[..., Tensor]) -> None:
-        self.criterion = _as_module(criterion)
-        self._device: torch.device | None = None
-        given = getattr(self.criterion, "keywords", {})  # of a functools.partial
-        if getattr(self.criterion, "reduction", given.get("reduction", "mean")) == "sum":
-            raise UsageError(
-                f"supervised() is expected to get a criterion with reduction 'mean' or 'none', "
-                f"but {type(self.criterion).__name__} has 'sum'",
-                "pass reduction='mean' (or 'none'); samestep itself weighs batches exactly",
-            )
-        self._summed = _sum_form(self.criterion)
-
-    def __call__(self, model: Any, batch: Any) -> LossOutput:
-        """Run the model on x and compare with y."""
-        x, y = batch
-        output = model(x)
-        if isinstance(output, Tensor) and output.device != self._device:
-            self._follow(output.device)
-        if self._summed is not None:
-            return Weighted(self._summed(output, y), _denominator(self._summed, y))
-        loss: Tensor = self.criterion(output, y)
-        return loss.flatten(1).mean(1) if loss.dim() > 1 else loss
-
-    def _follow(self, device: torch.device) -> None:
-        """Class weights go where the model is."""
-        self._device = device
-        if isinstance(self.criterion, nn.Module):
-            self.criterion.to(device)
-
-
-def _as_module(criterion: Any) -> Any:
-    """Functional forms whose mean is not over samples as the module that says what it is over."""
-    function, options = criterion, {}
-    if isinstance(criterion, functools.partial) and not criterion.args:
-        function, options = criterion.func, criterion.keywords
-    if function is F.cross_entropy:
-        return nn.CrossEntropyLoss(**options)
-    return nn.NLLLoss(**options) if function is F.nll_loss else criterion
-
-
-def _sum_form(criterion: Any) -> nn.Module | None:
-    """Criteria whose mean is not over samples are summed instead: 0/0 has no mean, but a sum and a weight of zero."""
-    if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or criterion.reduction != "mean":
-        return None
-    summed = copy.copy(criterion)
-    summed.reduction = "sum"
-    return summed
-
-
-def _denominator(criterion: Any, y: Tensor) -> Tensor | int:
-    """What torch divides by for reduction `mean` (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss: section Shape)."""
-    if y.is_floating_point():  # class probabilities: the mean is over samples and positions, weights are inside
-        return y.numel() // y.shape[1] if y.dim() > 1 else 1
-    counted: Tensor = y != criterion.ignore_index
-    if criterion.weight is None:
-        return counted.sum()
-    return torch.where(counted, criterion.weight.to(y.device)[y.where(counted, 0)], 0.0).sum(dtype=torch.float64)

@@ -13,6 +13,8 @@ _LIBRARIES = ("site-packages", "dist-packages", "/lib/python")
 _RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch's own excepthook
 _FRAME = re.compile(r'^\s+File "(?P<file>.+?)", line (?P<line>\d+),? in (?P<name>.+)$')
 _EXCEPTION = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(: (?P<message>.*))?$")
+_GROUP = re.compile(r"^ +\+ Exception Group (?=Traceback \(most recent call last\))")
+_MARGIN = re.compile(r"^ +[|+] ?")  # of all lines of a group and what is in it
 _OURS = tuple(str(Path(__file__).resolve().parents[2] / package) + os.sep for package in ("launcher", "train"))
 _PLACE = re.compile(r'^\s+File "(?P<file>.+?)", line (?P<line>\d+)$')
 _NO_PYTHON = re.compile(r"^(?P<kind>SyntaxError|IndentationError|TabError)(: (?P<message>.*))?$")
@@ -46,6 +48,9 @@ def last_exception(lines: Sequence[str]) -> Said | None:
     """The last traceback among `lines`, None if there is none or it tells of being stopped."""
     clean = [_RANK_PREFIX.sub("", line).rstrip() for line in lines]
     starts = [index for index, line in enumerate(clean) if line.startswith("Traceback (most recent call last)")]
+    groups = [index for index, line in enumerate(clean) if _GROUP.match(line)]
+    if groups and groups[-1] > max(starts, default=-1):
+        return last_exception([_MARGIN.sub("", _GROUP.sub("", line)) for line in clean[groups[-1] :]])
     broken = _syntax_error(clean[starts[-1] :] if starts else clean)
     if broken is not None or not starts:
         return broken

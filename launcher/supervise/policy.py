@@ -30,7 +30,7 @@ _NEVER_BEGAN = frozenset({-signal.SIGTERM, 128 + signal.SIGTERM})  # a rank take
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds until the remaining ranks get SIGTERM, and from there to SIGKILL."""
+    """Seconds until the remaining ranks are asked to end, and from there to SIGKILL."""
 
     wait: float
     grace: float
@@ -82,6 +82,14 @@ WHILE_STOPPING = Patience(wait=2.0, grace=0.5)
 def after_signal(presses: int, grace: float) -> Patience:
     """What all ranks get when the operator has asked `presses` times."""
     return Patience(wait=0.0, grace=0.0 if presses > 1 else grace)
+
+
+def request_to_end(signum: int | None, *, saves: bool) -> signal.Signals:
+    """The signal by which ranks are asked to end, once the operator sent `signum` or a rank has failed (None).
+
+    Ctrl-C is passed on to scripts that don't train with us, as torchrun does: many catch it, to save or to go on.
+    """
+    return signal.SIGINT if signum == signal.SIGINT and not saves else signal.SIGTERM
 
 
 def after_stop(

@@ -1,4 +1,4 @@
-"""The life of one rank: start, SIGTERM, SIGKILL with everything it started, status."""
+"""The life of one rank: start, a request to end, SIGKILL with everything it started, status."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ class Worker:
         self.peak_bytes = used.ru_maxrss * _MAXRSS_UNIT
         return True
 
-    def terminate(self) -> None:
-        """SIGTERM to the rank alone: its data loading processes must outlive it while it saves."""
+    def terminate(self, signum: signal.Signals = signal.SIGTERM) -> None:
+        """A signal to the rank alone: its data loading processes must outlive it while it saves."""
         if self.returncode is None:
             self.signalled = True
             if self.command.signal_group:
-                self._signal_group(signal.SIGTERM)
+                self._signal_group(signum)
             else:
-                os.kill(self.pid, signal.SIGTERM)
+                os.kill(self.pid, signum)
 
     def kill(self) -> None:
         """SIGKILL to the rank and everything that it started."""

@@ -267,8 +267,9 @@ class Supervisor:
         if self._patience.grace == 0:
             self._kill()
             return
+        request = policy.request_to_end(self._signum, saves=self._saves)
         for worker in self._running():
-            worker.terminate()
+            worker.terminate(request)
         self._source.start_timer("kill", self._patience.grace)
 
     def _kill(self) -> None:

@@ -176,6 +176,25 @@ def test_last_traceback_of_a_chain_counts():
     assert last_exception(chain).kind == "RuntimeError"
 
 
+GROUP = (
+    "  + Exception Group Traceback (most recent call last):",
+    '  |   File "user.py", line 4, in main',
+    "  |     async with asyncio.TaskGroup() as tasks:",
+    "  | ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception)",
+    "  +-+---------------- 1 ----------------",
+)
+PART = ("    | Traceback (most recent call last):", '    |   File "user.py", line 2, in bad', "    | ValueError: late")
+END = ("    +------------------------------------",)
+
+
+def test_a_group_of_exceptions_is_told_by_the_last_one_in_it():
+    said = last_exception([*BOOM, *GROUP, *PART, *END])
+    assert (said.text, said.frame) == ("ValueError: late", "user.py:2 in bad")
+    said = last_exception(["[rank0]: " + line for line in (*GROUP, "    | ValueError: made by hand", *END)])
+    assert (said.kind, said.frame) == ("ExceptionGroup", "user.py:4 in main")
+    assert last_exception([*GROUP, *PART, *END, *BOOM]).text == "ValueError: boom"
+
+
 def test_native_crash_shows_its_python_frame():
     lines = (
         "Fatal Python error: Segmentation fault",

@@ -33,8 +33,25 @@ def test_signal_ends_everything_with_its_code(signum, code, samestep):
     assert ended.code == code
     assert ended.seconds < 1.0
     assert all_gone(samestep)
-    assert "Traceback" not in ended.stderr
+    assert "Traceback" not in ended.stderr or signum == signal.SIGINT, "that of KeyboardInterrupt in the ranks"
     assert "failed" not in ended.stderr
+
+
+def test_ctrl_c_reaches_scripts_that_catch_it(samestep):
+    script = samestep.cwd / "catches.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        "try:\n"
+        "    pathlib.Path(f'ready-{os.environ[\"RANK\"]}').touch()\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    pathlib.Path(f'saved-{os.environ[\"RANK\"]}').touch()\n"
+    )
+    process = samestep.start("run", "--nproc-per-node", "2", script)
+    wait_until(lambda: len(list(samestep.cwd.glob("ready-*"))) == 2, "both ranks wait")
+    process.send_signal(signal.SIGINT)
+    assert samestep.finish(process, time.monotonic()).code == 130
+    assert len(list(samestep.cwd.glob("saved-*"))) == 2
 
 
 def test_second_ctrl_c_ends_stubborn_ranks_at_once(samestep):

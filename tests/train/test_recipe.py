@@ -6,6 +6,7 @@ import functools
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -40,6 +41,22 @@ def test_weighted_is_taken_as_it_is(weight: Any) -> None:
     assert weigh(given, 7) is given
 
 
+@pytest.mark.parametrize("weight", [np.int64(3), np.float32(2.5), np.float64(2.5)])
+def test_weights_of_numpy_are_numbers_too(weight: Any) -> None:
+    result = weigh(Weighted(torch.tensor(1.0), weight), 7)
+    assert isinstance(result.weight, float)
+    assert result.weight == weight
+
+
+@pytest.mark.parametrize(
+    ("output", "way_back"), [(None, "at its end"), ((1, 2), "log="), ({"loss": 1}, "log="), (0.5, ".item()")]
+)
+def test_what_a_loss_returned_decides_the_hint(output: Any, way_back: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        weigh(output, 3)
+    assert way_back in raised.value.hint
+
+
 def test_integer_and_bool_results_of_metrics_are_counted_exactly() -> None:
     assert weigh(torch.tensor([True, False, True]), 3, "accuracy").total.item() == 2
     assert weigh(torch.tensor([2**53, 1, 0, 0]), 4, "count").total.dtype == torch.float64
@@ -58,6 +75,9 @@ def test_integer_and_bool_results_of_metrics_are_counted_exactly() -> None:
         (Weighted(torch.zeros(2), 1), "total"),
         (Weighted(torch.zeros(()), torch.zeros(2)), "weight"),
         (Weighted(0.5, 1), "total.*float"),  # type: ignore[arg-type]
+        (Weighted(torch.zeros(()), "3"), "weight.*str"),  # type: ignore[arg-type]
+        (Weighted(torch.zeros(()), None), "weight.*NoneType"),  # type: ignore[arg-type]
+        (Weighted(torch.zeros(()), 1, [2.0]), "log.*dict.*list"),  # type: ignore[arg-type]
     ],
 )
 def test_anything_else_is_refused_with_what_it_is(output: Any, words: str) -> None:

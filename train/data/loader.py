@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.data import IterableDataset
 
-from samestep.launcher.contract import UsageError
 from samestep.train.data.device import on_device
 from samestep.train.data.room import copied_bytes, room_of
 from samestep.train.data.sampler import SameOrderSampler, ShardSamples
@@ -30,25 +28,6 @@ from samestep.train.data.worker_stream import Epochs, ListsAhead, WorkerStream
 from samestep.train.data.workers import Choice
 
 Batch = Any
-
-
-def require_map_style(dataset: Any, name: str) -> int:
-    """Length of a dataset that can be indexed.
-
-    Raises:
-        UsageError: it is iterable only, or empty.
-    """
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise UsageError(
-            f"{name} is expected to be a map-style dataset with __len__ and __getitem__, "
-            f"but is {type(dataset).__name__}",
-            "an iterable dataset has no order that could be kept over ranks and restarts: samestep promises nothing "
-            "for it and does not train on it; index it, or read it into a map-style dataset",
-        )
-    samples = len(cast(Sized, dataset))
-    if samples == 0:
-        raise UsageError(f"{name} is expected to have at least one sample, but is empty")
-    return samples
 
 
 class Loader(Protocol):

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from samestep.launcher.contract import UsageError
 from samestep.train import SameOrderSampler
-from samestep.train.data.loader import build_loader, require_map_style
+from samestep.train.data.loader import build_loader
+from samestep.train.data.map_style import require_map_style
 
 pytestmark = pytest.mark.timeout(60)
 CPU = torch.device("cpu")
