@@ -29,6 +29,7 @@ OPTIMIZERS: dict[str, tuple[Make, torch.dtype]] = {
 
 
 def state_with(make: Make, kind: torch.dtype) -> TrainState:
+    torch.set_num_threads(1)
     torch.manual_seed(1)
     model: Any = nn.Conv2d(3, 4, 3).to(kind)
     model.to(memory_format=torch.channels_last)
@@ -56,10 +57,25 @@ def saved_and_loaded(state: TrainState, other: TrainState, folder: Path) -> None
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_goes_on_in_its_own_bits(name: str, tmp_path: Path) -> None:
     """torch casts what it loads to the parameter's dtype; fused updates go through memory, whatever the strides are."""
-    whole, first, resumed = (state_with(*OPTIMIZERS[name]) for _ in range(3))
+    goes_on(*OPTIMIZERS[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name",
+    "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop SGD".split(),
+)
+def test_every_optimizer_of_torch_goes_on_in_its_own_bits(name: str, kind: torch.dtype, tmp_path: Path) -> None:
+    optimizer: Any = getattr(torch.optim, name)
+    goes_on(lambda parameters: optimizer(parameters, lr=0.05), kind, tmp_path)
+
+
+def goes_on(make: Make, kind: torch.dtype, folder: Path) -> None:
+    whole, first, resumed = (state_with(make, kind) for _ in range(3))
     run(whole, range(6))
     run(first, range(3))
-    saved_and_loaded(first, resumed, tmp_path)
+    saved_and_loaded(first, resumed, folder)
     assert forms_of(resumed) == forms_of(first)
     run(resumed, range(3, 6))
     expected, found = (list(state.components.model.parameters()) for state in (whole, resumed))
