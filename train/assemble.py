@@ -34,12 +34,13 @@ from samestep.train.observe.reporter import RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.agreement import PACE_SECONDS, Agreement, exchange_of
-from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
+from samestep.train.parallel.buffers import BufferCombiner
 from samestep.train.parallel.exchange import BackendExchange, Exchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import compression_hook
 from samestep.train.parallel.join import Membership
+from samestep.train.parallel.no_buffers import NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shared_memory_exchange import ArenaExchange
 from samestep.train.parallel.step_sums import step_sums
@@ -95,7 +96,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     state = TrainState(components, scaler, ema, setting.facts)
     watched = replace(components, loss=guards.loss(components.loss))
     step = _step(watched, setting, autocast, scaler, ema, _finite(setting, sampler, state, reporter), reporter)
-    state.unsaved = step.buffers.unsaved
+    state.buffers = step.buffers
     return Run(
         config=config,
         components=components,

@@ -31,7 +31,10 @@ class MovingAverage(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Go a step after the model's weights; the first time, copy them."""
         if not int(self.n_averaged):  # on the host
-            super().update_parameters(model)
+            for average, weight in zip(self.module.parameters(), model.parameters(), strict=True):
+                average.detach().copy_(weight.detach())
+            self._take_buffers(model)
+            self.n_averaged += 1
             return
         kinds: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for average, weight in zip(self.module.parameters(), model.parameters(), strict=True):
@@ -40,9 +43,18 @@ class MovingAverage(AveragedModel):
             weights.append(weight.detach())
         for averages, weights in kinds.values():
             self._follow(averages, weights, 0)
-        for mine, its in zip(self.module.buffers(), model.buffers(), strict=True):
-            mine.copy_(its)
+        self._take_buffers(model)
         self.n_averaged += 1
+
+    def _take_buffers(self, model: nn.Module) -> None:
+        """As the model has them now; a forward may have put one of another shape there."""
+        for mine, its in zip(self.module.modules(), model.modules(), strict=True):
+            for name, buffer in its._buffers.items():
+                own = mine._buffers.get(name)
+                if buffer is None or own is None or own.shape != buffer.shape or 0 in own.stride():
+                    mine._buffers[name] = None if buffer is None else buffer.detach().clone()
+                else:
+                    own.copy_(buffer)
 
 
 def _not_copied(model: nn.Module) -> UsageError:

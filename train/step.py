@@ -17,7 +17,8 @@ from samestep.train.finite import FiniteGuard, start_of_backward
 from samestep.train.micro_batches import MicroBatches
 from samestep.train.observe.phases import PhaseClock
 from samestep.train.observe.tally import StepTally, Values
-from samestep.train.parallel.buffers import BufferCombiner, NoBuffers
+from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.parallel.no_buffers import NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shards import MicroBatch, StepPlan
 from samestep.train.parallel.step_sums import StepSums, Sums

@@ -173,3 +173,22 @@ def test_a_step_without_weight_leaves_no_trace_in_buffers_whatever_the_policy(tr
     assert runs[0].weights["norm.num_batches_tracked"].item() == 19 - len(empty)
     alone = trained("counting", *flags[:-1], 1, cwd="alone")
     assert alone.weights["norm.num_batches_tracked"].item() == 19 - len(empty)
+
+
+@pytest.mark.parametrize("assigned", ["--assigned", pytest.param("--no-assigned", marks=pytest.mark.slow)])
+def test_a_buffer_that_few_steps_change_is_one_that_changes(trained: Any, assigned: str) -> None:
+    """Also after a stop, whatever the first step does that then comes."""
+    flags = ("--shards", 4, assigned)
+    whole = trained("observed", *flags, cwd="whole").bits
+    assert trained("observed", *flags, ranks=3, cwd="ranks").bits == whole
+    for steps, ranks in ((2, 3), (6, 1)):
+        trained("observed", *flags, "--max-steps", steps, ranks=ranks)
+    assert trained("observed", *flags).bits == whole
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_buffer_that_changes_late_is_named_also_where_it_was_put_anew_before(start: Any, ranks: int) -> None:
+    flags = ("--run-dir", "run", "--shards", 2, "--assigned", "--first", 0.3)
+    ended = start("observed", *flags, ranks=ranks)
+    assert 2 in ended.codes, ended.stderrs
+    assert "top changed first in step" in ended.stderrs

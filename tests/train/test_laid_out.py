@@ -72,3 +72,12 @@ def test_a_layer_that_thaws_or_freezes_trains_as_in_a_hand_written_loop(
         parts.optimizer.step()
     for name, value in parts.model.state_dict().items():
         assert torch.equal(ended.weights[name], value), name
+
+
+@pytest.mark.parametrize("case", ["thaws", pytest.param("freezes", marks=pytest.mark.slow)])
+def test_a_layer_that_thawed_or_froze_before_a_stop_does_so_no_more_after_it(trained: Any, case: str) -> None:
+    """The forward says so once, in a step that a resumed run does not come to."""
+    flags = ("--shards", 2, "--threads", 1, "--case", case)
+    whole = trained("laid_out", *flags, cwd="whole").bits
+    trained("laid_out", *flags, "--max-steps", 4, ranks=2)
+    assert trained("laid_out", *flags).bits == whole

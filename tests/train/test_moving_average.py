@@ -67,3 +67,16 @@ def test_a_state_goes_from_one_to_the_other() -> None:
 def test_a_decay_that_is_none_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match="decay"):
         MovingAverage(nn.Linear(1, 1), decay)
+
+
+def test_buffers_follow_in_whatever_form_a_forward_puts_them() -> None:
+    """Expanded ones can't be copied into, nor can those of another shape."""
+    model = nn.Linear(3, 3)
+    model.register_buffer("scale", torch.ones(1).expand(3))
+    model.register_buffer("mask", torch.zeros(0), persistent=False)
+    average = MovingAverage(model, 0.5)
+    for size in (4, 3):
+        model.mask = torch.arange(size)
+        average.update_parameters(model)
+        for name, buffer in model.named_buffers():
+            assert torch.equal(average.module.get_buffer(name), buffer)

@@ -173,3 +173,10 @@ def test_no_bit_depends_on_the_size_of_buckets(trained: Any, recipe: str) -> Non
             assert ended.bits == reference.bits, (ranks, size)
             counts.append(int(ended.stdout.split("buckets: ")[1]))
         assert counts[0] > counts[1] > counts[2] > 0
+
+
+@pytest.mark.parametrize("case", ["loss", "forwards", pytest.param("outputs", marks=pytest.mark.slow)])
+def test_what_one_forward_does_not_show_to_be_used_is_summed_on_any_number_of_ranks(trained: Any, case: str) -> None:
+    """A parameter of the loss alone, layers of one of two forwards, outputs that few losses use."""
+    runs = [trained("partly_used", "--shards", 4, "--case", case, ranks=n, cwd=f"on-{n}") for n in (1, 2, 3)]
+    assert all(run.bits == runs[0].bits for run in runs)

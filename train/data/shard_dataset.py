@@ -55,17 +55,18 @@ class ShardDataset(Dataset[Batch]):
             return None
         seeded = [STREAMS[number] for number in sorted(self._drawn)]
         held = {number: stream.hold() for number, stream in enumerate(STREAMS) if number not in self._drawn}
+        found: set[int] = set()
         try:
-            with streams_restored(seeded):
+            with streams_restored(seeded), brought_back() as found:
                 items = self._one_by_one(samples, seeded)
         except Exception:
-            if self._more_were_drawn(held):  # which may be why
+            if self._more_were_drawn(held, found):  # which may be why
                 return None
             raise
-        return None if self._more_were_drawn(held) else items
+        return None if self._more_were_drawn(held, found) else items
 
-    def _more_were_drawn(self, held: dict[int, Callable[[], bool]]) -> bool:
-        drawn = {number for number, was_drawn in held.items() if was_drawn()}
+    def _more_were_drawn(self, held: dict[int, Callable[[], bool]], found: set[int]) -> bool:
+        drawn = {number for number, was_drawn in held.items() if was_drawn() or number in found}
         self._drawn |= drawn
         return bool(drawn)
 

@@ -143,21 +143,23 @@ def _memory(address: int) -> npt.NDArray[np.uint32]:
 
 
 STREAMS: tuple[Stream, ...] = (PythonStream(), NumpyStream(), TorchStream())
-_SETTERS = (
-    ((random, "setstate"),),
-    ((np.random, "set_state"),),
-    ((torch, "set_rng_state"), (torch.random, "set_rng_state")),
+_TELLTALES = (  # what reads a state, or goes back to one
+    ((random, "getstate"), (random, "setstate")),
+    ((np.random, "get_state"), (np.random, "set_state")),
+    tuple(
+        (place, name) for place in (torch, torch.random) for name in ("get_rng_state", "set_rng_state", "initial_seed")
+    ),
 )
 
 
 @contextmanager
 def brought_back() -> Iterator[set[int]]:
-    """Inside, the set fills with positions in STREAMS of those that somebody sets to a state, as fork_rng() does."""
+    """Inside, the set fills with positions in STREAMS of those whose state somebody reads or sets, as fork_rng does."""
     found: set[int] = set()
-    originals = [(module, name, getattr(module, name)) for setters in _SETTERS for module, name in setters]
+    originals = [(module, name, getattr(module, name)) for places in _TELLTALES for module, name in places]
     try:
-        for number, setters in enumerate(_SETTERS):
-            for module, name in setters:
+        for number, places in enumerate(_TELLTALES):
+            for module, name in places:
                 setattr(module, name, _noted(getattr(module, name), number, found))
         yield found
     finally:
@@ -165,9 +167,9 @@ def brought_back() -> Iterator[set[int]]:
             setattr(module, name, original)
 
 
-def _noted(setter: Callable[..., None], number: int, found: set[int]) -> Callable[..., None]:
-    def noting(*state: Any, **named: Any) -> None:
+def _noted(function: Callable[..., Any], number: int, found: set[int]) -> Callable[..., Any]:
+    def noting(*state: Any, **named: Any) -> Any:
         found.add(number)
-        setter(*state, **named)
+        return function(*state, **named)
 
     return noting

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sized
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,4 +53,7 @@ def _of_subset(subset: Subset[Any]) -> FetchBatch | None:
     if whole is None:
         return None
     chosen = torch.as_tensor(list(subset.indices), dtype=torch.int64)
+    chosen = torch.where(
+        chosen < 0, chosen + len(cast(Sized, subset.dataset)), chosen
+    )  # from the end, as for one sample
     return lambda ids: whole(chosen.index_select(0, ids))

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.group import Group
+from samestep.train.parallel.no_buffers import NOTHING
 from samestep.train.parallel.shards import MicroBatch, StepPlan, owned_span
-
-_NOTHING = torch.empty(0, dtype=torch.float64)
 
 
 class BufferCombiner:
@@ -34,7 +33,7 @@ class BufferCombiner:
 
     def __init__(self, model: nn.Module, group: Group, shards: int) -> None:
         # Where each buffer is kept, not the tensor: wrapping the model, and user code, can put another one there.
-        self._places = {name: _place(model, name) for name, _ in model.named_buffers()}
+        self._places = _places(model)
         self._saved = model.state_dict().keys()  # what a checkpoint of the model has
         self.buffers: dict[str, Tensor] = {}
         self.group = group
@@ -46,7 +45,10 @@ class BufferCombiner:
         self._leaf: Tensor | None = None  # of the shard's parts so far, weighed by their samples
         self._names: list[str] = []
         self._sizes: dict[str, int] = {}  # numbers of each that are summed
-        self._renewed: set[str] = set()  # put anew in the first step, with the same values or another shape
+        self.known: set[str] = set()  # that changed before the start of this process
+        self._touched: set[str] = set()  # written or put anew in the first step, with the same values
+        self._repeated: dict[str, Tensor] = {}  # their values, of those that no shard changed
+        self._reshaped: set[str] = set()  # put anew in another shape in the first step
         self._open: list[tuple[int, Tensor, Tensor]] = []  # step, a part's integers and the mean: to be compared
 
     def begin(self, plan: StepPlan, *, keep: bool = False) -> None:
@@ -97,7 +99,7 @@ class BufferCombiner:
     def of_shard(self) -> Tensor:
         """What the shard that is over adds to the sum: float64, shape (width,)."""
         leaf, self._leaf = self._leaf, None
-        return _NOTHING if leaf is None else leaf
+        return NOTHING if leaf is None else leaf
 
     def finish(self, total: Tensor) -> None:
         """Leave the combined buffers on every rank; `total` is the sum over all shards, `width` numbers.
@@ -166,29 +168,29 @@ class BufferCombiner:
     def _note_changes(self) -> None:
         """By value: batch_norm writes running statistics without raising the tensor's version.
 
-        One that is put anew as it was, or in another shape, is made from something else, such as a mask for the length
-        of a batch. It is left to the forward.
+        One that is put anew in another shape is made from something else, such as a mask for the length of a batch. It
+        is left to the forward, as is one that all shards make as it was.
         """
         for name, buffer in self.buffers.items():
-            base, (before, _) = self._base.get(name), self._versions[name]
+            base, (before, version) = self._base.get(name), self._versions[name]
             if base is None or base.shape != buffer.shape:
                 self._base.pop(name, None)
-                self._renewed.add(name)
+                self._reshaped.add(name)
             elif not torch.equal(buffer, base):
                 self._changed.add(name)
-            elif buffer is not before:
-                self._renewed.add(name)
+            elif buffer is not before or buffer._version != version:
+                self._touched.add(name)
 
     def _refuse_new(self) -> None:
         for name, buffer in self.buffers.items():
             before, version = self._versions[name]
-            known = name in (self.changing or ()) or name in self._renewed
-            if (buffer is not before or buffer._version != version) and not known:
-                raise UsageError(
-                    f"buffers are expected to change in every step or never, but {name} "
-                    f"changed first in step {self._plan.step + 1}",
-                    "change it in every step, or keep it out of the model",
-                )
+            if buffer is before and buffer._version == version:
+                continue
+            if name in (self.changing or ()) or name in self._reshaped:
+                continue
+            constant = self._repeated.get(name)
+            if constant is None or (buffer.shape == constant.shape and not torch.equal(buffer, constant)):
+                raise _changed_late(name, self._plan.step)
 
     def _flat(self) -> Tensor:
         return torch.cat([self._numbers(name) for name in self._names])
@@ -202,9 +204,14 @@ class BufferCombiner:
 
     def _agree(self) -> None:
         """All ranks learn which buffers change, and whether integer ones do so alike."""
-        record = json.dumps(self._ordered(self._changed)).encode()
-        changed = [json.loads(part) for part in self.group.gather_bytes(record)]
-        self.changing = self._ordered({name for part in changed for name in part} - self._renewed)
+        record = json.dumps([sorted(self._changed), sorted(self._touched), sorted(self._reshaped)]).encode()
+        told = [json.loads(part) for part in self.group.gather_bytes(record)]
+        changed, touched, self._reshaped = ({name for part in told for name in part[kind]} for kind in range(3))
+        for name in sorted(self._reshaped & self._saved):
+            raise _reshaped(name, self._plan.step)
+        self.changing = self._ordered((changed | self.known) - self._reshaped)
+        same = touched - self._reshaped - set(self.changing)
+        self._repeated = {name: self.buffers[name].detach().clone() for name in same}
         self._base = {name: self._base[name] for name in self.changing}
         shared = self.shards > 1 or self.group.world_size > 1 or self._plan.micro_batches > 1
         for name in self.changing if shared else ():
@@ -240,42 +247,14 @@ class BufferCombiner:
         return sorted((name for name in self.buffers if name in names), key=self._is_integer)
 
 
-class NoBuffers:
-    """What a model without buffers has."""
-
-    width = 0
-
-    def undo(self) -> None:
-        """Nothing to bring back."""
-
-    def settle(self) -> None:
-        """Nothing is open."""
-
-    def unsaved(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def begin(self, plan: StepPlan, *, keep: bool = False) -> None:
-        """Nothing to remember."""
-
-    def before(self, part: MicroBatch) -> None:
-        """Nothing to bring back."""
-
-    def after(self, part: MicroBatch) -> None:
-        """Nothing to take."""
-
-    def of_shard(self) -> Tensor:
-        """Nothing to sum."""
-        return _NOTHING
-
-    def finish(self, total: Tensor) -> None:
-        """Nothing to combine."""
-
-
-def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dict of the module that owns a buffer, and its key there."""
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path)._buffers, key
+def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """By name the dict of the module that owns a buffer, and its key there; two modules may hold one tensor."""
+    return {
+        f"{path}.{key}".lstrip("."): (module._buffers, key)
+        for path, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    }
 
 
 def _unlike(name: str, step: int, one: object, other: str) -> UsageError:
@@ -283,4 +262,19 @@ def _unlike(name: str, step: int, one: object, other: str) -> UsageError:
         f"integer buffer {name} is expected to end alike in all shards and micro-batches of a step, "
         f"but after step {step + 1} it is {one} in one of them and {other}",
         "make it depend on the number of steps only, or floating point so that it can be averaged",
+    )
+
+
+def _changed_late(name: str, step: int) -> UsageError:
+    return UsageError(
+        f"buffers are expected to change in every step or never, but {name} changed first in step {step + 1}",
+        "change it in every step, or keep it out of the model",
+    )
+
+
+def _reshaped(name: str, step: int) -> UsageError:
+    return UsageError(
+        f"buffers that a checkpoint holds are expected to keep their shape, but {name} was put anew in another one in "
+        f"step {step + 1}",
+        "register it with persistent=False if forward makes it for each batch, else in its full size in __init__",
     )

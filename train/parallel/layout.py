@@ -46,10 +46,13 @@ def numbers(parameter: Tensor) -> int:
 
 
 def like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient with the strides of its parameter, which plain backward gives it: a norm adds up in memory order."""
-    if gradient.stride() == parameter.stride() or not _fills_its_memory(parameter):
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
+    """The gradient with the strides that plain backward gives it: a norm adds up in memory order.
+
+    They are those of its parameter, or row by row for one with gaps (torch/csrc/autograd/utils/grad_layout_contract.h).
+    """
+    if not _fills_its_memory(parameter):
+        return gradient.contiguous()
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
 def _in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:

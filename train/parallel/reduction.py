@@ -22,7 +22,7 @@ from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import CompressionHook
 from samestep.train.parallel.layout import dense, flat, like, numbers, views
 from samestep.train.parallel.missing_gradients import incomplete_backward, refuse_reentrant_checkpoints, require_some
-from samestep.train.parallel.replica import replicate
+from samestep.train.parallel.replica import look_from, replicate
 from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
 from samestep.train.parallel.used import anywhere
 
@@ -118,6 +118,8 @@ class GradientReducer:
             return
         if self._through_ddp(part):
             self._done = done
+            if self._find_unused and self._called:
+                look_from(self._replica, total)
             total.backward(start)
             if self._compress is not None:  # hooks of torch wait by themselves
                 self._done()

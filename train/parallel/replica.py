@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # Of what DDP sends at once; no bit depends on it. 1 to 100 made no difference that could be told from noise (gloo on
@@ -28,6 +28,11 @@ def replicate(model: nn.Module, accelerator: Accelerator, *, find_unused: bool) 
         replica = cast(Any, accelerator.prepare_model(model))
     replica.__class__ = _Replica  # prepare_model makes torch's own class
     return cast(DistributedDataParallel, replica)
+
+
+def look_from(replica: Any, loss: Tensor) -> None:
+    """Have DDP look for what is unused in the graph of the loss: it has looked from the outputs of the last forward."""
+    replica.reducer.prepare_for_backward([loss])
 
 
 class _Replica(DistributedDataParallel):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +16,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.observe.ledger import EpochSums
+from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.parallel.no_buffers import NoBuffers
 from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling
+from samestep.train.state.as_saved import laid_out, load_optimizer, make_writable, strides_of
 from samestep.train.state.checkpoint import Snapshot
 from samestep.train.state.codec import decode, encode, not_finite, unshared
 
@@ -41,7 +43,7 @@ class TrainState:
         best_step: steps of the best checkpoint by the chosen metric, `best_value` its value.
         loaded_step: steps of the checkpoint that was loaded last.
         never_finite: see `note_not_finite`.
-        unsaved: gives buffers that a step depends on and the model's state_dict leaves out, by name.
+        buffers: knows which ones change, and which of these the model's state_dict leaves out.
     """
 
     components: Components
@@ -60,8 +62,12 @@ class TrainState:
     best_value: float | None = None
     loaded_step: int | None = None
     never_finite: dict[str, Tensor] = field(default_factory=dict)
-    unsaved: Callable[[], dict[str, Tensor]] = dict
+    buffers: BufferCombiner | NoBuffers = field(default_factory=NoBuffers)
     passed_over: set[int] = field(default_factory=set)
+    _built: dict[str, bool] = field(init=False)  # whether a parameter trained where training began
+
+    def __post_init__(self) -> None:
+        self._built = {name: p.requires_grad for name, p in self.components.model.named_parameters()}
 
     def advance(self, plan: StepPlan) -> None:
         """A step is done."""
@@ -127,6 +133,9 @@ class TrainState:
             "aliases": aliases,
             "trees": trees,
             "tree_aliases": other_aliases,
+            "strides": strides_of(other),
+            "trains": self._trains_otherwise(),
+            "changing": sorted(self.buffers.changing or self.buffers.known),
         }
         facts = {"epoch": self.epoch, "cursor": self.cursor, **self.facts}
         return Snapshot(self.step, weights, other, state, facts, self.never_finite)
@@ -147,18 +156,24 @@ class TrainState:
         self.sums = EpochSums(*counters["sums"])
         self.passed_over.clear()  # the same object: the guard looks there
         self.passed_over.update(counters.get("passed_over", []))
+        trains = self._built | snapshot.state.get("trains", {})
+        for name, parameter in self.components.model.named_parameters():
+            parameter.requires_grad_(trains.get(name, parameter.requires_grad))
         weights = {f"model.{name}": tensor for name, tensor in snapshot.weights.items()}
         weights |= {f"model.{name}": snapshot.weights[first] for name, first in snapshot.state["aliases"].items()}
+        make_writable(self.components.model, snapshot.weights)
         self.components.model.load_state_dict(decode(snapshot.state["model"], weights))
-        tensors = snapshot.tensors
+        tensors = laid_out(snapshot.tensors, snapshot.state.get("strides", {}))
         tensors |= {name: tensors[first].clone() for name, first in snapshot.state["tree_aliases"].items()}
         trees = decode(snapshot.state["trees"], tensors)
-        self.components.optimizer.load_state_dict(trees["optimizer"])
+        load_optimizer(self.components.optimizer, trees["optimizer"])
         if self.components.scheduler is not None:
             self.components.scheduler.load_state_dict(trees["scheduler"])
         self.scaler.load_state_dict(trees["scaler"])
         if self.ema is not None:
+            make_writable(self.ema, [n for n in trees["ema"] if f"state.ema.{n}" not in snapshot.state["tree_aliases"]])
             self.ema.load_state_dict(trees["ema"])
+        self.buffers.known = set(snapshot.state.get("changing", []))
         for name, value in trees.get("buffers", {}).items():
             buffer = self.components.model.get_buffer(name)
             if buffer.shape != value.shape and self.step:
@@ -167,6 +182,11 @@ class TrainState:
             if buffer.shape == value.shape and not torch.equal(buffer.cpu(), value.cpu()):
                 buffer.copy_(value)
 
+    def _trains_otherwise(self) -> dict[str, bool]:
+        """Parameters that a forward has frozen or thawed since the model was built."""
+        now = {name: p.requires_grad for name, p in self.components.model.named_parameters()}
+        return {name: trains for name, trains in now.items() if trains != self._built.get(name, trains)}
+
     def _trees(self) -> dict[str, Any]:
         scheduler = self.components.scheduler
         return {
@@ -174,5 +194,5 @@ class TrainState:
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
             "scaler": self.scaler.state_dict(),
             "ema": dict(self.ema.state_dict()) if self.ema is not None else None,
-            "buffers": self.unsaved(),
+            "buffers": self.buffers.unsaved(),
         }

@@ -17,6 +17,7 @@ from samestep.launcher.contract import UsageError
 from samestep.train import SameOrderSampler
 from samestep.train.data.loader import build_loader
 from samestep.train.data.map_style import require_map_style
+from samestep.train.data.whole import whole_batches
 
 pytestmark = pytest.mark.timeout(60)
 CPU = torch.device("cpu")
@@ -132,6 +133,14 @@ def test_a_part_of_a_plain_dataset_is_keyed_by_sample_as_the_dataset_is(nested: 
     """All of it, in its own order, so that positions are the dataset's."""
     part: Any = Subset(Augmented(), range(N))
     assert same(batches(Subset(part, range(N)) if nested else part), batches(Augmented()))
+
+
+def test_a_part_may_count_from_the_end() -> None:
+    whole = TensorDataset(torch.arange(5.0))
+    for part in (Subset(whole, [-1, 0, -5]), Subset(Subset(whole, [4, 0]), [-2, -1, -1])):
+        fetch = whole_batches(part)
+        assert fetch is not None
+        assert fetch(torch.arange(3))[0].tolist() == [part[index][0].item() for index in range(3)]
 
 
 def test_a_part_of_a_dataset_that_makes_batches_is_made_at_once() -> None:

@@ -65,3 +65,15 @@ def test_sums_over_shards_on_one_rank_lie_as_their_parameter_does() -> None:
         reducer.backward(part, (model[0] * torch.randn(4, 3, 2, 2)).sum(), torch.ones(()), lambda: None)
     (gradient,) = reducer.finish()
     assert gradient.stride() == model[0].stride()
+
+
+@pytest.mark.parametrize("name", ["turned", "channels last", "gaps", "complex turned"])
+def test_a_gradient_gets_the_strides_that_plain_backward_gives_it(name: str) -> None:
+    """Whatever those are that autograd makes it with; a norm adds up in the order of memory."""
+    parameter = nn.Parameter(FORMS[name])
+    made = torch.randn(FORMS[name].shape[::-1], dtype=parameter.dtype).permute(*reversed(range(parameter.dim())))
+    (parameter * made).abs().sum().backward()
+    assert parameter.grad is not None
+    ours = like(torch.empty_like(made).copy_(parameter.grad), parameter)
+    assert ours.stride() == parameter.grad.stride()
+    assert torch.equal(ours, parameter.grad)

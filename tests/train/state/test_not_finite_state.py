@@ -70,7 +70,7 @@ def test_a_state_that_became_not_finite_is_neither_saved_nor_exported(start, fau
 
 @pytest.mark.parametrize("rule", ["max:acc", "min:acc"])
 def test_what_is_not_finite_is_never_the_best(rule):
-    state = state_of()
+    state = state_of(model=torch.nn.Linear(1, 1))
     seen = []
     for step, value in enumerate([math.nan, INF, -INF, 3.0, math.nan, 5.0, INF, 1.0]):
         state.step, state.metrics = step, {"acc": value}

@@ -1,0 +1,125 @@
+"""A run goes on with the state that was saved: dtypes, layout in memory, what trains, what changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import ASGD, SGD, AdamW, NAdam, Optimizer
+from torch.utils.data import TensorDataset
+
+from samestep.launcher.contract import RunDir
+from samestep.train import Components, supervised
+from samestep.train.scaling import Unscaled
+from samestep.train.state import checkpoint
+from samestep.train.state.train_state import TrainState
+
+Make = Callable[[Any], Optimizer]
+OPTIMIZERS: dict[str, tuple[Make, torch.dtype]] = {
+    "fused": (lambda p: AdamW(p, lr=0.1, fused=True), torch.float32),
+    "fused momentum": (lambda p: SGD(p, lr=0.1, momentum=0.9, fused=True), torch.float32),
+    "NAdam": (lambda p: NAdam(p, lr=0.1), torch.float64),
+    "NAdam, narrow": (lambda p: NAdam(p, lr=0.1), torch.bfloat16),
+    "ASGD": (lambda p: ASGD(p, lr=0.1, t0=2.0, lambd=0.1), torch.bfloat16),
+}
+
+
+def state_with(make: Make, kind: torch.dtype) -> TrainState:
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    model: Any = nn.Conv2d(3, 4, 3).to(kind)
+    model.to(memory_format=torch.channels_last)
+    data = TensorDataset(torch.zeros(1))
+    parts = Components(model=model, loss=supervised(nn.MSELoss()), optimizer=make(model.parameters()), train_data=data)
+    return TrainState(parts, Unscaled(), None, {})
+
+
+def run(state: TrainState, steps: range) -> None:
+    for step in steps:
+        state.components.optimizer.zero_grad()
+        x = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(step))
+        weight = next(state.components.model.parameters())
+        state.components.model(x.to(weight.dtype)).square().mean().backward()
+        state.components.optimizer.step()
+        state.step = step + 1
+
+
+def saved_and_loaded(state: TrainState, other: TrainState, folder: Path) -> None:
+    run_dir = RunDir(folder)
+    run_dir.checkpoints.mkdir()
+    other.restore(checkpoint.load(checkpoint.commit(state.capture(0), run_dir, 0, 1)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_goes_on_in_its_own_bits(name: str, tmp_path: Path) -> None:
+    """torch casts what it loads to the parameter's dtype; fused updates go through memory, whatever the strides are."""
+    goes_on(*OPTIMIZERS[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name",
+    "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop SGD".split(),
+)
+def test_every_optimizer_of_torch_goes_on_in_its_own_bits(name: str, kind: torch.dtype, tmp_path: Path) -> None:
+    optimizer: Any = getattr(torch.optim, name)
+    goes_on(lambda parameters: optimizer(parameters, lr=0.05), kind, tmp_path)
+
+
+def goes_on(make: Make, kind: torch.dtype, folder: Path) -> None:
+    whole, first, resumed = (state_with(make, kind) for _ in range(3))
+    run(whole, range(6))
+    run(first, range(3))
+    saved_and_loaded(first, resumed, folder)
+    assert forms_of(resumed) == forms_of(first)
+    run(resumed, range(3, 6))
+    expected, found = (list(state.components.model.parameters()) for state in (whole, resumed))
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def forms_of(state: TrainState) -> dict[Any, Any]:
+    of_parameters = state.components.optimizer.state_dict()["state"]
+    return {
+        (key, name): (value.dtype, value.stride())
+        for key, values in of_parameters.items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def test_layers_train_as_they_did_whatever_was_thawed_or_frozen_since(tmp_path: Path) -> None:
+    make = OPTIMIZERS["fused"]
+    first, resumed = state_with(*make), state_with(*make)
+    dict(first.components.model.named_parameters())["bias"].requires_grad_(False)
+    saved_and_loaded(first, resumed, tmp_path)
+    assert [p.requires_grad for p in resumed.components.model.parameters()] == [True, False]
+    resumed.restore(state_with(*make).capture(0))  # back to before, as after a batch that was not finite
+    assert [p.requires_grad for p in resumed.components.model.parameters()] == [True, True]
+
+
+def test_an_expanded_buffer_can_be_loaded(tmp_path: Path) -> None:
+    make = OPTIMIZERS["fused"]
+    first, resumed = state_with(*make), state_with(*make)
+    for state, value in ((first, 2.0), (resumed, 1.0)):
+        state.components.model.register_buffer("scale", torch.full((1,), value).expand(3))
+    saved_and_loaded(first, resumed, tmp_path)
+    assert resumed.components.model.get_buffer("scale").tolist() == [2.0] * 3
+
+
+def test_a_buffer_of_two_modules_is_loaded_into_both_where_one_has_put_it_anew(tmp_path: Path) -> None:
+    make = OPTIMIZERS["fused"]
+    first, resumed = state_with(*make), state_with(*make)
+    for state in (first, resumed):
+        inner, scale = nn.Module(), torch.zeros(2)
+        state.components.model.register_module("inner", inner)
+        for module in (state.components.model, inner):
+            module.register_buffer("scale", scale)
+    first.components.model.get_submodule("inner")._buffers["scale"] = torch.ones(2)
+    saved_and_loaded(first, resumed, tmp_path)
+    assert resumed.components.model.get_buffer("scale").tolist() == [0.0, 0.0]
+    assert resumed.components.model.get_buffer("inner.scale").tolist() == [1.0, 1.0]

@@ -1,0 +1,62 @@
+"""What a state goes on with is what was saved: of an optimizer's tensors also the dtypes, and of all the strides.
+
+safetensors keeps tensors row by row. An optimizer's state has the strides of its parameter, and torch's fused updates
+pair the elements of both in the order of memory, whatever the strides say. And `Optimizer.load_state_dict` brings a
+floating state to the dtype of its parameter (torch/optim/optimizer.py, _process_value_according_to_param_policy),
+though NAdam, RAdam and ASGD keep float32 scalars for every dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def strides_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Of the tensors that fill their memory in another order than row by row."""
+    return {name: list(t.stride()) for name, t in tensors.items() if not t.is_contiguous() and _fills_its_memory(t)}
+
+
+def laid_out(tensors: Mapping[str, Tensor], strides: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """The tensors, those of `strides` in memory as they were."""
+    turned = {
+        name: torch.empty_strided(tensors[name].shape, s, dtype=tensors[name].dtype) for name, s in strides.items()
+    }
+    return {**tensors, **{name: tensor.copy_(tensors[name]) for name, tensor in turned.items()}}
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict(saved)`, with the dtypes of `saved`.
+
+    Raises:
+        ValueError: it has other parameters or groups (from torch).
+    """
+    optimizer.load_state_dict(saved)
+    loaded = optimizer.state_dict().get("state")  # its inner dicts are those of the optimizer
+    for key, values in saved.get("state", {}).items():
+        if not isinstance(loaded, dict) or not isinstance(values, dict) or not isinstance(loaded.get(key), dict):
+            continue
+        for name, value in values.items():
+            now = loaded[key].get(name)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                loaded[key][name] = value.to(now.device)
+
+
+def make_writable(model: nn.Module, names: Collection[str]) -> None:
+    """Give the buffers `names` memory for each element: what was expanded, or is held twice, can't be loaded apart."""
+    held = set()
+    for path, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is None or f"{path}.{key}".lstrip(".") not in names:
+                continue
+            if 0 in buffer.stride() or id(buffer) in held:
+                module._buffers[key] = buffer.clone(memory_format=torch.contiguous_format)
+            held.add(id(buffer))
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
