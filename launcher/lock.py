@@ -149,8 +149,8 @@ def check(run_dir: RunDir, generation: int | None) -> None:
         raise SupersededError(f"{run_dir.lock} can't be read ({error.strerror}): it was removed while we run") from None
     if owner.generation != generation:
         raise SupersededError(
-            f"this is start {generation} of the run, and {run_dir.lock} belongs to start {owner.generation} "
-            f"(pid {owner.pid} on {owner.host}): nothing is published"
+            f"this is no longer the newest start of the run: {run_dir.lock} belongs to another one "
+            f"(pid {owner.pid} on {owner.host}), and nothing is published"
         )
 
 
