@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.utils.data._utils import signal_handling
 
 from samestep.launcher.contract import ErrorRecord, ExitCode, RefusedStepError, RunDir, UsageError
+from samestep.launcher.lock import SupersededError
 from samestep.train.cause import cause_of
 
 _BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
@@ -128,7 +129,7 @@ def error_record(
         consequence=error.consequence if isinstance(error, RefusedStepError) else not usage and is_consequence(error),
         hint=error.hint if isinstance(error, UsageError) else (_LATE if accused is not None else ""),
         accused=accused,
-        final=refused,
+        final=refused or isinstance(error, SupersededError),  # its folder is another start's now
     )
 
 

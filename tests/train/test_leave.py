@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from samestep.launcher.contract import ErrorRecord, RunDir, UsageError
+from samestep.launcher.lock import SupersededError
 from samestep.train import leave
 
 # Collectives that nobody waits for, results dropped while the interpreter goes down.
@@ -191,3 +192,8 @@ def test_a_rank_without_descriptors_does_not_blame_the_run_directory(tmp_path: P
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == str(errno.EMFILE)
+
+
+def test_a_start_that_a_newer_one_has_replaced_does_not_start_again_in_its_folder() -> None:
+    assert leave.error_record(SupersededError("replaced"), 0, 0, 5, "checkpoint").final
+    assert not leave.error_record(UsageError("what", "how"), 0, 0, 5, "checkpoint").final
