@@ -3,13 +3,14 @@
 import os
 import resource
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from samestep.launcher.lock import Owner
 from samestep.train import Components, TrainConfig, supervised, train
 
 FAULT, RANK = os.environ.get("FAULT", ""), int(os.environ.get("RANK", "0"))
@@ -53,9 +54,9 @@ def build(config: SmallConfig) -> Components:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if FAULT == "superseded":
             lock = Path(config.run_dir or "run") / "lock"
-            newer = lock.read_bytes().replace(b'"generation": 1', b'"generation": 2')
+            owner = Owner.of(lock.read_bytes())
             with lock.open("r+b") as file:  # over what is there, as a launcher does: nobody reads half of it
-                file.write(newer)
+                file.write(replace(owner, generation=owner.generation + 1).encode())
         if FAULT == "raise" and calls > 4:
             raise ValueError("boom")
         if FAULT == "nan" and calls > 4:
