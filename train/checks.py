@@ -57,6 +57,13 @@ def check_components(components: object) -> Components:
     return components
 
 
+def without_use(components: Components) -> list[str]:
+    """Sentences about parts that nothing will ask for."""
+    if components.eval_data is None and components.metrics:
+        return [f"metrics are not computed, as there is no eval_data: {', '.join(components.metrics)}"]
+    return []
+
+
 def _check_materialised(model: nn.Module) -> None:
     lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
     if lazy:

@@ -25,7 +25,7 @@ from samestep.launcher.heartbeat import pulse
 from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.assemble import Setting, assemble
 from samestep.train.called import check_call
-from samestep.train.checks import check_components, check_gradient_hooks, check_samples_repeat
+from samestep.train.checks import check_components, check_gradient_hooks, check_samples_repeat, without_use
 from samestep.train.compilation import compile_in_place
 from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
@@ -210,7 +210,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     if member.env.distributed:
         leave.end_hard(run)
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
-    warnings = [*found.warnings, *micro_batches.warnings(joined.micro_batches, joined.stored, components.model)]
+    warnings = [*without_use(components), *found.warnings]
+    warnings += micro_batches.warnings(joined.micro_batches, joined.stored, components.model)
     if found.snapshot is not None:
         start.restore(run, found.snapshot, found.source)
     if found.snapshot is not None or config.replay is not None:

@@ -43,6 +43,11 @@ def check_parts(components: Components) -> None:
     for name, function in components.metrics.items():
         if not isinstance(name, str):
             raise UsageError(f"a name in Components.metrics is expected to be a string, but is {name!r}")
+        if name == "loss":
+            raise UsageError(
+                "a name in Components.metrics is expected to be another one than loss, which evaluations have already",
+                "leave it out, or call it after what it measures",
+            )
         if not isinstance(function, StateMetric):
             check_loss(f"metric {name}", function)
 

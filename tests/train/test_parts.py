@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from samestep.launcher.contract import UsageError
 from samestep.train import Components, Weighted, supervised
-from samestep.train.checks import check_components
+from samestep.train.checks import check_components, without_use
 
 X, Y = torch.zeros(6, 3), torch.zeros(6, 1)
 
@@ -55,6 +55,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Components], Any], str, str]] = {
     "collate function": ("collate_fn", lambda _: 3, "collate_fn.*int", "default_collate"),
     "collate without samples": ("collate_fn", lambda _: lambda: 3, r"collate_fn.*\(samples\)", "samples"),
     "list of metrics": ("metrics", lambda _: [loss], "metrics.*dict.*list", "accuracy"),
+    "metric in place of the loss": ("metrics", lambda _: {"loss": loss}, "another one than loss", "leave it out"),
     "metric without name": ("metrics", lambda _: {3: loss}, "name in Components.metrics.*3", ""),
     "name of a metric": ("metrics", lambda _: {"accuracy": "accuracy"}, "metric accuracy.*str", "supervised"),
     "criterion as metric": ("metrics", lambda _: {"mae": nn.L1Loss()}, "metric mae.*L1Loss", "supervised"),
@@ -123,6 +124,13 @@ def with_wrapped_optimizer() -> Components:
 )
 def test_whatever_works_passes(make: Callable[[], Components]) -> None:
     check_components(make())
+
+
+def test_metrics_that_nothing_asks_for_are_told() -> None:
+    metrics = parts(metrics=lambda _: {"mae": supervised(F.l1_loss)})
+    assert without_use(metrics) == ["metrics are not computed, as there is no eval_data: mae"]
+    metrics.eval_data = metrics.train_data
+    assert without_use(metrics) == without_use(parts()) == []
 
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss, None, "mse"])
