@@ -33,9 +33,7 @@ class Standing:
     step: int = 0
     epoch: int = 0
     loss: float | None = None  # None: not finite, if there was a step at all
-    memory: tuple[str, int, int] | None = (
-        None  # of devices where there are any: most bytes, and the rank that held them
-    )
+    memory: tuple[str, int, int] | None = None  # of devices where there are any: kind, most bytes, who held them
     metrics: Mapping[str, Any] = field(default_factory=dict)
     ranks: int = 0
     restarts: int = 0

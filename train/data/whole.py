@@ -53,7 +53,6 @@ def _of_subset(subset: Subset[Any]) -> FetchBatch | None:
     if whole is None:
         return None
     chosen = torch.as_tensor(list(subset.indices), dtype=torch.int64)
-    chosen = torch.where(
-        chosen < 0, chosen + len(cast(Sized, subset.dataset)), chosen
-    )  # from the end, as for one sample
+    from_the_end = chosen + len(cast(Sized, subset.dataset))
+    chosen = torch.where(chosen < 0, from_the_end, chosen)
     return lambda ids: whole(chosen.index_select(0, ids))
