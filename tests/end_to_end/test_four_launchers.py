@@ -20,7 +20,8 @@ RECIPES = {
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    "recipe", ["seed_linear.py", "digits_cnn.py", pytest.param("char_lm.py", marks=pytest.mark.slow)]
+    "recipe",
+    ["digits_cnn.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("seed_linear.py", "char_lm.py"))],
 )
 def test_four_launchers_end_in_the_same_weights(start, recipe):
     outcomes = {}

@@ -16,7 +16,7 @@ def fitting(start):
     return lambda parts: start("python", 1, RECIPE, *FLAGS, "--micro-batches", str(parts), run_dir="fits").digest
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_parts_get_smaller_until_they_fit_and_no_restart_is_counted(start, fitting, monkeypatch, ranks):
     monkeypatch.setenv("PET_MAX_RESTARTS", "1")
     outcome = start("samestep", ranks, RECIPE, *FLAGS, "--room", "1")
@@ -27,6 +27,7 @@ def test_parts_get_smaller_until_they_fit_and_no_restart_is_counted(start, fitti
     assert [event["cause"].partition(":")[0] for event in outcome.of("worker_failed")] == ["OutOfMemoryError"] * 3
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_in_smaller_parts(start, fitting, monkeypatch):
     monkeypatch.setenv("PET_MAX_RESTARTS", "3")
     outcome = start("torchrun", 1, RECIPE, *FLAGS, "--room", "3")

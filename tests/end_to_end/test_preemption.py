@@ -273,6 +273,7 @@ def test_asked_twice_it_is_gone_at_once(job):
     assert time.monotonic() - since < 10  # of 25 s; a second on a quiet machine
 
 
+@pytest.mark.slow
 def test_without_a_launcher_the_second_ctrl_c_ends_it_too(job):
     process = job.begin("python", 1, mode="hang-0")
     job.until("step-9-0", process)

@@ -62,6 +62,7 @@ def struck(start, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_every_way_to_start_ranks_gives_the_same_bits(struck, monkeypatch):
     outcomes = [struck("none"), struck("none", launcher="torchrun"), struck("none", launcher="python", world_size=1)]
     monkeypatch.setenv("PET_NO_WARM", "1")
@@ -76,7 +77,13 @@ def test_every_way_to_start_ranks_gives_the_same_bits(struck, monkeypatch):
 
 @pytest.mark.parametrize(
     ("fault", "step", "rank"),
-    [("kill", 1, 1), ("kill", 6, 0), ("kill", 12, 1), ("kill", "save", 0), ("raise", 6, 1)],
+    [
+        pytest.param("kill", 1, 1, marks=pytest.mark.slow),
+        ("kill", 6, 0),
+        pytest.param("kill", 12, 1, marks=pytest.mark.slow),
+        ("kill", "save", 0),
+        ("raise", 6, 1),
+    ],
 )
 def test_struck_once_it_ends_in_the_bits_of_the_undisturbed_run(struck, fault, step, rank):
     reference, outcome = struck("none"), struck(fault, step, rank)

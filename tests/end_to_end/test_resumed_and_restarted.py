@@ -40,7 +40,11 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("launcher", "begins"),
-    [("samestep", "older"), ("samestep", "never"), pytest.param("torchrun", "elsewhere", marks=pytest.mark.slow)],
+    [
+        ("samestep", "older"),
+        pytest.param("samestep", "never", marks=pytest.mark.slow),
+        pytest.param("torchrun", "elsewhere", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_rank_costs_no_checkpoint_that_was_made_since(start, tmp_path, launcher, begins, monkeypatch):
     monkeypatch.setenv("PET_MAX_RESTARTS", "1")

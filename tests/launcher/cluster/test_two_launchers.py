@@ -98,7 +98,7 @@ if False:  # it only looks like a recipe
 if os.environ["WORLD_SIZE"] == "1":
     open("again", "w").close()
     sys.exit(0)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # at once: a second one would end an interpreter that leaves
 open("ready-" + os.environ["RANK"], "w").close()
 while True:
     time.sleep(60)
