@@ -50,7 +50,7 @@ def like(gradient: Tensor, parameter: Tensor) -> Tensor:
 
     They are those of its parameter, or row by row for one with gaps (torch/csrc/autograd/utils/grad_layout_contract.h).
     """
-    if not _fills_its_memory(parameter):
+    if not fills_its_memory(parameter):
         return gradient.contiguous()
     return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
@@ -76,12 +76,12 @@ def _as_parameter(part: Tensor, parameter: Tensor) -> Tensor:
 def _dimensions(parameter: Tensor) -> list[int]:
     """From the one with the widest stride to the one whose elements are neighbours."""
     dimensions = list(range(parameter.dim()))
-    if _fills_its_memory(parameter):
+    if fills_its_memory(parameter):
         # a dimension of one element may have any stride
         dimensions.sort(key=lambda d: (parameter.stride(d), parameter.shape[d] > 1), reverse=True)
     return dimensions
 
 
-def _fills_its_memory(parameter: Tensor) -> bool:
+def fills_its_memory(parameter: Tensor) -> bool:
     """Without gaps or overlaps: then, and only then, torch copies the strides."""
     return torch.empty_like(parameter, device="meta").stride() == parameter.stride()

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from samestep.train.parallel.layout import fills_its_memory
+
 
 def strides_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Of the tensors that fill their memory in another order than row by row."""
-    return {name: list(t.stride()) for name, t in tensors.items() if not t.is_contiguous() and _fills_its_memory(t)}
+    return {name: list(t.stride()) for name, t in tensors.items() if not t.is_contiguous() and fills_its_memory(t)}
 
 
 def laid_out(tensors: Mapping[str, Tensor], strides: Mapping[str, list[int]]) -> dict[str, Tensor]:
@@ -56,7 +58,3 @@ def make_writable(model: nn.Module, names: Collection[str]) -> None:
             if 0 in buffer.stride() or id(buffer) in held:
                 module._buffers[key] = buffer.clone(memory_format=torch.contiguous_format)
             held.add(id(buffer))
-
-
-def _fills_its_memory(tensor: Tensor) -> bool:
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
