@@ -51,6 +51,12 @@ def test_what_a_loss_returns_or_asks_for_in_vain_is_named(start: Any, part: str)
     refused(start("unusual", "--run-dir", "run", "--part", part), *words, hint=hint)
 
 
+def test_a_run_tells_that_nothing_asks_for_its_metrics(start: Any) -> None:
+    ended = start("unusual", "--run-dir", "run", "--part", "unasked")
+    assert set(ended.codes) == {0}, ended.stderrs
+    assert ended.stderr.count("warning: metrics are not computed, as there is no eval_data: error") == 1
+
+
 def test_a_number_of_numpy_can_be_logged(trained: Any) -> None:
     trained("unusual", "--part", "number")
 

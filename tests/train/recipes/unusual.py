@@ -100,6 +100,10 @@ def logged(value: Callable[[Tensor], Any]) -> Callable[[Components], None]:
     return change
 
 
+def unasked(parts: Components) -> None:
+    parts.metrics, parts.eval_data = {"error": error}, None
+
+
 def rotated(parts: Components) -> None:
     parts.loss = lambda model, batch: error(model, batch).mean() + 0j
 
@@ -128,6 +132,7 @@ PARTS: dict[str, Callable[[Components], None]] = {
     "weight norm": old_weight_norm,
     "vector": logged(lambda each: each),
     "word": logged(lambda each: "large"),
+    "unasked": unasked,
     "number": logged(lambda each: np.float32(each.mean().item())),
     "complex": rotated,
     "complex sum": rotated_sum,
