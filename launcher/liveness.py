@@ -31,6 +31,15 @@ def adopt_orphans() -> bool:
     return prctl is not None and prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
 
 
+def end_with(parent: int) -> None:
+    """In a child that `parent` forked itself: have the kernel end it with its parent, where it can."""
+    if prctl is None or os.getppid() != parent:  # a fork server's child has another one
+        return
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
 def die_with(parent: int, pipe: int) -> None:
     """In a child that leads its own process group: end it with its `parent`, who writes to `pipe`.
 

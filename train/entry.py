@@ -31,6 +31,7 @@ from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import dataset_fingerprint
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
+from samestep.train.data.shield import kill_the_rest
 from samestep.train.finish import close, goodput
 from samestep.train.loop import Run
 from samestep.train.micro_batches import Agreed
@@ -116,6 +117,7 @@ def train(
             raise reason from seen
         raise
     finally:
+        kill_the_rest()
         progress.pulse.at(progress.step, "")
 
 

@@ -33,7 +33,7 @@ def bits(rank_server, tmp_path):
     ("recipe", "shards", "world_sizes"),
     [
         ("digits_cnn", 8, (1, 2, 3, 5)),
-        ("char_lm", 6, (1, 4)),
+        pytest.param("char_lm", 6, (1, 4), marks=slow),
         ("seed_linear", 3, (1, 2, 3, 4)),
         *(pytest.param(name, 8, (1, 2, 3, 4, 5, 8), marks=slow) for name in ("seed_linear", "digits_cnn", "char_lm")),
         *(pytest.param("digits_cnn", V, range(1, V + 2), marks=slow) for V in (2, 3, 6)),
@@ -53,7 +53,7 @@ def test_worker_processes_do_not_change_the_bits(bits):
     assert results[0] == results[1] == results[2]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=slow) for seed in range(1, 20))])
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=slow) for seed in range(20)])
 def test_stops_at_random_steps_and_other_world_sizes_end_in_the_same_bits(bits, seed):
     draw = random.Random(seed)
     total, shards, recipe = 30, draw.choice([2, 3, 4, 6]), draw.choice(["digits_cnn", "char_lm"])

@@ -45,14 +45,15 @@ def hits(verdict):
 
 
 @pytest.mark.timeout(200)
-def test_twenty_faults_are_survived_in_the_same_bits(tmp_path):
-    verdict = struck(tmp_path, "--faults", 20, "--per-run", 6, "--seed", 2, "--kinds", QUICK)
+@pytest.mark.parametrize("faults", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_faults_are_survived_in_the_same_bits(faults, tmp_path):
+    verdict = struck(tmp_path, "--faults", faults, "--per-run", 6, "--seed", 2, "--kinds", QUICK)
     assert verdict["good"]
     assert all(run["same"] and not run["left_behind"] for run in verdict["runs"])
-    assert len(hits(verdict)) >= 15  # a data loading process may not be there yet
+    assert len(hits(verdict)) >= 0.7 * faults  # a data loading process may not be there yet
     assert all(fault["survived"] for fault in hits(verdict))
-    assert len({fault["moment"] for fault in hits(verdict)}) >= 5
-    assert verdict["recovery_seconds"]["count"] >= 8
+    assert len({fault["moment"] for fault in hits(verdict)}) >= faults // 4
+    assert verdict["recovery_seconds"]["count"] >= faults // 3
     assert verdict["host_growth"]["temporary files"] == 0
 
 

@@ -81,7 +81,7 @@ def test_every_way_to_start_ranks_gives_the_same_bits(struck, monkeypatch):
         pytest.param("kill", 1, 1, marks=pytest.mark.slow),
         ("kill", 6, 0),
         pytest.param("kill", 12, 1, marks=pytest.mark.slow),
-        ("kill", "save", 0),
+        pytest.param("kill", "save", 0, marks=pytest.mark.slow),
         ("raise", 6, 1),
     ],
 )
@@ -134,7 +134,7 @@ def test_an_exception_that_passes_no_line_of_the_users_is_given_up_when_it_comes
     assert "same failure twice" in outcome.stderr
 
 
-@pytest.mark.parametrize("text", ["import no_such_module\n", "def broken(:\n"])
+@pytest.mark.parametrize("text", ["import no_such_module\n", pytest.param("def broken(:\n", marks=pytest.mark.slow)])
 def test_what_can_not_be_imported_is_not_started_again(start, tmp_path, text):
     (tmp_path / "bad.py").write_text(f"from samestep.train import train\n{text}")
     outcome = start("samestep", 2, str(tmp_path / "bad.py"), status=1)

@@ -27,6 +27,9 @@ time.sleep(3600)
 """
 
 
+VERIFY, CHAOS = ["verify", "--world-sizes", "2"], ["chaos", "--nproc-per-node", "2"]
+
+
 def of(temporary):
     """Processes that were told where to put temporary files, as the command and all below it are."""
     found = []
@@ -40,8 +43,15 @@ def of(temporary):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("words", [["verify", "--world-sizes", "2"], ["chaos", "--nproc-per-node", "2"]], ids=str)
+@pytest.mark.parametrize(
+    ("words", "signum"),
+    [
+        (VERIFY, signal.SIGTERM),
+        pytest.param(VERIFY, signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(CHAOS, signal.SIGTERM, marks=pytest.mark.slow),
+        (CHAOS, signal.SIGHUP),
+    ],
+)
 def test_a_signal_ends_all_runs_and_leaves_no_temporary_file(words, signum, samestep):
     (samestep.cwd / "recipe.py").write_text(RECIPE)
     temporary = samestep.cwd / "temporary"

@@ -48,7 +48,9 @@ def test_stop_names_step_rank_and_samples_and_saves_nothing_of_it(start: Any, ki
     assert saved in [[f"step-{step:08d}" for step in range(1, last)] for last in (BAD_STEPS[0] - 1, BAD_STEPS[0])]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["gradient", "weighted", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("input", "constant"))]
+)
 def test_skip_and_rewind_come_to_the_same_bits_on_any_number_of_ranks(trained: Any, kind: str) -> None:
     env = {"POISON": f"{kind}:{SAMPLE}"}
     runs = []

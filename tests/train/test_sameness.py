@@ -33,7 +33,10 @@ def test_everything_that_is_hard_has_the_same_bits_on_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("unused", ["--unused", "--no-unused"])
-@pytest.mark.parametrize(("shards", "ranks"), [(2, 2), (3, 2), (4, 3), (4, 4)])
+@pytest.mark.parametrize(
+    ("shards", "ranks"),
+    [pytest.param(2, 2, marks=pytest.mark.slow), (3, 2), pytest.param(4, 3, marks=pytest.mark.slow), (4, 4)],
+)
 def test_ranks_that_share_no_memory_have_the_same_bits(trained: Any, shards: int, ranks: int, unused: str) -> None:
     """Gradients then go through gloo, and with them the weights and the statistics of BatchNorm."""
     flags = ("--shards", shards, unused)

@@ -1,14 +1,15 @@
-"""DataLoader workers that outlive a signal meant for their rank.
+"""DataLoader workers that outlive a signal meant for their rank, and never the rank itself.
 
 Terminals, torchrun and schedulers signal whole process groups. A worker that dies of it takes the step with it that
-the rank wants to finish. So workers take no notice; in return, those that do not end when they are asked are killed
-before the interpreter would wait for them.
+the rank wants to finish. So workers take no notice; in return, those that are left when training or the interpreter
+ends are killed, and the kernel ends them with a rank that was killed (torch's would look for it every five seconds).
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -16,6 +17,8 @@ from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader
+
+from samestep.launcher.liveness import end_with
 
 SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _started: set[BaseProcess] = set()
@@ -25,6 +28,9 @@ def shield(worker: int) -> None:  # noqa: ARG001 (worker_init_fn's form)
     """In a worker: notice none of SHIELDED. Handlers, because a program that a dataset starts would inherit SIG_IGN."""
     for signum in SHIELDED:
         signal.signal(signum, _nothing)
+    rank = multiprocessing.parent_process()
+    if rank is not None and rank.pid is not None:
+        end_with(rank.pid)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
 
 
@@ -49,11 +55,22 @@ class ShieldedLoader(DataLoader[Any]):
 def _remember(workers: set[BaseProcess]) -> None:
     if workers and not _started:
         # runs after torch has asked its workers to end, and before multiprocessing waits for them without a limit
-        Finalize(None, _kill_the_rest, exitpriority=0)
+        Finalize(None, kill_the_rest, exitpriority=0)
     _started.update(workers)
 
 
-def _kill_the_rest() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at each of these ends
-    for worker in _started & set(multiprocessing.active_children()):
+def kill_the_rest() -> None:
+    """End workers that nobody has closed.
+
+    Whoever holds an exception's traceback holds their iterator: torch asks them to end when that is collected, possibly
+    in vain, since their queues may be collected before it, and waits five seconds for each and as long again.
+    """
+    left = _started & set(multiprocessing.active_children())
+    if not left or threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at each of these ends
+    for worker in left:
         worker.kill()
+    for worker in left:
+        worker.join()
+    signal.signal(signal.SIGCHLD, before)

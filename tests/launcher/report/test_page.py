@@ -157,7 +157,13 @@ os.mkfifo(Path(os.environ["SAMESTEP_RUN_DIR"]) / "events.jsonl")
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)),
+    ],
+)
 def test_asked_to_stop_while_it_makes_its_page_a_run_is_done_all_the_same(signum, samestep):
     (samestep.cwd / "recipe.py").write_text(PIPE)
     process = samestep.start("run", "--no-warm", "recipe.py")

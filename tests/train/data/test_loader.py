@@ -17,6 +17,7 @@ from samestep.launcher.contract import UsageError
 from samestep.train import SameOrderSampler
 from samestep.train.data.loader import build_loader
 from samestep.train.data.map_style import require_map_style
+from samestep.train.data.shield import kill_the_rest
 from samestep.train.data.whole import whole_batches
 
 pytestmark = pytest.mark.timeout(60)
@@ -161,6 +162,7 @@ def test_an_exception_of_the_dataset_names_the_sample_and_leaves_the_streams(wor
     before = random.getstate()
     with pytest.raises(ValueError, match="broken") as raised:
         batches(Failing(), workers=workers)
+    kill_the_rest()  # as train does: the traceback holds them
     told = str(raised.value) + "".join(getattr(raised.value, "__notes__", []))
     assert "sample 13" in told
     assert random.getstate() == before

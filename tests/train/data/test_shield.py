@@ -1,0 +1,50 @@
+"""Workers live as long as their rank, and no longer."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LOADS = """
+import sys, time, torch
+from torch.utils.data import Dataset
+from samestep.train.data.shield import ShieldedLoader, shield
+
+
+class Slow(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return index
+
+
+batches = iter(ShieldedLoader(Slow(), num_workers=2, worker_init_fn=shield))
+next(batches)
+print("loading", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells of a parent's death")
+def test_workers_end_at_once_with_a_rank_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "loads.py"
+    script.write_text(LOADS)
+    held, holds = os.pipe()  # at its end when the last process that has `holds` is gone
+    rank = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, pass_fds=[holds])
+    os.close(holds)
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == b"loading\n"
+    rank.send_signal(signal.SIGKILL)
+    rank.wait(20)
+    ended, _, _ = select.select([held], [], [], 2.0)  # torch's worker looks for its parent every 5 s
+    os.close(held)
+    rank.stdout.close()
+    assert ended
