@@ -32,7 +32,7 @@ class Verdict:
 
 
 def facts(history: History) -> dict[str, str]:
-    """What one wants to know of a run first, as labels and values."""
+    """What one wants to know of a run first, as labels and values; a value's first comma begins what explains it."""
     finished, total = history.finished or {}, history.config.get("total_steps")
     found = {
         "Status": history.status,
@@ -60,10 +60,10 @@ def _memory_at_start(ranks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     mapped = [int(rank["resident_bytes"]) for rank in ranks if "resident_bytes" in rank]
     if mapped:
         own = max(int(rank["proportional_bytes"]) for rank in ranks if "proportional_bytes" in rank)
-        found["Memory of a rank at the start"] = f"{size(max(mapped))}, its share of it {size(own)}"
+        found["Memory of a rank at the start"] = f"{size(max(mapped))}, {size(own)} by its share of pages"
     if ranks and "gradient_copies" in ranks[0]:
         copies = max(int(rank["gradient_copies"]) for rank in ranks)
-        found["Gradients"] = f"{size(int(ranks[0]['gradient_bytes']))}, at most {copies} times on a rank"
+        found["Gradients"] = f"{size(int(ranks[0]['gradient_bytes']))}, at most {copies} copies on a rank"
     return found
 
 

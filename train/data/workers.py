@@ -75,7 +75,7 @@ def choose(timing: Timing, room: Room, slower: float = 1.0) -> Choice:
 def _reason(timing: Timing, room: Room, workers: int, limit: int) -> str:
     told = (
         f"fetching a batch takes {1000 * timing.fetch:.3g} ms ({100 * timing.cpu:.0f}% of it computing) "
-        f"beside {1000 * timing.step:.3g} ms of step, on {room.cores:.3g} cores"
+        f"beside {1000 * timing.step:.3g} ms of step, on {room.cores:.3g} core{'' if room.cores == 1 else 's'}"
     )
     if workers == 0:
         why = "shared memory or memory have no room for workers" if limit < 1 else "workers would not save 5%"
