@@ -29,11 +29,13 @@ from samestep.train.observe.event_log import EventLog
 from samestep.train.observe.guards.check import Subject
 from samestep.train.observe.guards.watch import Guards, guards_for
 from samestep.train.observe.ledger import Ledger
+from samestep.train.observe.memory import gradient_bytes
 from samestep.train.observe.phases import CudaClock, HostClock
 from samestep.train.observe.reporter import RankZeroReporter, Reporter
 from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.agreement import PACE_SECONDS, Agreement, exchange_of
+from samestep.train.parallel.bucket_trial import bucket_trial
 from samestep.train.parallel.buffers import BufferCombiner
 from samestep.train.parallel.exchange import BackendExchange, Exchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
@@ -97,6 +99,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     watched = replace(components, loss=guards.loss(components.loss))
     step = _step(watched, setting, autocast, scaler, ema, _finite(setting, sampler, state, reporter), reporter)
     state.buffers = step.buffers
+    exact, resize = config.reduction == "exact", step.reducer.replicas.resize
     return Run(
         config=config,
         components=components,
@@ -109,6 +112,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
         evaluated_model=components.model if ema is None else ema.module,
         saver=saver,
         agreement=agreement,
+        buckets=bucket_trial(gradient_bytes(components.model), group.world_size, resize, exact=exact),
         reporter=reporter,
         guards=guards,
         progress=progress,

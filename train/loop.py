@@ -21,6 +21,7 @@ from samestep.train.observe.guards.watch import Guards
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.reporter import Reporter
 from samestep.train.parallel.agreement import Agreement
+from samestep.train.parallel.bucket_trial import Buckets
 from samestep.train.recipe import Components
 from samestep.train.state.saver import Saver
 from samestep.train.state.train_state import TrainState
@@ -42,6 +43,7 @@ class Run:
     evaluated_model: nn.Module
     saver: Saver
     agreement: Agreement
+    buckets: Buckets
     reporter: Reporter
     guards: Guards
     progress: Callable[[int, str], None]  # told step and phase, for error records
@@ -117,6 +119,8 @@ def _report(run: Run) -> None:
     run.reporter.steps(records)
     if slow := run.ledger.slow_rank:
         run.reporter.warning(str(slow), rank=slow.rank, phase=slow.phase)
+    if decided := run.buckets.took(records.plans[0].step, records.walls):
+        run.reporter.note(decided)
 
 
 def _evaluation_due(run: Run, epoch_done: bool) -> bool:

@@ -178,6 +178,22 @@ def test_no_bit_depends_on_the_size_of_buckets(trained: Any, recipe: str) -> Non
         assert counts[0] > counts[1] > counts[2] > 0
 
 
+def test_buckets_of_several_sizes_are_tried_and_one_is_kept_in_the_same_bits(trained: Any) -> None:
+    flags = ("--shards", 4, "--log-every", 1, "--epochs", 2)
+    reference = trained("buckets", *flags, cwd="one", env={"BUCKET_MB": "25"})
+    assert "travel" not in reference.stdout
+    for recipe, ranks in (("buckets", 3), ("apart", 2)):
+        counts = []
+        for sizes in ("25", "25 0.001 0.03", "0.001"):
+            env = {"BUCKET_MB": sizes, "RECIPE": "buckets"}
+            ended = trained(recipe, *flags, ranks=ranks, cwd=f"{ranks}-{sizes}", env=env)
+            assert ended.bits == reference.bits, (ranks, sizes)
+            counts.append(int(ended.stdout.split("buckets: ")[1]))
+            tried = ended.stdout.count("gradients travel in buckets of ")
+            assert tried == (" " in sizes)
+        assert counts[0] < counts[1] < counts[2]
+
+
 @pytest.mark.parametrize("case", ["loss", "forwards", pytest.param("outputs", marks=pytest.mark.slow)])
 def test_what_one_forward_does_not_show_to_be_used_is_summed_on_any_number_of_ranks(trained: Any, case: str) -> None:
     """A parameter of the loss alone, layers of one of two forwards, outputs that few losses use."""

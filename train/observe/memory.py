@@ -23,11 +23,16 @@ def peak_memory(device: torch.device) -> tuple[int, int]:
     return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def gradient_bytes(model: nn.Module) -> int:
+    """Of all parameters that train, once."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained)
+
+
 def memory_at_start(model: nn.Module, rank: int, world_size: int, shards: int, parts: int) -> RankMemory:
     """What this process has mapped in, and how many gradients the exact sum is going to hold."""
-    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     found = RankMemory(
-        gradient_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        gradient_bytes=gradient_bytes(model),
         gradient_copies=gradient_copies(owned_span(rank, world_size, shards), world_size, shards, parts),
     )
     mapped = memory_signs.footprint(os.getpid())

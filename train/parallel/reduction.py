@@ -9,7 +9,6 @@ known (the first step), all shards take the first way and the exchange follows b
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +21,7 @@ from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import CompressionHook
 from samestep.train.parallel.layout import dense, flat, like, numbers, views
 from samestep.train.parallel.missing_gradients import incomplete_backward, refuse_reentrant_checkpoints, require_some
-from samestep.train.parallel.replica import look_from, replicate
+from samestep.train.parallel.replica import Replicas, look_from
 from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
 from samestep.train.parallel.used import anywhere
 
@@ -55,15 +54,11 @@ class GradientReducer:
         self.owned = owned_span(group.rank, group.world_size, shards)
         self.shards = shards
         self._every = dict(model.named_parameters())  # also those that are frozen now
-        self._accelerator = accelerator
         self._compress = compress
-        self._find_unused = find_unused_parameters
-        self._called = False  # the replica's forward, in this step
+        self.replicas = Replicas(model, accelerator, self, _communication_hook, find_unused=find_unused_parameters)
         self._looked = False  # at the graphs of this rank's first step
         self._done: Callable[[], None] = lambda: None  # told when this rank's gradients are computed
         self.flights = BucketFlights()
-        self._replica: nn.Module | None = None
-        self._former: nn.Module | None = None  # until the end of a step in which layers begin or end to train
         self._train([p.requires_grad for p in self._every.values()])
 
     def _train(self, trained: list[bool]) -> None:
@@ -72,8 +67,9 @@ class GradientReducer:
         named = [pair for pair, trains in zip(self._every.items(), trained, strict=True) if trains]
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._position = {id(p): index for index, p in enumerate(self.parameters)}
-        if self._replica is not None:  # this step's forward may have been through it
-            self._former, self._replica, self.overlaps = self._replica, None, False
+        if self.replicas.current is not None:
+            self.replicas.set_aside()
+            self.overlaps = False
 
     # One step: begin, then for each owned shard module and backward, then finish.
 
@@ -81,12 +77,12 @@ class GradientReducer:
         """Prepare for the shards of one step: no gradient is left of the one before, whoever holds the parameter."""
         for parameter in self._every.values():
             parameter.grad = None
+        self.replicas.begin()
         self.mine = plan.present(self.owned)
         self.present = min(plan.samples, self.shards)
         self._step = plan.step
         self._alone = self.group.world_size == 1 and self.present == 1
-        self._called = False
-        self.overlaps = self._replica is not None and plan.everyone_works(self.group.world_size)
+        self.overlaps = self.replicas.current is not None and plan.everyone_works(self.group.world_size)
         self.sends_after = self.mine[-1] if self.overlaps or self.group.world_size == 1 else None  # see StepSums
         if self._alone:
             return
@@ -99,7 +95,8 @@ class GradientReducer:
 
     def module(self, part: MicroBatch) -> nn.Module:
         """What the loss of `part` has to call: DDP for the last one where all ranks work, else the raw module."""
-        return self._replica if self._replica is not None and self._through_ddp(part) else self.raw
+        replica = self.replicas.current
+        return replica if replica is not None and self._through_ddp(part) else self.raw
 
     def backward(self, part: MicroBatch, total: Tensor, start: Tensor, done: Callable[[], None]) -> None:
         """Take the gradient of one part's unnormalised loss; backward starts from `start`.
@@ -118,8 +115,8 @@ class GradientReducer:
             return
         if self._through_ddp(part):
             self._done = done
-            if self._find_unused and self._called:
-                look_from(self._replica, total)
+            if self.replicas.find_unused and self.replicas.called:
+                look_from(self.replicas.current, total)
             total.backward(start)
             if self._compress is not None:  # hooks of torch wait by themselves
                 self._done()
@@ -155,11 +152,9 @@ class GradientReducer:
             self._exchange_all()
         # gradients of this step must be free when the next ones are made
         self._folds, self._results, self._leaf = {}, [], None
-        if self._former is not None:
-            self._former = None
-            self._accelerator.free_memory()  # holds it too, and its hooks would go on
-        if self._replica is None and self.group.world_size > 1:
-            self._wrap()
+        self.replicas.release()
+        if self.replicas.current is None and self.group.world_size > 1:
+            self.replicas.wrap()
         return self._left()
 
     # Without other ranks, or after backward.
@@ -196,21 +191,12 @@ class GradientReducer:
             self._train(trained)
             for parameter, trains in zip(self._every.values(), trained, strict=True):
                 parameter.requires_grad_(trains)
-        if self._find_unused is None:
+        if self.replicas.find_unused is None:
             skipped = torch.tensor([self._skipped], dtype=torch.uint8, device=device)
-            self._find_unused = bool(self.group.gather(skipped).any())
+            self.replicas.find_unused = bool(self.group.gather(skipped).any())
         return used
 
     # Through DistributedDataParallel.
-
-    def _wrap(self) -> None:
-        replica = replicate(self.raw, self._accelerator, find_unused=bool(self._find_unused))
-        replica.register_comm_hook(self, _communication_hook)
-        replica.register_forward_pre_hook(self._note_call)
-        self._replica = replica
-
-    def _note_call(self, *_: Any) -> None:
-        self._called = True
 
     def _through_ddp(self, part: MicroBatch) -> bool:
         return self.overlaps and part.last and part.shard == self.mine[-1]
@@ -258,8 +244,8 @@ class GradientReducer:
         if not self._results or self.flights.sent:
             self.flights.sent.clear()
             missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
-            raise incomplete_backward(self._step, called=self._called, missing=missing)
-        if not self._find_unused:
+            raise incomplete_backward(self._step, called=self.replicas.called, missing=missing)
+        if not self.replicas.find_unused:
             return
         for parameters, total in self._results:
             for parameter, view in zip(parameters, views(total, parameters), strict=True):

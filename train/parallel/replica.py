@@ -10,15 +10,73 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Of what DDP sends at once; no bit depends on it. 1 to 100 made no difference that could be told from noise (gloo on
-# two cores), so it is what people tune networks for.
-BUCKET_MB = 25
+BUCKET_MB = 25.0  # of what DDP sends at once, unless something else is asked for: torch's own default
 
 
-def replicate(model: nn.Module, accelerator: Accelerator, *, find_unused: bool) -> DistributedDataParallel:
+class Replicas:
+    """Makes the model's replica, anew for other layers that train and for buckets of another size.
+
+    Attributes:
+        current: DDP, None until one was made.
+        called: whether its forward ran in this step.
+        find_unused: what to make the next one with; None until it is known.
+    """
+
+    def __init__(
+        self, model: nn.Module, accelerator: Accelerator, state: Any, hook: Any, *, find_unused: bool | None
+    ) -> None:
+        self.current: DistributedDataParallel | None = None
+        self.called = False
+        self.find_unused = find_unused
+        self._model = model
+        self._accelerator = accelerator
+        self._communicate = state, hook
+        self._former: nn.Module | None = None
+        self._bucket_mb, self._resized = BUCKET_MB, False
+
+    def resize(self, bucket_mb: float) -> None:
+        """Send gradients in buckets of so many MB from the next step on; on all ranks alike."""
+        self._resized |= bucket_mb != self._bucket_mb
+        self._bucket_mb = bucket_mb
+
+    def begin(self) -> None:
+        """A step begins, and no gradient is left of the one before. A collective where buckets got another size."""
+        self.called = False
+        if self._resized and self.current is not None:
+            self.set_aside()
+            self.release()
+            self.wrap()
+
+    def wrap(self) -> None:
+        """Make it. A collective."""
+        self._resized = False
+        replica = replicate(
+            self._model, self._accelerator, bucket_mb=self._bucket_mb, find_unused=bool(self.find_unused)
+        )
+        replica.register_comm_hook(*self._communicate)
+        replica.register_forward_pre_hook(self._note_call)
+        self.current = replica
+
+    def set_aside(self) -> None:
+        """Have none from now on, and keep what there is until `release`: a forward may have been through it."""
+        self._former, self.current = self.current, None
+
+    def release(self) -> None:
+        """Let go of what was set aside."""
+        if self._former is not None:
+            self._former = None
+            self._accelerator.free_memory()  # holds it too, and its hooks would go on
+
+    def _note_call(self, *_: Any) -> None:
+        self.called = True
+
+
+def replicate(
+    model: nn.Module, accelerator: Accelerator, *, find_unused: bool, bucket_mb: float
+) -> DistributedDataParallel:
     """Wrap `model`. A collective."""
     accelerator.ddp_handler = DistributedDataParallelKwargs(
-        bucket_cap_mb=BUCKET_MB,
+        bucket_cap_mb=cast(int, bucket_mb),  # torch takes any number
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused,

@@ -1,4 +1,4 @@
-"""Sends gradients in buckets of BUCKET_MB from the environment, and prints how many there were."""
+"""Sends gradients in buckets of BUCKET_MB from the environment, or tries several; prints how many there were."""
 
 import os
 
@@ -8,9 +8,11 @@ from torch.distributed import GradBucket
 from torch.utils.data import TensorDataset
 
 from samestep.train import Components, TrainConfig, supervised, train
-from samestep.train.parallel import reduction, replica
+from samestep.train.parallel import bucket_trial, reduction, replica
 
-replica.BUCKET_MB = float(os.environ["BUCKET_MB"])  # type: ignore[assignment]
+sizes = tuple(map(float, os.environ["BUCKET_MB"].split()))
+replica.BUCKET_MB, bucket_trial.SIZES_MB = sizes[0], sizes
+bucket_trial.STEPS = bucket_trial.SETTLING = 1
 on_bucket = reduction.GradientReducer.on_bucket
 sent = 0
 
