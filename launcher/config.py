@@ -151,7 +151,7 @@ class LaunchConfig:
         ),
     ] = ""
     local_addr: Annotated[str | None, Option("Own address from which the first machine is called", "host")] = None
-    start_method: Annotated[str, Option("Accepted, without effect: every rank is a program of its own")] = "spawn"
+    start_method: Annotated[str, Option("Accepted, without effect: --no-warm alone decides")] = "spawn"
     monitor_interval: Annotated[
         float, Option("Accepted, without effect: the death of a rank is an event, nothing polls", "seconds")
     ] = 0.1

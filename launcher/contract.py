@@ -82,6 +82,14 @@ ENV_JOIN_TIMEOUT = "SAMESTEP_JOIN_TIMEOUT"  # seconds that a rank waits for the 
 
 ENV_GRACE = "SAMESTEP_GRACE_SECONDS"  # between the first request to stop and the end by force
 
+# Names that say something else than the value of a recipe's option, which may be called so.
+NOT_OPTIONS = frozenset(
+    {
+        *(ENV_GENERATION, ENV_STORE_FD, ENV_STORE_PORT, ENV_STORE_ADDR, ENV_TOKEN, ENV_HEARTBEAT_FD),
+        *(ENV_LAUNCHED, ENV_FENCE, ENV_PDB, ENV_JOIN_TIMEOUT, ENV_GRACE),
+    }
+)
+
 DEFAULT_GRACE_SECONDS = 25.0  # below the 30 seconds of torchrun, Kubernetes and most schedulers
 
 

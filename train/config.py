@@ -48,6 +48,7 @@ class TrainConfig:
         Literal["stop", "skip", "rewind"],
         Option(
             "a loss or gradient that is NaN or infinite: end the run, leave the batch out, or that from a checkpoint on"
+            "; with fp16 always left out, until its loss scale is used up"
         ),
     ] = "stop"
     num_workers: Annotated[

@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from samestep.launcher.contract import RefusedStepError
+
+# A scale of one spares float16 any harm, and 2**-14, its smallest normal number, is 14 steps in a row below that.
+LEAST_SCALE = 2.0**-14
+
 
 class Scaling(Protocol):
     """Used as scale, unscale, update in each step."""
@@ -20,7 +25,11 @@ class Scaling(Protocol):
         """Leave the true gradients in the optimizer's parameters."""
 
     def update(self, optimizer: Optimizer) -> bool:
-        """Let the optimizer step; False if it did not, because a gradient is not finite."""
+        """Let the optimizer step; False if it did not, because a gradient is not finite.
+
+        Raises:
+            RefusedStepError: no gradient has been finite for so long that none will be.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -72,10 +81,13 @@ class LossScaling:
 
     def update(self, optimizer: Optimizer) -> bool:
         """See Scaling; the scale falls where a step is left out."""
-        scale = self._scaler.get_scale()
+        before = self._scaler.get_scale()
         self._scaler.step(optimizer)
         self._scaler.update()
-        return self._scaler.get_scale() >= scale
+        after = self._scaler.get_scale()
+        if after < LEAST_SCALE:
+            raise _never_finite(after)
+        return after >= before
 
     def state_dict(self) -> dict[str, Any]:
         """Scale and growth."""
@@ -90,3 +102,12 @@ class LossScaling:
 def scaling(precision: str, device: str) -> Scaling:
     """What `--precision` needs."""
     return LossScaling(device) if precision == "fp16" else Unscaled()
+
+
+def _never_finite(scale: float) -> RefusedStepError:
+    return RefusedStepError(
+        f"the loss scale of --precision fp16 is expected to stay above {LEAST_SCALE:.2g}, but fell to {scale:.2g}: "
+        "a loss or gradient was NaN or infinite in step after step, and none of these was an update",
+        "look at the samples and at the learning rate; --precision bf16 needs no scale, and has --nan-policy",
+        consequence=False,
+    )

@@ -242,7 +242,7 @@ class Head:
 
     def _growth(self) -> list[Halt]:
         """At a new checkpoint nothing is lost by starting anew with the machines that wait."""
-        waiting = len(self._callers) - len([peer for peer in self._members if peer in self._callers])
+        waiting = len(set(self._callers) - set(self._members))  # asked at each message of each machine
         room = self._place.most - 1 - len(self._members)
         if not self._running or self._halted or not waiting or room <= 0:
             return []

@@ -67,9 +67,9 @@ class Link:
         try:
             greeting = json.loads(line)
             version, nonce = greeting["samestep"], greeting["nonce"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # brackets in brackets, from anybody
             raise LinkError("the other side is not samestep") from None
-        if version != 1 or not isinstance(nonce, str) or not 32 <= len(nonce) <= 64:
+        if version != 1 or not isinstance(nonce, str) or not (nonce.isascii() and 32 <= len(nonce) <= 64):
             raise LinkError("the other side is another version of samestep")
         self._their_nonce = nonce
         early, self._early = self._early, []

@@ -59,8 +59,9 @@ def _tool(name: str) -> str:
 
 
 def _keep(directory: RunDir, text: str) -> Path:
-    directory.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory.path.chmod(0o700)
+    directory.path.parent.mkdir(parents=True, exist_ok=True)
+    directory.path.mkdir(mode=0o700, exist_ok=True)  # one that exists keeps its mode, as for `samestep run`
+    directory.logs.mkdir(mode=0o700, exist_ok=True)
     path = directory.path / "slurm.sh"
     path.write_text(text)
     path.chmod(0o700)

@@ -19,7 +19,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from samestep.launcher.command_line import provenance, stdout
-from samestep.launcher.contract import UsageError
+from samestep.launcher.contract import NOT_OPTIONS, UsageError
 
 HELP = ("--help", "-h")
 PRINT_CONFIG = "--print-config"
@@ -215,8 +215,9 @@ def _from_environ(config_type: type[Any], environ: Mapping[str, str], prefixes: 
     values = {}
     for name in _names(config_type):
         for prefix in prefixes:
-            text = environ.get(f"{prefix}{name.upper()}")
-            if text:
+            variable = f"{prefix}{name.upper()}"
+            text = environ.get(variable)
+            if text and variable not in NOT_OPTIONS:
                 values[name.replace("_", "-")] = text
                 break
     return values

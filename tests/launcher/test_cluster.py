@@ -86,7 +86,13 @@ def test_a_line_can_not_be_sent_back_to_its_speaker():
 
 
 @pytest.mark.parametrize(
-    "data", [b"GET / HTTP/1.1\r\n\n", b"{}\n", b'{"samestep": 2, "nonce": "x"}\n', b"[1]\n", b"\n"]
+    "data",
+    [
+        *(b"GET / HTTP/1.1\r\n\n", b"{}\n", b'{"samestep": 2, "nonce": "x"}\n', b"[1]\n", b"\n"),
+        b"[" * 100_000 + b"\n",
+        b'{"samestep": 1, "nonce": "' + 32 * b"\\ud800" + b'"}\n',
+    ],
+    ids=["http", "nothing", "version", "list", "empty", "deep", "surrogates"],
 )
 def test_strangers_are_refused(data):
     with pytest.raises(LinkError):

@@ -50,6 +50,26 @@ def test_an_integer_buffer_that_counts_steps_ends_alike_and_one_that_stays_keeps
         assert weights["norm.num_batches_tracked"].item() == 5
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_changing_integer_that_no_float64_holds_keeps_every_bit(shards: int) -> None:
+    model = nn.Module()
+    model.register_buffer("hashed", torch.tensor([2**62 + 1, -(2**53) - 1]))
+    combiner = BufferCombiner(model, SoloGroup(rank=0, world_size=2), shards)  # the other rank has nothing
+    combiner.owned = (0, shards)
+    for step in range(3):
+        plan = StepPlan(step, 0, 0, 7 * shards, shards)
+        combiner.begin(plan)
+        total = torch.zeros(combiner.width, dtype=torch.float64)
+        for shard in range(shards):
+            (part,) = plan.parts(shard)
+            combiner.before(part)
+            combiner.buffers["hashed"] += 2
+            combiner.after(part)
+            total += combiner.of_shard()
+        combiner.finish(total)
+    assert combiner.buffers["hashed"].tolist() == [2**62 + 7, -(2**53) + 5]
+
+
 def test_with_one_shard_in_one_part_an_integer_buffer_may_count_samples(trained: Any) -> None:
     for ranks in (1, 2):
         ended = trained("counting", "--counts", "samples", "--shards", 1, ranks=ranks, cwd=f"W{ranks}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from samestep.launcher import contract
 from samestep.launcher.command_line.options import Option, load, peek, table
 from samestep.launcher.contract import UsageError
 from samestep.train import TrainConfig
@@ -132,6 +133,24 @@ def test_a_fraction_is_never_rounded_wherever_it_comes_from(tmp_path: Path) -> N
 
 def test_an_empty_variable_is_not_set() -> None:
     assert given(environ={"SAMESTEP_WIDTH": ""}).width == 64
+
+
+def test_an_option_called_like_a_variable_of_the_launchers_has_its_own_value_under_each_launcher() -> None:
+    @dataclass
+    class Genetic(TrainConfig):
+        generation: int = 5
+        token: str = "<pad>"
+
+    environ = {"SAMESTEP_GENERATION": "0", "SAMESTEP_TOKEN": "that of the run", "SAMESTEP_SEED": "3"}
+    config = given(environ=environ, kind=Genetic)
+    assert (config.generation, config.token, config.seed) == (5, "<pad>", 3)
+    assert given("--generation", "6", environ=environ, kind=Genetic).generation == 6
+
+
+def test_all_that_the_launcher_tells_a_rank_is_no_option() -> None:
+    """But for the run directory and the file of options, which are."""
+    told = {value for name, value in vars(contract).items() if name.startswith("ENV_")}
+    assert told - contract.NOT_OPTIONS == {contract.ENV_RUN_DIR, contract.ENV_CONFIG}
 
 
 @pytest.mark.parametrize(

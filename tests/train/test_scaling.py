@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from samestep.launcher.contract import RefusedStepError
 from samestep.train.scaling import LossScaling, Unscaled, scaling
 
 
@@ -37,6 +39,18 @@ def test_with_float16_a_step_that_is_not_finite_is_left_out_and_the_scale_falls(
     assert not loss_scaling.update(optimizer)
     assert weight.tolist() == [1.0, 1.0]
     assert loss_scaling.state_dict()["scale"] < before
+
+
+def test_with_float16_steps_that_are_never_finite_end_the_run_in_place_of_being_left_out_for_ever() -> None:
+    loss_scaling = LossScaling("cpu")
+    for _ in range(30):  # from 2**16 to 2**-14
+        assert not loss_scaling.update(gradients_of(loss_scaling, math.nan)[1])
+    with pytest.raises(RefusedStepError, match="step after step"):
+        loss_scaling.update(gradients_of(loss_scaling, math.nan)[1])
+    used_up = LossScaling("cpu")
+    used_up.load_state_dict(loss_scaling.state_dict() | {"scale": 0.0})  # as older code saved it
+    with pytest.raises(RefusedStepError):
+        used_up.update(gradients_of(used_up, math.nan)[1])
 
 
 def test_the_scale_is_part_of_the_state_and_there_is_none_without_float16() -> None:

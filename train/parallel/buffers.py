@@ -7,7 +7,8 @@ ranks without loss. Unchanged buffers are not touched: a mean of equal values ca
 
 All others, integers above all (BatchNorm counts its batches), have no such mean. They have to end alike in all shards
 and micro-batches of a step, and then their mean is that value: whoever has another one than the mean has seen that they
-do not. On a GPU that is read where losses are read, so that no step waits for it.
+do not. On a GPU that is read where losses are read, so that no step waits for it. A float64 holds whole numbers up to
+2**53 only, so 64-bit ones are summed as two of 32 bits.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class BufferCombiner:
         names = self._ordered(set(self.buffers)) if self.changing is None else self.changing
         if names is not self._names:
             self._names = names
-            self._sizes = {name: self.buffers[name].numel() for name in names}
+            self._sizes = {name: self.buffers[name].numel() * (1 + _is_long(self.buffers[name])) for name in names}
             self._count = sum(size for name, size in self._sizes.items() if self._is_integer(name))
         stay = self._single and self.group.world_size == 1  # what the one shard leaves is right, and here
         self.width = 0 if stay else sum(self._sizes.values())
@@ -118,7 +119,7 @@ class BufferCombiner:
             self._compare(combined[-self._count :])
         for name, value in zip(self._names, combined.split(list(self._sizes.values())), strict=True):
             if name in self.changing:
-                self.buffers[name].copy_(value.view_as(self.buffers[name]))
+                self.buffers[name].copy_(self._value(name, value))
 
     def undo(self) -> None:
         """Bring the step's buffers back, where `keep` was asked for: the step has not taken place."""
@@ -196,11 +197,22 @@ class BufferCombiner:
         return torch.cat([self._numbers(name) for name in self._names])
 
     def _numbers(self, name: str) -> Tensor:
-        buffer = self.buffers[name].detach()
-        if buffer.numel() != self._sizes[name]:  # not combined
-            return buffer.new_zeros(self._sizes[name], dtype=torch.float64)
+        buffer, size = self.buffers[name].detach(), self._sizes[name]
         real = buffer.real if buffer.is_complex() else buffer  # complex ones do not change, or _agree says so
-        return real.reshape(-1).double()
+        flat = real.reshape(-1)
+        if _is_long(buffer) and 2 * flat.numel() == size:
+            flat = flat.contiguous().view(torch.int32)
+        elif 2 * flat.numel() == size:  # put anew as another type
+            flat = torch.cat([flat, torch.zeros_like(flat)])
+        fits = flat.numel() == size  # else not combined
+        return flat.double() if fits else flat.new_zeros(size, dtype=torch.float64)
+
+    def _value(self, name: str, numbers: Tensor) -> Tensor:
+        """Inverse of `_numbers`."""
+        buffer = self.buffers[name]
+        if _is_long(buffer) and len(numbers) == 2 * buffer.numel():
+            numbers = numbers.to(torch.int32).view(buffer.dtype)
+        return numbers[: buffer.numel()].view_as(buffer)
 
     def _agree(self) -> None:
         """All ranks learn which buffers change, and whether integer ones do so alike."""
@@ -255,6 +267,11 @@ def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
         for key, buffer in module._buffers.items()
         if buffer is not None
     }
+
+
+def _is_long(buffer: Tensor) -> bool:
+    """Whether it holds whole numbers of 64 bits."""
+    return buffer.dtype in (torch.int64, torch.uint64)
 
 
 def _unlike(name: str, step: int, one: object, other: str) -> UsageError:
