@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from samestep.launcher.contract import (
     ENV_JOIN_TIMEOUT,
@@ -35,6 +35,7 @@ from samestep.train.parallel.shared_memory import Arena, open_arena
 
 _PATIENCE = dt.timedelta(minutes=30)  # that collectives may take
 _LOOKED_AT = dt.timedelta(days=7)  # the same, while somebody looks at one of the ranks
+_TRUE = ("1", "true", "t", "yes", "y", "on")  # as accelerate reads it
 JOIN_SECONDS = 120.0  # where no launcher of ours says how long
 
 
@@ -62,13 +63,19 @@ class Membership:
         return device
 
 
-def pick_device(wanted: str, env: WorkerEnv) -> torch.device:
-    """Device of this rank for `--device`.
+def pick_device(wanted: str, env: WorkerEnv, environ: Mapping[str, str] = os.environ) -> torch.device:
+    """Device of this rank for `--device`; auto is the CPU where accelerate is kept on it.
 
     Raises:
         UsageError: no such device here, or not enough of them for the ranks of this node.
     """
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
+    if on_cpu and wanted.startswith("cuda"):
+        raise UsageError(
+            f"--device is expected to be cpu or auto, since ACCELERATE_USE_CPU is true, but is {wanted}",
+            "leave out --device or accelerate's --cpu, or unset ACCELERATE_USE_CPU",
+        )
+    available = torch.cuda.device_count() if torch.cuda.is_available() and not on_cpu else 0
     kind = ("cuda" if available else "cpu") if wanted == "auto" else wanted
     try:
         device = torch.device(kind)
@@ -110,7 +117,7 @@ def join(
         _init_group(env, device, store, environ)
         published.unlink(missing_ok=True)  # all ranks have met
     warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the threads are ours to set
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    accelerator = _accelerator(device)
     if accelerator.num_processes != env.world_size or accelerator.process_index != env.rank:
         raise UsageError(
             f"the process group is expected to be rank {env.rank} of {env.world_size}, "
@@ -127,6 +134,29 @@ def join(
         patience = _LOOKED_AT if environ.get(ENV_PDB) else _PATIENCE
         group.arena = _arena(dist.group.WORLD, group, int(patience.total_seconds()))
     return Membership(env, group, accelerator)
+
+
+def _accelerator(device: torch.device) -> Accelerator:
+    """Accelerate that heeds no variables: it would put autocast or a compiler around the model on several ranks only.
+
+    Raises:
+        UsageError: the recipe has made one itself, with other settings.
+    """
+    try:
+        return Accelerator(
+            mixed_precision="no",
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            cpu=device.type == "cpu",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise UsageError(
+            "the recipe is expected to leave accelerate's settings to train(), but has made an Accelerator with others",
+            "leave it out: --precision, --device and the launcher decide",
+        ) from None
 
 
 _arenas: dict[object, Arena | None] = {}
