@@ -29,6 +29,7 @@ from samestep.launcher.contract import (
     UsageError,
     WorkerEnv,
 )
+from samestep.train.parallel.agent_store import JoinTimeoutError, agents_store
 from samestep.train.parallel.group import Group, RankGroup, SoloGroup
 from samestep.train.parallel.meet import meet
 from samestep.train.parallel.shared_memory import Arena, open_arena
@@ -37,15 +38,6 @@ _PATIENCE = dt.timedelta(minutes=30)  # that collectives may take
 _LOOKED_AT = dt.timedelta(days=7)  # the same, while somebody looks at one of the ranks
 _TRUE = ("1", "true", "t", "yes", "y", "on")  # as accelerate reads it
 JOIN_SECONDS = 120.0  # where no launcher of ours says how long
-
-
-class JoinTimeoutError(Exception):
-    """Some ranks never came; `missing` are their numbers."""
-
-    def __init__(self, missing: list[int], seconds: float) -> None:
-        self.missing = missing
-        ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
-        super().__init__(f"{ranks} did not join within {seconds:g} s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +108,8 @@ def join(
         store, published = meet(env, run_dir, environ, dt.timedelta(seconds=JOIN_SECONDS))
         _init_group(env, device, store, environ)
         published.unlink(missing_ok=True)  # all ranks have met
+    elif env.world_size > 1 and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _init_group(env, device, agents_store(env, _PATIENCE), environ, _PATIENCE)
     warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the threads are ours to set
     accelerator = _accelerator(device)
     if accelerator.num_processes != env.world_size or accelerator.process_index != env.rank:
@@ -191,13 +185,19 @@ def _launchers_store(env: WorkerEnv, environ: MutableMapping[str, str]) -> dist.
     return store
 
 
-def _init_group(env: WorkerEnv, device: torch.device, store: dist.Store, environ: Mapping[str, str]) -> None:
+def _init_group(
+    env: WorkerEnv,
+    device: torch.device,
+    store: dist.Store,
+    environ: Mapping[str, str],
+    timeout: dt.timedelta | None = None,
+) -> None:
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=env.rank,
         world_size=env.world_size,
-        timeout=_LOOKED_AT if environ.get(ENV_PDB) else None,
+        timeout=_LOOKED_AT if environ.get(ENV_PDB) else timeout,
         device_id=device if device.type == "cuda" else None,
     )
 
