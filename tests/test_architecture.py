@@ -43,6 +43,7 @@ SHARED = {
 # Parts of train/ (a folder, or a module beside the folders) and the other parts that each may import.
 TRAIN_IMPORTS: dict[str, set[str]] = {
     "config": set(),
+    "accelerate_settings": {"config"},
     "environment": set(),
     "cause": set(),
     "leave": {"cause"},

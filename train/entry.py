@@ -23,6 +23,7 @@ from samestep.launcher.contract import (
 from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
 from samestep.launcher.heartbeat import pulse
 from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
+from samestep.train.accelerate_settings import fewer_than_asked, not_followed, refuse_other_engines
 from samestep.train.assemble import Setting, assemble
 from samestep.train.called import check_call
 from samestep.train.checks import check_components, check_gradient_hooks, check_samples_repeat, without_use
@@ -157,6 +158,7 @@ def _train(
     # --- join
     trackers.wanted(config.trackers)  # what is not installed is said before anything is done
     start.make(run_dir)
+    refuse_other_engines(os.environ)
     stored = start.stored_config(run_dir, config.resume)
     shards = start.choose_shards(config, stored, env.world_size)
     threads = config.threads or stored.get("threads") or environment.threads_for(shards)
@@ -250,8 +252,8 @@ def _announce(run: Run, joined: _Joined, found: start.Found, warnings: list[str]
     member = joined.member
     start.announce(run, joined.run_dir, member, joined.shards, joined.generation, found)
     _say_who_started(member.env)
-    alone = "" if member.env.distributed else start.fewer_than_asked(os.environ, environment.parent_command())
-    for text in filter(None, [alone, *warnings]):
+    alone = "" if member.env.distributed else fewer_than_asked(os.environ, environment.parent_command())
+    for text in filter(None, [alone, *not_followed(run.config, os.environ), *warnings]):
         run.reporter.warning(text)
     if found.note:
         run.reporter.note(found.note)

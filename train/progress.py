@@ -10,7 +10,7 @@ from samestep.launcher.heartbeat import NoPulse, Pulse
 from samestep.train import leave
 from samestep.train.micro_batches import MicroBatches
 from samestep.train.observe.phases import PhaseClock
-from samestep.train.parallel.join import JoinTimeoutError
+from samestep.train.parallel.agent_store import JoinTimeoutError
 
 
 @dataclass(slots=True)

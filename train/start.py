@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from samestep.launcher import manifest
-from samestep.launcher.command_line import options
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RankInfo, RunDir, UsageError
 from samestep.launcher.lock import RunLock
 from samestep.train import environment
@@ -229,22 +228,6 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise UsageError(
             f"--weights is expected to fit the model, but {path} does not: {' '.join(str(error).split())[:300]}"
         ) from None
-
-
-def fewer_than_asked(environ: Mapping[str, str], parent: Sequence[str]) -> str:
-    """A sentence where `accelerate launch` was asked for several processes and started this one alone; else empty.
-
-    Without GPUs it does so silently unless `--multi_gpu` is given. `parent` is the command line of the parent process.
-    """
-    if "ACCELERATE_MIXED_PRECISION" not in environ or "launch" not in parent:
-        return ""
-    asked = options.peek(parent, "num-processes") or options.peek(parent, "num_processes") or "1"
-    if not asked.isdigit() or int(asked) < 2:
-        return ""
-    return (
-        f"accelerate launch was asked for {asked} processes, but started this one alone; "
-        "pass --multi_gpu, which is its way to start several, on CPUs too"
-    )
 
 
 def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generation: int, found: Found) -> None:

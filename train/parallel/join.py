@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from samestep.launcher.contract import (
     ENV_JOIN_TIMEOUT,
@@ -29,22 +29,15 @@ from samestep.launcher.contract import (
     UsageError,
     WorkerEnv,
 )
+from samestep.train.parallel.agent_store import JoinTimeoutError, agents_store
 from samestep.train.parallel.group import Group, RankGroup, SoloGroup
 from samestep.train.parallel.meet import meet
 from samestep.train.parallel.shared_memory import Arena, open_arena
 
 _PATIENCE = dt.timedelta(minutes=30)  # that collectives may take
 _LOOKED_AT = dt.timedelta(days=7)  # the same, while somebody looks at one of the ranks
+_TRUE = ("1", "true", "t", "yes", "y", "on")  # as accelerate reads it
 JOIN_SECONDS = 120.0  # where no launcher of ours says how long
-
-
-class JoinTimeoutError(Exception):
-    """Some ranks never came; `missing` are their numbers."""
-
-    def __init__(self, missing: list[int], seconds: float) -> None:
-        self.missing = missing
-        ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
-        super().__init__(f"{ranks} did not join within {seconds:g} s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +55,19 @@ class Membership:
         return device
 
 
-def pick_device(wanted: str, env: WorkerEnv) -> torch.device:
-    """Device of this rank for `--device`.
+def pick_device(wanted: str, env: WorkerEnv, environ: Mapping[str, str] = os.environ) -> torch.device:
+    """Device of this rank for `--device`; auto is the CPU where accelerate is kept on it.
 
     Raises:
         UsageError: no such device here, or not enough of them for the ranks of this node.
     """
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
+    if on_cpu and wanted.startswith("cuda"):
+        raise UsageError(
+            f"--device is expected to be cpu or auto, since ACCELERATE_USE_CPU is true, but is {wanted}",
+            "leave out --device or accelerate's --cpu, or unset ACCELERATE_USE_CPU",
+        )
+    available = torch.cuda.device_count() if torch.cuda.is_available() and not on_cpu else 0
     kind = ("cuda" if available else "cpu") if wanted == "auto" else wanted
     try:
         device = torch.device(kind)
@@ -109,8 +108,10 @@ def join(
         store, published = meet(env, run_dir, environ, dt.timedelta(seconds=JOIN_SECONDS))
         _init_group(env, device, store, environ)
         published.unlink(missing_ok=True)  # all ranks have met
+    elif env.world_size > 1 and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _init_group(env, device, agents_store(env, _PATIENCE), environ, _PATIENCE)
     warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the threads are ours to set
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    accelerator = _accelerator(device)
     if accelerator.num_processes != env.world_size or accelerator.process_index != env.rank:
         raise UsageError(
             f"the process group is expected to be rank {env.rank} of {env.world_size}, "
@@ -127,6 +128,29 @@ def join(
         patience = _LOOKED_AT if environ.get(ENV_PDB) else _PATIENCE
         group.arena = _arena(dist.group.WORLD, group, int(patience.total_seconds()))
     return Membership(env, group, accelerator)
+
+
+def _accelerator(device: torch.device) -> Accelerator:
+    """Accelerate that heeds no variables: it would put autocast or a compiler around the model on several ranks only.
+
+    Raises:
+        UsageError: the recipe has made one itself, with other settings.
+    """
+    try:
+        return Accelerator(
+            mixed_precision="no",
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            cpu=device.type == "cpu",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise UsageError(
+            "the recipe is expected to leave accelerate's settings to train(), but has made an Accelerator with others",
+            "leave it out: --precision, --device and the launcher decide",
+        ) from None
 
 
 _arenas: dict[object, Arena | None] = {}
@@ -161,13 +185,19 @@ def _launchers_store(env: WorkerEnv, environ: MutableMapping[str, str]) -> dist.
     return store
 
 
-def _init_group(env: WorkerEnv, device: torch.device, store: dist.Store, environ: Mapping[str, str]) -> None:
+def _init_group(
+    env: WorkerEnv,
+    device: torch.device,
+    store: dist.Store,
+    environ: Mapping[str, str],
+    timeout: dt.timedelta | None = None,
+) -> None:
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=env.rank,
         world_size=env.world_size,
-        timeout=_LOOKED_AT if environ.get(ENV_PDB) else None,
+        timeout=_LOOKED_AT if environ.get(ENV_PDB) else timeout,
         device_id=device if device.type == "cuda" else None,
     )
 
