@@ -109,8 +109,7 @@ def train(
             leave.write_record(early, run_dir)
         raise
     except Exception as seen:
-        reason = post_mortem.look(leave.loader_death(seen), os.environ, env.rank)
-        progress.failed(reason, env, run_dir, generation)
+        reason = _recorded(seen, env, progress, run_dir, generation)
         if leave.is_consequence(reason):
             print(_prefix(env.rank) + "stopped: the connection to another rank broke", file=sys.stderr, flush=True)
             raise SystemExit(1) from reason
@@ -120,6 +119,15 @@ def train(
     finally:
         kill_the_rest()
         progress.pulse.at(progress.step, "")
+
+
+def _recorded(seen: Exception, env: WorkerEnv, progress: Progress, run_dir: RunDir, generation: int) -> Exception:
+    """What `seen` comes from, written down for the launcher."""
+    with leave.deaths_of_children_unheard():
+        reason = post_mortem.look(leave.loader_death(seen), os.environ, env.rank)
+        progress.failed(reason, env, run_dir, generation)
+        kill_the_rest()
+    return reason
 
 
 def _prefix(rank: int) -> str:

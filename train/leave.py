@@ -18,6 +18,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -79,13 +80,26 @@ def nondeterminism_named() -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def deaths_of_children_unheard() -> Iterator[None]:
+    """No death of a data loading process interrupts: torch's SIGCHLD handler raises wherever the rank happens to be.
+
+    End those that are left before it is over.
+    """
+    here = threading.current_thread() is threading.main_thread()  # where handlers run
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
 def loader_death(error: Exception) -> Exception:
     """The death of a data loading process where `error` is only what the rank saw of it; else `error` itself.
 
-    From here on no further such death interrupts: torch's SIGCHLD handler raises wherever the rank happens to be.
+    To be called where `deaths_of_children_unheard`.
     """
-    with contextlib.suppress(ValueError):  # not in the main thread, where no handler runs
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = error.__cause__ or error.__context__
     if before is not None and _LOADER_DIED.match(str(before)):
         return before.with_traceback(error.__traceback__) if isinstance(before, Exception) else error

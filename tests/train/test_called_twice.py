@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import signal
 import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -40,6 +42,36 @@ def test_a_call_leaves_neither_its_model_nor_a_thread(tmp_path: Path, monkeypatc
     assert ended == []
 
 
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, and the environment of a process that no launcher has started."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def recipe(data: Dataset[Any]) -> Components:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    return Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=data)
+
+
+def sound(config: Any) -> Components:
+    x = torch.randn(64, 4)
+    return recipe(Rows(x, x[:, :1]))
+
+
+def broken(config: Any) -> Components:
+    return recipe(Broken())
+
+
+class Rows(TensorDataset):
+    """Fetched one by one."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        return super().__getitem__(index)
+
+
 class Broken(Dataset[Any]):
     def __len__(self) -> int:
         return 64
@@ -50,20 +82,46 @@ class Broken(Dataset[Any]):
         return torch.ones(4), torch.ones(1)
 
 
-def test_an_exception_that_is_looked_at_holds_no_worker(tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_exception_that_is_looked_at_holds_no_worker(alone: Path) -> None:
     """Its traceback holds their iterator; torch would end them when that is collected, in 10 s for each."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-    def build(config: Any) -> Components:
-        model = nn.Linear(4, 1)
-        optimizer = torch.optim.SGD(model.parameters())
-        return Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=Broken())
-
     before = set(multiprocessing.active_children())
     with pytest.raises(ValueError, match="broken") as raised:
-        train(build, argv=["--run-dir", str(tmp_path / "run"), "--num-workers", "2", "--check", "never"])
+        train(broken, argv=["--run-dir", str(alone / "run"), "--num-workers", "2", "--check", "never"])
     assert raised.tb is not None
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_workers_leave_no_descriptor_and_the_handler_of_their_deaths(alone: Path) -> None:
+    """After 100 calls that leave 8 each a process has none left."""
+
+    def call(name: str) -> None:
+        train(sound, argv=["--run-dir", str(alone / name), "--num-workers", "2", "--global-batch-size", "16"])
+
+    call("first")
+    gc.collect()
+    before, handler = psutil.Process().num_fds(), signal.getsignal(signal.SIGCHLD)
+    call("second")
+    with pytest.raises(ValueError, match="broken"):
+        train(broken, argv=["--run-dir", str(alone / "broken"), "--num-workers", "2", "--check", "never"])
+    gc.collect()
+    assert psutil.Process().num_fds() <= before
+    assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_a_call_in_a_thread_leaves_no_worker_either(alone: Path) -> None:
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            train(broken, argv=["--run-dir", str(alone / "run"), "--num-workers", "2", "--check", "never"])
+        except ValueError as error:
+            raised.append(error)
+
+    before = set(multiprocessing.active_children())
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(60)
+    assert len(raised) == 1
     assert set(multiprocessing.active_children()) <= before
 
 

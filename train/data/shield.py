@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import threading
+import weakref
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -17,11 +17,14 @@ from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from samestep.launcher.liveness import end_with
 
 SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_started: set[BaseProcess] = set()
+_started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # each holds two descriptors
+_streams: weakref.WeakSet[Any] = weakref.WeakSet()  # torch's iterators
+_at_exit: list[Finalize] = []
 
 
 def shield(worker: int) -> None:  # noqa: ARG001 (worker_init_fn's form)
@@ -46,16 +49,18 @@ class ShieldedLoader(DataLoader[Any]):
         before = set(multiprocessing.active_children())
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED if self.num_workers else ())
         try:
-            return super().__iter__()
+            stream = super().__iter__()
+            _streams.add(stream)
+            return stream
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             _remember(set(multiprocessing.active_children()) - before)
 
 
 def _remember(workers: set[BaseProcess]) -> None:
-    if workers and not _started:
+    if not _at_exit:
         # runs after torch has asked its workers to end, and before multiprocessing waits for them without a limit
-        Finalize(None, kill_the_rest, exitpriority=0)
+        _at_exit.append(Finalize(None, kill_the_rest, exitpriority=0))
     _started.update(workers)
 
 
@@ -65,12 +70,13 @@ def kill_the_rest() -> None:
     Whoever holds an exception's traceback holds their iterator: torch asks them to end when that is collected, possibly
     in vain, since their queues may be collected before it, and waits five seconds for each and as long again.
     """
-    left = _started & set(multiprocessing.active_children())
-    if not left or threading.current_thread() is not threading.main_thread():
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at each of these ends
+    for stream in list(_streams):
+        if getattr(stream, "_worker_pids_set", False):
+            # torch's handler would raise at each of these ends, in the main thread
+            signal_handling._remove_worker_pids(id(stream))
+            stream._worker_pids_set = False
+    left = set(_started) & set(multiprocessing.active_children())
     for worker in left:
         worker.kill()
     for worker in left:
         worker.join()
-    signal.signal(signal.SIGCHLD, before)
