@@ -15,12 +15,16 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+
+from samestep.launcher.contract import ENV_LAUNCHED
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PTRACER = 0x59616D61  # of the Yama security module; without it the kernel says no, and nobody minds
 prctl: Callable[..., int] | None = None
+_followed: list[int] = []  # at most one
 if sys.platform == "linux":
     with contextlib.suppress(OSError, AttributeError):
         prctl = ctypes.CDLL(None).prctl  # looked up here: after fork, a child should do as little as it can
@@ -38,6 +42,26 @@ def end_with(parent: int) -> None:
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
+
+
+def end_with_agent(environ: Mapping[str, str]) -> None:
+    """In a rank that torchrun or `accelerate launch` started: end it when that launcher ends, which kills none itself.
+
+    Not the parent-death signal: it comes when the parent's thread ends, and any thread of a program may start ranks.
+    """
+    if not environ.get("TORCHELASTIC_RUN_ID") or environ.get(ENV_LAUNCHED) or _followed:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # no pidfd here: the rank lives on, as ever
+        parent = os.pidfd_open(os.getppid())
+        _followed.append(parent)
+        threading.Thread(target=_end_with, args=(parent,), name="agent", daemon=True).start()
+
+
+def _end_with(pidfd: int) -> None:
+    ended = select.poll()
+    ended.register(pidfd, select.POLLIN)
+    ended.poll()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_with(parent: int, pipe: int) -> None:

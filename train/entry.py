@@ -22,6 +22,7 @@ from samestep.launcher.contract import (
 )
 from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
 from samestep.launcher.heartbeat import pulse
+from samestep.launcher.liveness import end_with_agent
 from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
 from samestep.train.accelerate_settings import fewer_than_asked, not_followed, refuse_other_engines
 from samestep.train.assemble import Setting, assemble
@@ -89,6 +90,7 @@ def train(
         env = who_started.worker(os.environ)
         progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
         progress(0, "joining")
+        end_with_agent(os.environ)
         tell_stacks_when_asked()
         check_call(build, config_type)
         config = program.load(config_type, program.arguments(argv), env.rank)

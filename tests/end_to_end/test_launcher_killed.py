@@ -114,3 +114,23 @@ def test_nothing_outlives_a_launcher_killed_at_any_moment(count, start, start_co
     assert left_in(temporary) == set()
     assert not list(Path(after.run_dir).rglob("*.tmp*"))
     assert not list(Path(after.run_dir).rglob(".probe*"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_ranks_do_not_outlive_a_launcher_of_others_and_leave_the_folder_free(launcher, start_command, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [*start_command(launcher, 2, "seed_linear.py"), *FLAGS, "--run-dir", str(run_dir)]
+    before = in_shared_memory()
+    agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 40
+        while not list(run_dir.glob("checkpoints/step-????????")):
+            assert time.monotonic() < end
+            with pytest.raises(subprocess.TimeoutExpired):
+                agent.wait(0.05)
+        below = [process.pid for process in psutil.Process(agent.pid).children(recursive=True)]
+    finally:
+        agent.kill()
+        agent.wait()
+    wait_until_gone(below, listening(below), run_dir, before)
