@@ -45,6 +45,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "config": set(),
     "accelerate_settings": {"config"},
     "environment": set(),
+    "caller": {"data"},
     "cause": set(),
     "leave": {"cause"},
     "post_mortem": {"cause", "leave"},

@@ -23,7 +23,18 @@ from samestep.launcher.contract import (
 from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
 from samestep.launcher.heartbeat import pulse
 from samestep.launcher.liveness import end_with_agent
-from samestep.train import environment, leave, micro_batches, post_mortem, preemption, program, replay, rewind, start
+from samestep.train import (
+    caller,
+    environment,
+    leave,
+    micro_batches,
+    post_mortem,
+    preemption,
+    program,
+    replay,
+    rewind,
+    start,
+)
 from samestep.train.accelerate_settings import fewer_than_asked, not_followed, refuse_other_engines
 from samestep.train.assemble import Setting, assemble
 from samestep.train.called import check_call
@@ -95,7 +106,7 @@ def train(
         check_call(build, config_type)
         config = program.load(config_type, program.arguments(argv), env.rank)
         run_dir = RunDir(config.run_dir or run_dir.path)
-        with leave.nondeterminism_named():
+        with caller.undisturbed(), leave.nondeterminism_named():
             run = _train if config.replay is None else _replay
             return run(build, config, env, run_dir, generation, progress)
     except UsageError as error:
@@ -119,7 +130,6 @@ def train(
             raise reason from seen
         raise
     finally:
-        kill_the_rest()
         progress.pulse.at(progress.step, "")
 
 

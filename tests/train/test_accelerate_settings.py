@@ -1,10 +1,14 @@
 """What accelerate's variables ask for moves no bit, and is named or refused."""
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from samestep.launcher.contract import UsageError, WorkerEnv
 from samestep.train.accelerate_settings import fewer_than_asked, not_followed
 from samestep.train.config import TrainConfig
+from samestep.train.parallel import join as join_module
 from samestep.train.parallel.join import pick_device
 
 ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
@@ -43,18 +47,14 @@ def test_what_the_recipes_flags_say_too_is_not_named():
     assert not_followed(TrainConfig(), {f"ACCELERATE_{name}": wish for name, wish in unset.items()}) == []
 
 
-def test_an_accelerator_of_the_recipes_own_with_other_settings_is_refused(start, tmp_path):
-    recipe = tmp_path / "own.py"
-    recipe.write_text(
-        "from accelerate import Accelerator\n"
-        "from samestep.train import train\n"
-        "Accelerator(cpu=True, mixed_precision='bf16')\n"
-        "train(lambda config: None)\n"
-    )
-    ended = start(recipe)
-    assert ended.codes == [2]
-    assert "leave accelerate's settings to train()" in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_an_accelerator_of_the_recipes_own_with_other_settings_is_refused_on_several_ranks():
+    """Alone, ours takes its place while training goes on (see test_called_twice)."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True, mixed_precision="bf16")
+    with pytest.raises(UsageError, match="leave accelerate's settings to train") as refused:
+        join_module._accelerator(torch.device("cpu"), 2)
+    assert "leave it out" in str(refused.value)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_accelerate_kept_on_the_cpu_keeps_the_recipe_there():

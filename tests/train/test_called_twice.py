@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
+import random
 import signal
 import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -123,6 +128,71 @@ def test_a_call_in_a_thread_leaves_no_worker_either(alone: Path) -> None:
     thread.join(60)
     assert len(raised) == 1
     assert set(multiprocessing.active_children()) <= before
+
+
+def settings() -> list[object]:
+    words: Any = np.random.get_state(legacy=False)
+    return [
+        *(
+            random.getstate(),
+            words["state"]["key"].tobytes(),
+            torch.get_rng_state().numpy().tobytes(),
+            torch.get_num_threads(),
+        ),
+        torch.are_deterministic_algorithms_enabled(),
+        *(torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    ]
+
+
+@pytest.mark.parametrize("build", [sound, broken])
+def test_random_streams_and_settings_are_the_callers_again(build: Any, alone: Path) -> None:
+    """Or a search that draws its options between calls would try the same ones for ever."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    before = settings()
+    try:
+        random.seed(3)
+        torch.set_num_threads(3)
+        torch.use_deterministic_algorithms(False)
+        cudnn.benchmark, cudnn.deterministic = True, False
+        mine = settings()
+        with contextlib.suppress(ValueError):
+            train(build, argv=["--run-dir", str(alone / "run"), "--check", "never", "--threads", "1"])
+        assert settings() == mine
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(bool(before[4]))
+        cudnn.benchmark, cudnn.deterministic = bool(before[5]), bool(before[6])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes_of_the_caller_change_no_bit(mode: Any, alone: Path) -> None:
+    plain = train(sound, argv=["--run-dir", str(alone / "plain")]).digest
+    with mode():
+        assert train(sound, argv=["--run-dir", str(alone / "inside")]).digest == plain
+
+
+def test_accelerators_of_the_caller_work_before_and_after(alone: Path) -> None:
+    own = Accelerator(cpu=True, mixed_precision="bf16")
+    train(sound, argv=["--run-dir", str(alone / "run")])
+    assert own.mixed_precision == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(sound, argv=["--run-dir", str(alone / "again")])
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_two_calls_at_once_are_refused(alone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def build(config: Any) -> Components:
+        with pytest.raises(SystemExit, match="2"):
+            train(sound, argv=["--run-dir", str(alone / "inner")])
+        return sound(config)
+
+    assert (
+        train(build, argv=["--run-dir", str(alone / "outer")]).digest
+        == train(sound, argv=["--run-dir", str(alone / "plain")]).digest
+    )
+    assert "train is expected to be called once at a time" in capfd.readouterr().err
 
 
 def _ends(thread: threading.Thread) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from samestep.launcher.contract import (
@@ -111,7 +112,7 @@ def join(
     elif env.world_size > 1 and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _init_group(env, device, agents_store(env, _PATIENCE), environ, _PATIENCE)
     warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # the threads are ours to set
-    accelerator = _accelerator(device)
+    accelerator = _accelerator(device, env.world_size)
     if accelerator.num_processes != env.world_size or accelerator.process_index != env.rank:
         raise UsageError(
             f"the process group is expected to be rank {env.rank} of {env.world_size}, "
@@ -130,12 +131,16 @@ def join(
     return Membership(env, group, accelerator)
 
 
-def _accelerator(device: torch.device) -> Accelerator:
+def _accelerator(device: torch.device, world_size: int) -> Accelerator:
     """Accelerate that heeds no variables: it would put autocast or a compiler around the model on several ranks only.
 
     Raises:
-        UsageError: the recipe has made one itself, with other settings.
+        UsageError: on several ranks the recipe has made one itself, with other settings.
     """
+    if world_size == 1 and not dist.is_initialized():
+        # of an earlier run, or the caller's own: accelerate would keep to that device, or refuse another one
+        for kind in (PartialState, AcceleratorState, GradientState):
+            kind._shared_state.clear()
     try:
         return Accelerator(
             mixed_precision="no",
