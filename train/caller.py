@@ -37,12 +37,10 @@ def undisturbed() -> Iterator[None]:
         )
     try:
         with ExitStack() as stack:
-            for given_back in (_accelerate, _pinned, streams_restored, _streams_of_gpus):
+            for given_back in (_accelerate, _pinned, streams_restored, _streams_of_gpus, _outside_autocast):
                 stack.enter_context(given_back())
             for mode in (torch.inference_mode(False), torch.enable_grad()):
                 stack.enter_context(mode)
-            for kind in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(kind, enabled=False))
             stack.callback(kill_the_rest)
             yield
     finally:
@@ -60,6 +58,26 @@ def _pinned() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(on, warn_only=warn)
         cudnn.benchmark, cudnn.deterministic, filling.fill_uninitialized_memory = before  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _outside_autocast() -> Iterator[None]:
+    """As where no autocast is around: only the outermost one drops its copies of weights, which each step changes."""
+    kinds = ("cpu", "cuda")
+    on = [torch.is_autocast_enabled(kind) for kind in kinds]
+    around = torch.autocast_increment_nesting() - 1
+    for _ in range(around + 1):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for _ in range(around):
+            torch.autocast_increment_nesting()
+        for kind, enabled in zip(kinds, on, strict=True):
+            torch.set_autocast_enabled(kind, enabled)
 
 
 @contextmanager

@@ -105,10 +105,12 @@ def test_workers_leave_no_descriptor_and_the_handler_of_their_deaths(alone: Path
     call("first")
     gc.collect()
     before, handler = psutil.Process().num_fds(), signal.getsignal(signal.SIGCHLD)
+    threads = set(threading.enumerate())
     call("second")
     with pytest.raises(ValueError, match="broken"):
         train(broken, argv=["--run-dir", str(alone / "broken"), "--num-workers", "2", "--check", "never"])
     gc.collect()
+    assert all(map(_ends, set(threading.enumerate()) - threads))  # those that feed queues hold their pipes
     assert psutil.Process().num_fds() <= before
     assert signal.getsignal(signal.SIGCHLD) == handler
 
@@ -167,12 +169,40 @@ def test_random_streams_and_settings_are_the_callers_again(build: Any, alone: Pa
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_modes_of_the_caller_change_no_bit(mode: Any, alone: Path) -> None:
-    plain = train(sound, argv=["--run-dir", str(alone / "plain")]).digest
-    with mode():
-        assert train(sound, argv=["--run-dir", str(alone / "inside")]).digest == plain
+    for precision in ("no", "bf16"):
+        flags = ["--precision", precision, "--run-dir"]
+        plain = train(sound, argv=[*flags, str(alone / f"plain-{precision}")]).digest
+        with mode():
+            before = torch.autocast_increment_nesting(), torch.is_autocast_enabled("cpu")
+            torch.autocast_decrement_nesting()
+            assert train(sound, argv=[*flags, str(alone / f"inside-{precision}")]).digest == plain
+            assert (torch.autocast_increment_nesting(), torch.is_autocast_enabled("cpu")) == before
+            torch.autocast_decrement_nesting()
+
+
+def test_autocast_uses_the_weights_of_its_step(alone: Path) -> None:
+    """An outer context would keep its copies of the first ones, and the loss would not fall."""
+    seen: list[float] = []
+
+    def build(config: Any) -> Components:
+        model, x = nn.Linear(4, 1), torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+
+        def loss(model: nn.Module, batch: Any) -> Any:
+            value = nn.functional.mse_loss(model(batch[0]).float(), batch[1])
+            seen.append(value.item())
+            return value
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data = TensorDataset(x, x.sum(1, keepdim=True))
+        return Components(model=model, loss=loss, optimizer=optimizer, train_data=data)
+
+    flags = ["--precision", "bf16", "--epochs", "30", "--global-batch-size", "64", "--check", "never"]
+    train(build, argv=[*flags, "--run-dir", str(alone / "run")])
+    assert seen[-1] < 0.05 * seen[0]
 
 
 def test_accelerators_of_the_caller_work_before_and_after(alone: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
     own = Accelerator(cpu=True, mixed_precision="bf16")
     train(sound, argv=["--run-dir", str(alone / "run")])
     assert own.mixed_precision == "bf16"
