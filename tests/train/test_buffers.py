@@ -11,7 +11,7 @@ from torch import nn
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.buffers import BufferCombiner
 from samestep.train.parallel.group import SoloGroup
-from samestep.train.parallel.shards import StepPlan
+from samestep.train.parallel.shards import MicroBatch, StepPlan
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -176,6 +176,39 @@ def test_shards_that_differ_are_seen_where_their_mean_is_that_of_one_of_them() -
     run_step(combiner, 1, [4, 4, 4])
     with pytest.raises(UsageError, match=r"buffer counts .* after step 3 it is 6.* and 7 on average"):
         run_step(combiner, 2, [2, 1, 3])
+
+
+@pytest.mark.parametrize(("value", "said"), [(5, "it is 7 .* and 8 on average"), (2**40, f"it is {2**40 + 2} .* another")])
+def test_a_large_number_that_differs_is_named_as_it_is(value: int, said: str) -> None:
+    model = Buffered()
+    model.register_buffer("counts", torch.tensor([0, 0, value]))
+    with pytest.raises(UsageError, match=f"after step 1 it is {value + 1} .* {value + 2} in another"):
+        run_step(BufferCombiner(model, SoloGroup(), 3), 0, [1, 2, 3])
+    model.register_buffer("counts", torch.tensor([0, 0, value]))
+    combiner = BufferCombiner(model, SoloGroup(), 3)
+    run_step(combiner, 0, [1, 1, 1])
+    with pytest.raises(UsageError, match=f"buffer counts .* after step 2 {said}"):
+        run_step(combiner, 1, [1, 2, 3])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_buffer_of_a_checkpoint_that_is_put_anew_in_another_type_is_named(shards: int, step: int) -> None:
+    """A checkpoint's values would be rounded on their way back into the model that `build` makes."""
+    model = Buffered()
+    model.register_buffer("counts", torch.zeros(3, dtype=torch.int64))
+    combiner = BufferCombiner(model, SoloGroup(), shards)
+    for number in range(step):
+        run_step(combiner, number, [1] * shards)
+    before = combiner.before
+
+    def assigned(part: MicroBatch) -> None:
+        before(part)
+        model.counts = combiner.buffers["counts"] = model.counts + 0.5
+
+    combiner.before = assigned  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match=rf"type, but counts was put anew .* in step {step + 1}"):
+        run_step(combiner, step, [1] * shards)
 
 
 def test_what_is_read_late_is_named_with_the_step_in_which_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samestep.launcher.contract import UsageError
+from samestep.train.parallel.buffer_mistakes import changed_late, is_complex, reshaped, unlike
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.no_buffers import NOTHING
 from samestep.train.parallel.shards import MicroBatch, StepPlan, owned_span
@@ -46,10 +46,11 @@ class BufferCombiner:
         self._leaf: Tensor | None = None  # of the shard's parts so far, weighed by their samples
         self._names: list[str] = []
         self._sizes: dict[str, int] = {}  # numbers of each that are summed
+        self._whole: list[str] = []  # of the names, integers
         self.known: set[str] = set()  # that changed before the start of this process
         self._touched: set[str] = set()  # written or put anew in the first step, with the same values
         self._repeated: dict[str, Tensor] = {}  # their values, of those that no shard changed
-        self._reshaped: set[str] = set()  # put anew in another shape in the first step
+        self._reshaped: set[str] = set()  # put anew in another shape or type in the first step
         self._open: list[tuple[int, Tensor, Tensor]] = []  # step, a part's integers and the mean: to be compared
 
     def begin(self, plan: StepPlan, *, keep: bool = False) -> None:
@@ -64,7 +65,8 @@ class BufferCombiner:
         if names is not self._names:
             self._names = names
             self._sizes = {name: self.buffers[name].numel() * (1 + _is_long(self.buffers[name])) for name in names}
-            self._count = sum(size for name, size in self._sizes.items() if self._is_integer(name))
+            self._whole = [name for name in names if self._is_integer(name)]
+            self._count = sum(self._sizes[name] for name in self._whole)
         stay = self._single and self.group.world_size == 1  # what the one shard leaves is right, and here
         self.width = 0 if stay else sum(self._sizes.values())
         if self.changing is None or keep or len(plan.present(self.owned)) > 1 or plan.micro_batches > 1:
@@ -147,8 +149,7 @@ class BufferCombiner:
         for step, own, mean in opened:
             unlike = own.ne(mean).tolist()
             if any(unlike):
-                place = unlike.index(True)
-                raise _unlike(self._name_at(place), step, int(own[place]), f"{mean[place].item():g} on average")
+                raise self._unlike_at(unlike.index(True), step, own, mean)
 
     def _compare(self, mean: Tensor) -> None:
         """What each part of this rank left, or an integer where it had none, with the mean over all of them."""
@@ -158,10 +159,16 @@ class BufferCombiner:
         if not late:
             self.settle()
 
-    def _name_at(self, place: int) -> str:
-        names = [name for name in self._names if self._is_integer(name)]
-        ends = itertools.accumulate(self._sizes[name] for name in names)
-        return next(name for name, end in zip(names, ends, strict=True) if place < end)
+    def _unlike_at(self, place: int, step: int, own: Tensor, mean: Tensor) -> UsageError:
+        ends = itertools.accumulate(self._sizes[name] for name in self._whole)
+        name, end = next((name, end) for name, end in zip(self._whole, ends, strict=True) if place < end)
+        begin, halves = end - self._sizes[name], 1 + _is_long(self.buffers[name])
+        number = (place - begin) // halves
+        one = int(self._value(name, own[begin:end]).flatten()[number])
+        average = mean[begin:end].view(-1, halves)[number].tolist()
+        # signed low halves of large numbers have another mean than the numbers
+        small = halves == 1 or (abs(one) < 1 << 31 and average[1] == -(one < 0))
+        return unlike(name, step, one, f"{average[0]:g} on average" if small else "another in others")
 
     def _read(self) -> None:
         self.buffers = {name: kept[key] for name, (kept, key) in self._places.items()}
@@ -169,12 +176,12 @@ class BufferCombiner:
     def _note_changes(self) -> None:
         """By value: batch_norm writes running statistics without raising the tensor's version.
 
-        One that is put anew in another shape is made from something else, such as a mask for the length of a batch. It
-        is left to the forward, as is one that all shards make as it was.
+        One that is put anew in another shape or type is made from something else, such as a mask for the length of a
+        batch. It is left to the forward, as is one that all shards make as it was.
         """
         for name, buffer in self.buffers.items():
             base, (before, version) = self._base.get(name), self._versions[name]
-            if base is None or base.shape != buffer.shape:
+            if base is None or not _alike(base, buffer):
                 self._base.pop(name, None)
                 self._reshaped.add(name)
             elif not torch.equal(buffer, base):
@@ -187,11 +194,13 @@ class BufferCombiner:
             before, version = self._versions[name]
             if buffer is before and buffer._version == version:
                 continue
+            if name in self._saved and not _alike(before, buffer):
+                raise reshaped(name, self._plan.step)
             if name in (self.changing or ()) or name in self._reshaped:
                 continue
             constant = self._repeated.get(name)
             if constant is None or (buffer.shape == constant.shape and not torch.equal(buffer, constant)):
-                raise _changed_late(name, self._plan.step)
+                raise changed_late(name, self._plan.step)
 
     def _flat(self) -> Tensor:
         return torch.cat([self._numbers(name) for name in self._names])
@@ -202,8 +211,6 @@ class BufferCombiner:
         flat = real.reshape(-1)
         if _is_long(buffer) and 2 * flat.numel() == size:
             flat = flat.contiguous().view(torch.int32)
-        elif 2 * flat.numel() == size:  # put anew as another type
-            flat = torch.cat([flat, torch.zeros_like(flat)])
         fits = flat.numel() == size  # else not combined
         return flat.double() if fits else flat.new_zeros(size, dtype=torch.float64)
 
@@ -220,7 +227,7 @@ class BufferCombiner:
         told = [json.loads(part) for part in self.group.gather_bytes(record)]
         changed, touched, self._reshaped = ({name for part in told for name in part[kind]} for kind in range(3))
         for name in sorted(self._reshaped & self._saved):
-            raise _reshaped(name, self._plan.step)
+            raise reshaped(name, self._plan.step)
         self.changing = self._ordered((changed | self.known) - self._reshaped)
         same = touched - self._reshaped - set(self.changing)
         self._repeated = {name: self.buffers[name].detach().clone() for name in same}
@@ -228,10 +235,7 @@ class BufferCombiner:
         shared = self.shards > 1 or self.group.world_size > 1 or self._plan.micro_batches > 1
         for name in self.changing if shared else ():
             if self.buffers[name].is_complex():
-                raise UsageError(
-                    f"buffers that change are expected to be real where shards share them, but {name} is complex",
-                    "register torch.view_as_real of it, and view_as_complex that in forward",
-                )
+                raise is_complex(name)
         if self._single or not any(map(self._is_integer, self.changing)):
             return
         records = [json.loads(part) for part in self.group.gather_bytes(json.dumps(self._values()).encode())]
@@ -240,16 +244,16 @@ class BufferCombiner:
             for other in others:
                 for left, right in zip(first, other, strict=True):
                     if left != right:
-                        raise _unlike(name, self._plan.step, left, f"{right} in another")
+                        raise unlike(name, self._plan.step, left, f"{right} in another")
 
     def _values(self) -> dict[str, list[Any]]:
         """What this rank's parts left in the integer buffers that change: the different values of each."""
         if not self._integers:
             return {}
         rows = torch.stack(self._integers).cpu().long()
-        names = [name for name in self._names if self._is_integer(name)]
-        columns = zip(names, rows.split([self._sizes[name] for name in names], dim=1), strict=True)
-        return {name: column.unique(dim=0).tolist() for name, column in columns if name in (self.changing or [])}
+        columns = zip(self._whole, rows.split([self._sizes[name] for name in self._whole], dim=1), strict=True)
+        changing = [(name, column.unique(dim=0)) for name, column in columns if name in (self.changing or [])]
+        return {name: [self._value(name, row).flatten().tolist() for row in rows] for name, rows in changing}
 
     def _is_integer(self, name: str) -> bool:
         return not self.buffers[name].is_floating_point()
@@ -274,24 +278,5 @@ def _is_long(buffer: Tensor) -> bool:
     return buffer.dtype in (torch.int64, torch.uint64)
 
 
-def _unlike(name: str, step: int, one: object, other: str) -> UsageError:
-    return UsageError(
-        f"integer buffer {name} is expected to end alike in all shards and micro-batches of a step, "
-        f"but after step {step + 1} it is {one} in one of them and {other}",
-        "make it depend on the number of steps only, or floating point so that it can be averaged",
-    )
-
-
-def _changed_late(name: str, step: int) -> UsageError:
-    return UsageError(
-        f"buffers are expected to change in every step or never, but {name} changed first in step {step + 1}",
-        "change it in every step, or keep it out of the model",
-    )
-
-
-def _reshaped(name: str, step: int) -> UsageError:
-    return UsageError(
-        f"buffers that a checkpoint holds are expected to keep their shape, but {name} was put anew in another one in "
-        f"step {step + 1}",
-        "register it with persistent=False if forward makes it for each batch, else in its full size in __init__",
-    )
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
