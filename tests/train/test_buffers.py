@@ -178,7 +178,9 @@ def test_shards_that_differ_are_seen_where_their_mean_is_that_of_one_of_them() -
         run_step(combiner, 2, [2, 1, 3])
 
 
-@pytest.mark.parametrize(("value", "said"), [(5, "it is 7 .* and 8 on average"), (2**40, f"it is {2**40 + 2} .* another")])
+@pytest.mark.parametrize(
+    ("value", "said"), [(5, "it is 7 .* and 8 on average"), (2**40, f"it is {2**40 + 2} .* another")]
+)
 def test_a_large_number_that_differs_is_named_as_it_is(value: int, said: str) -> None:
     model = Buffered()
     model.register_buffer("counts", torch.tensor([0, 0, value]))

@@ -8,6 +8,8 @@ a step.
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ import torch
 
 PHASES = ("data", "forward", "backward", "sync", "optimizer")
 BETWEEN = "between"  # what the loop does from the end of one step to the begin of the next
+AT_ONCE = 50e-6  # seconds on the host: a step that begins so soon after the one before needs no event of its own
 WAITING = "sync"  # the phase in which a rank waits for others: it is longest on the fastest one
 Reading = Callable[[], list[float]]
 
@@ -94,6 +97,8 @@ class CudaClock:
 
     tell: Callable[[str], None] = _nobody
     current: str = "optimizer"
+    now: Callable[[], float] = time.perf_counter
+    _taken: float = -math.inf  # when the last step was closed
     _stream: torch.cuda.Stream = field(default_factory=torch.cuda.current_stream)
     _marks: list[tuple[str, Any]] = field(default_factory=list)
     _read: list[Any] = field(default_factory=list)
@@ -105,17 +110,22 @@ class CudaClock:
     def enter(self, phase: str) -> None:
         """Record an event; nothing waits for it."""
         self.current = phase
-        self._mark(phase)
+        if self._marks[-1][0] == BETWEEN and self.now() - self._taken < AT_ONCE:
+            self._share(phase)
+        else:
+            self._mark(phase)
         self.tell(phase)
 
     def take(self) -> Reading:
         """Events of the step that ends; read them where losses are read anyway."""
         self._mark(BETWEEN)
         marks, self._marks = self._marks, self._marks[-1:]
+        self._taken = self.now()
         return lambda: self._elapsed(marks)
 
     def skip(self) -> None:
         """Count from here on."""
+        self._taken = -math.inf
         self._marks.clear()
         self._mark(BETWEEN)
 
@@ -134,6 +144,12 @@ class CudaClock:
         event: Any = self._read.pop() if self._read else torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         self._marks.append((phase, event))
+        self._unread.append((phase, event))
+
+    def _share(self, phase: str) -> None:
+        """Begin a phase with the event that closed the step before."""
+        ((_, event),) = self._marks
+        self._marks = [(phase, event)]
         self._unread.append((phase, event))
 
     def _elapsed(self, marks: list[tuple[str, Any]]) -> list[float]:
