@@ -206,7 +206,7 @@ def test_a_buffer_of_a_checkpoint_that_is_put_anew_in_another_type_is_named(shar
 
     def assigned(part: MicroBatch) -> None:
         before(part)
-        model.counts = combiner.buffers["counts"] = model.counts + 0.5
+        model.counts = combiner.buffers["counts"] = model.get_buffer("counts") + 0.5
 
     combiner.before = assigned  # type: ignore[method-assign]
     with pytest.raises(UsageError, match=rf"type, but counts was put anew .* in step {step + 1}"):

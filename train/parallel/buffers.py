@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samestep.launcher.contract import UsageError
 from samestep.train.parallel.buffer_mistakes import changed_late, is_complex, reshaped, unlike
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.no_buffers import NOTHING
