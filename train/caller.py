@@ -2,7 +2,7 @@
 
 Random streams: who draws the next options from them would get the same ones after each call. What training pins, since
 other code may need a kernel that has no deterministic form. accelerate's state, of which a process has one.
-Environment variables that CUDA reads once stay.
+Environment variables that are read once stay: CUBLAS_WORKSPACE_CONFIG, and KINETO_LOG_LEVEL (see profile).
 """
 
 from __future__ import annotations
