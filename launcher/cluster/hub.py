@@ -15,6 +15,7 @@ from samestep.launcher.cluster.link import Link, LinkError, Side
 _STRANGER_SECONDS = 10.0  # to prove to know the token
 _MOST_STRANGERS = 64
 _CHUNK_BYTES = 1 << 16
+_LAST_WORDS_SECONDS = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -103,21 +104,22 @@ class Hub:
             found += self._judge(peer, now)
         return found
 
-    def drop(self, peer: Peer) -> None:
+    def drop(self, peer: Peer, seconds: float = _LAST_WORDS_SECONDS) -> None:
         """End a conversation; what is still to be sent is given a moment."""
         if peer not in self._peers:
             return
         self._peers.remove(peer)
         self._selector.unregister(peer.socket)
         with contextlib.suppress(OSError):
-            peer.socket.settimeout(1.0)
+            peer.socket.settimeout(seconds)
             peer.socket.sendall(peer.link.out)
         peer.socket.close()
 
     def close(self) -> None:
-        """End all of them."""
+        """End all of them, within the moment that one is given."""
+        end = self._clock() + _LAST_WORDS_SECONDS
         for peer in list(self._peers):
-            self.drop(peer)
+            self.drop(peer, max(0.0, end - self._clock()))
         if self._listener is not None:
             self._listener.close()
         self._selector.close()
