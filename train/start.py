@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from samestep.launcher import manifest
-from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RankInfo, RunDir, UsageError
+from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RunDir, UsageError
 from samestep.launcher.lock import RunLock
-from samestep.train import environment
 from samestep.train.config import TrainConfig, plain
-from samestep.train.fused import fused_hint
 from samestep.train.loop import Run
-from samestep.train.observe.memory import memory_at_start
 from samestep.train.parallel.join import Membership
 from samestep.train.state import checkpoint
 from samestep.train.state.resume import is_elsewhere, look
@@ -228,45 +224,3 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise UsageError(
             f"--weights is expected to fit the model, but {path} does not: {' '.join(str(error).split())[:300]}"
         ) from None
-
-
-def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generation: int, found: Found) -> None:
-    """Write config.json and the first event; needs every rank's place. A collective."""
-    env, parts = member.env, run.step.micro_batches.agreed.count
-    memory = memory_at_start(run.components.model, env.rank, env.world_size, shards, parts)
-    host, pid = socket.gethostname(), os.getpid()
-    here: RankInfo = {"rank": env.rank, "local_rank": env.local_rank, "host": host, "pid": pid, **memory}
-    ranks = [json.loads(part) for part in member.group.gather_bytes(json.dumps(here).encode())]
-    problem = ""
-    if member.group.rank == 0:
-        content = {
-            "config": plain(run.config),
-            "begun": found.begun,
-            "shards": shards,
-            "micro_batches": parts,
-            "total_steps": run.max_steps,
-            "samples": run.sampler.samples,
-            "threads": torch.get_num_threads(),
-            "exchange": run.step.reducer.exchange.through if env.world_size > 1 else "",
-            "seed": run.config.seed,
-            "dataset": run.state.facts["dataset"],
-            "environment": environment.record(member.device),
-        }
-        problem = _replace(run_dir.config, json.dumps(content, indent=1) + "\n")
-    run.reporter.started(max(generation, run.state.restarts), shards, ranks, run.max_steps)
-    if problem:
-        run.reporter.warning(f"{run_dir.config} could not be written ({problem}); training goes on")
-    for hint in filter(None, [fused_hint(run.components.optimizer, member.device)]):
-        run.reporter.note(hint)
-
-
-def _replace(path: Path, text: str) -> str:
-    """Write a file whole or leave the old one; why it could not be written, or an empty string."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(text)
-        temporary.rename(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        return error.strerror or str(error)
-    return ""
