@@ -245,7 +245,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     warnings = [*without_use(components), *found.warnings]
     warnings += micro_batches.warnings(joined.micro_batches, joined.stored, components.model)
     if found.snapshot is not None:
-        start.restore(run, found.snapshot, found.source)
+        warnings += start.restore(run, found.snapshot, found.source)
     if found.snapshot is not None or config.replay is not None:
         warnings += start.changes(config, joined.stored, environment.record(member.device))
 
