@@ -29,11 +29,11 @@ def warned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
-    def call(steps: int, scheduler: str, groups: int = 1, **options: Any) -> list[str]:
+    def call(steps: int, scheduler: str, groups: int = 1, kind: Any = torch.optim.Adam, **options: Any) -> list[str]:
         def build(config: Any) -> Components:
             model = nn.Linear(4, 1)
             parts = [list(model.parameters())] if groups == 1 else [[model.weight], [model.bias]]
-            optimizer = torch.optim.Adam([{"params": part} for part in parts], **options)
+            optimizer = kind([{"params": part} for part in parts], **options)
             return Components(
                 model=model,
                 loss=supervised(nn.MSELoss()),
@@ -67,3 +67,14 @@ def test_groups_are_named_where_there_are_several(warned: Any) -> None:
     assert warned(2, "none", groups=2, lr=torch.tensor(0.5)) == []
     (text,) = warned(4, "none", groups=2, lr=torch.tensor(0.25), betas=(0.5, 0.5))
     assert "betas of group 0 is (0.9, 0.999) there and (0.5, 0.5) in build, lr of group 0 is 0.5 there" in text
+
+
+def test_an_optimizer_of_another_kind_is_refused(warned: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """torch loads its state without a word and fails in the step."""
+    warned(2, "none", lr=0.1)
+    with pytest.raises(SystemExit, match="2"):
+        warned(4, "none", kind=torch.optim.SGD, lr=0.1)
+    said = capfd.readouterr().err
+    assert (
+        "expected to fit step-00000002, but do not: SGD needs dampening, which the saved optimizer did not have" in said
+    )
