@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import socket
+import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class RunLock:
         """
         self._path = run_dir.lock
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.register_at_fork(after_in_child=self._forget)  # a forked child would hold it for longer than we live
+        _held.add(self)
         refusal = self._try()
         found = Owner.of(os.pread(self._fd, _BYTES, 0))  # not before: its owner may have begun another start until then
         # a file system without locks: what the file says has to do
@@ -133,6 +134,18 @@ class RunLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """A forked child would hold them for longer than we live."""
+    for held in list(_held):
+        held._forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def check(run_dir: RunDir, generation: int | None) -> None:

@@ -79,6 +79,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
 }
 PURE = {"data.order", "parallel.shards"}  # integers in, integers out: import no other part, so every part may use them
 COMPOSERS = {
+    "announce",
     "assemble",
     "entry",
     "finish",

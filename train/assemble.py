@@ -70,6 +70,7 @@ class Setting:
     fence: int | None = None  # generation of the run directory's lock that may publish checkpoints
     signals: StopSignals = field(default_factory=StopSignals)
     micro_batches: Agreed = field(default_factory=Agreed)
+    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed however the call ends
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +96,8 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     reporter = _reporter(setting, sampler)
     guards = _guards(components, setting, reporter)
     saver, agreement = _saver(setting)
+    for close in (reporter.close, guards.close, lambda: saver.close(reporter)):
+        setting.ends.callback(close)
     state = TrainState(components, scaler, ema, setting.facts)
     watched = replace(components, loss=guards.loss(components.loss))
     step = _step(watched, setting, autocast, scaler, ema, _finite(setting, sampler, state, reporter), reporter)

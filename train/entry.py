@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +36,8 @@ from samestep.train import (
     rewind,
     start,
 )
-from samestep.train.accelerate_settings import fewer_than_asked, not_followed, refuse_other_engines
+from samestep.train.accelerate_settings import refuse_other_engines
+from samestep.train.announce import announce
 from samestep.train.assemble import Setting, assemble
 from samestep.train.called import check_call
 from samestep.train.checks import check_components, check_gradient_hooks, check_samples_repeat, without_use
@@ -94,6 +96,25 @@ def train(
             signals do what they always do there: an interrupt is a KeyboardInterrupt, and the last checkpoint stays.
         Exception: whatever user code raised, after it was recorded for the launcher.
     """
+    with ExitStack() as ends:
+        return _called(build, config_type, argv, ends)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What is known before the ranks meet."""
+
+    config: Any
+    env: WorkerEnv
+    run_dir: RunDir
+    generation: int
+    progress: Progress
+    ends: ExitStack  # what is to be ended with the call, once its error is recorded: a process may live on
+
+
+def _called(
+    build: Callable[[Config], Components], config_type: type[Config], argv: Sequence[str] | None, ends: ExitStack
+) -> Result:
     env, progress = WorkerEnv(), Progress()
     run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())))
     generation = int(os.environ.get(ENV_GENERATION) or 0)
@@ -106,9 +127,10 @@ def train(
         check_call(build, config_type)
         config = program.load(config_type, program.arguments(argv), env.rank)
         run_dir = RunDir(config.run_dir or run_dir.path)
-        with caller.undisturbed(), leave.nondeterminism_named():
+        ends.enter_context(caller.undisturbed())
+        with leave.nondeterminism_named():
             run = _train if config.replay is None else _replay
-            return run(build, config, env, run_dir, generation, progress)
+            return run(build, _Call(config, env, run_dir, generation, progress, ends))
     except UsageError as error:
         record = leave.error_record(error, env.rank, generation, progress.step, progress.exact_phase)
         if run_dir.path.is_dir():
@@ -147,35 +169,23 @@ def _prefix(rank: int) -> str:
     return "" if rank == 0 or ENV_LAUNCHED in os.environ else f"[rank {rank}] "
 
 
-def _replay(
-    build: Callable[[Config], Components],
-    config: Config,
-    env: WorkerEnv,
-    run_dir: RunDir,
-    generation: int,
-    progress: Progress,
-) -> Result:
-    step = config.replay or 0
-    with replay.shadow(run_dir, step, env.world_size) as replica, replay.terminal_for_debugger(config.debug):
+def _replay(build: Callable[[Any], Components], call: _Call) -> Result:
+    config, step = call.config, call.config.replay or 0
+    replica = call.ends.enter_context(replay.shadow(call.run_dir, step, call.env.world_size))
+    with replay.terminal_for_debugger(config.debug):
         if config.debug:
-            progress.pulse = replay.Debugger(step, progress.pulse)
-        result = _train(build, replay.settings(config), env, replica, generation, progress)
-        same, sentence = replay.compare(run_dir, replica, step)
+            call.progress.pulse = replay.Debugger(step, call.progress.pulse)
+        result = _train(build, replace(call, config=replay.settings(config), run_dir=replica))
+        same, sentence = replay.compare(call.run_dir, replica, step)
     print(sentence, flush=True)
     if not same:
         raise SystemExit(int(ExitCode.FAILED))
     return result
 
 
-def _train(
-    build: Callable[[Config], Components],
-    config: Config,
-    env: WorkerEnv,
-    run_dir: RunDir,
-    generation: int,
-    progress: Progress,
-) -> Result:
+def _train(build: Callable[[Any], Components], call: _Call) -> Result:
     # --- join
+    config, env, run_dir, progress = call.config, call.env, call.run_dir, call.progress
     trackers.wanted(config.trackers)  # what is not installed is said before anything is done
     start.make(run_dir)
     refuse_other_engines(os.environ)
@@ -189,28 +199,26 @@ def _train(
     progress.pulse.count_by(member.group.collectives)
     if member.device.type == "cuda":
         progress.pulse.follow(progress.device)
-    with start.owned(run_dir, member) as fence:
-        agreed = micro_batches.agree(config.micro_batches, stored, run_dir.micro_batches, member.group)
-        joined = _Joined(config, member, run_dir, shards, generation, fence, stored, agreed)
-        return _train_joined(build, joined, progress)
+    fence = call.ends.enter_context(start.owned(run_dir, member))
+    agreed = micro_batches.agree(config.micro_batches, stored, run_dir.micro_batches, member.group)
+    return _train_joined(build, _Joined(call, member, shards, fence, stored, agreed))
 
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
     """What is known once all ranks have met."""
 
-    config: Any
+    call: _Call
     member: Membership
-    run_dir: RunDir
     shards: int
-    generation: int
     fence: int
     stored: dict[str, Any]
     micro_batches: Agreed
 
 
-def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress: Progress) -> Result:
-    config, member, run_dir, shards = joined.config, joined.member, joined.run_dir, joined.shards
+def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result:
+    call, member, shards = joined.call, joined.member, joined.shards
+    config, run_dir, progress = call.config, call.run_dir, call.progress
     found = start.find_state(run_dir, config, member)
 
     # --- build
@@ -227,8 +235,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     progress.pulse = profile.around(
         progress.pulse, config.profile, member.group, run_dir.path, lambda text: run.reporter.note(text)
     )
-    place = (config, member, run_dir, shards, joined.generation)
-    setting = Setting(*place, facts, progress.pulse, joined.fence, signals, joined.micro_batches)
+    place = (config, member, run_dir, shards, call.generation)
+    setting = Setting(*place, facts, progress.pulse, joined.fence, signals, joined.micro_batches, call.ends)
     run = assemble(components, setting, progress)
     progress.clock, progress.micro_batches = run.step.clock, run.step.micro_batches
     if member.env.distributed:
@@ -237,12 +245,12 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
     warnings = [*without_use(components), *found.warnings]
     warnings += micro_batches.warnings(joined.micro_batches, joined.stored, components.model)
     if found.snapshot is not None:
-        start.restore(run, found.snapshot, found.source)
+        warnings += start.restore(run, found.snapshot, found.source)
     if found.snapshot is not None or config.replay is not None:
         warnings += start.changes(config, joined.stored, environment.record(member.device))
 
     run.state.note_not_finite()
-    start.count(run, found, joined.generation)
+    start.count(run, found, call.generation)
 
     # --- train
     if found.ended and run.state.step >= run.max_steps:
@@ -250,7 +258,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined, progress:
         run.reporter.already_finished(digest, run.state.step)
         member.group.barrier()
     else:
-        _announce(run, joined, found, [uncompiled, *warnings])
+        announce(run, run_dir, member, (shards, call.generation, found), [uncompiled, *warnings])
         with signals:
             digest = _to_the_end(run, member, run_dir, progress)
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)
@@ -268,31 +276,12 @@ def _to_the_end(run: Run, member: Membership, run_dir: RunDir, progress: Progres
     return digest
 
 
-def _announce(run: Run, joined: _Joined, found: start.Found, warnings: list[str]) -> None:
-    member = joined.member
-    start.announce(run, joined.run_dir, member, joined.shards, joined.generation, found)
-    _say_who_started(member.env)
-    alone = "" if member.env.distributed else fewer_than_asked(os.environ, environment.parent_command())
-    for text in filter(None, [alone, *not_followed(run.config, os.environ), *warnings]):
-        run.reporter.warning(text)
-    if found.note:
-        run.reporter.note(found.note)
-    if found.snapshot is not None:
-        run.reporter.resumed(run.state.step, run.state.epoch, found.source)
-
-
 def _facts(components: Components, joined: _Joined) -> dict[str, Any]:
     """What is kept in every checkpoint; the samples, of which it tells, have to come out twice alike."""
-    seed = joined.config.seed
+    seed = joined.call.config.seed
     dataset = dataset_fingerprint(components.train_data, seed)
-    if joined.config.check != "never":
+    if joined.call.config.check != "never":
         check_samples_repeat(components.train_data, seed, dataset)
     known = {"seed": seed, "shards": joined.shards, "order": SPEC, "dataset": dataset}
     known["micro_batches"] = joined.micro_batches.count
     return known | environment.record(joined.member.device)
-
-
-def _say_who_started(env: WorkerEnv) -> None:
-    """Once, unless it is our own launcher, whose user knows."""
-    if env.rank == 0 and env.started_by != "samestep run":
-        print(who_started.describe(env), end="", file=sys.stderr, flush=True)

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from samestep.launcher.contract import ENV_LAUNCHED
+
 CUBLAS_WORKSPACE = ":4096:8"
 
 
@@ -36,13 +38,17 @@ def pin(threads: int, allow_nondeterministic: bool) -> None:
 def long_lived_objects_set_aside() -> Iterator[None]:
     """Keep the collector from walking all that was imported and built, again and again: 100 ms each time, on one rank.
 
-    Objects that die later are found as ever.
+    Objects that die later are found as ever. What a caller has set aside himself stays so, and nothing is added: all
+    could only be taken back together. A rank of our launcher ends with the run, so there nothing has to be taken back.
     """
-    gc.freeze()
+    before = gc.get_freeze_count()
+    if not before or ENV_LAUNCHED in os.environ:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not before:
+            gc.unfreeze()
 
 
 def record(device: torch.device) -> dict[str, Any]:

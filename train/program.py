@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from samestep.launcher.command_line import options
 from samestep.train.config import TrainConfig
@@ -24,20 +24,35 @@ def load(config_type: type[Config], argv: Sequence[str], rank: int) -> Config:
 
 def name() -> str:
     """The recipe as it was started."""
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None)
-    if spec is not None and spec.name not in ("__main__", "ipykernel_launcher"):
+    if _in_cell():
+        return "notebook"
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None and spec.name != "__main__" and not in_notebook():
         return str(spec.name).removesuffix(".__main__")
-    return "notebook" if in_notebook() else (sys.argv[0] or "run")
+    return sys.argv[0] or "run"
 
 
 def arguments(argv: Sequence[str] | None) -> Sequence[str]:
-    """The flags that were given to `train`, or else to the process."""
+    """The flags that were given to `train`, or else to the process; a notebook's are its kernel's."""
     if argv is not None:
         return argv
-    return [] if in_notebook() else sys.argv[1:]
+    return [] if _in_cell() else sys.argv[1:]
 
 
 def in_notebook() -> bool:
-    """Whether a notebook's kernel runs it."""
-    return "ipykernel" in sys.modules and Path(sys.argv[0]).name == "ipykernel_launcher.py"
+    """Whether it runs in a kernel, whatever has started that: Jupyter, Colab, an editor."""
+    return _shell() is not None
+
+
+def _shell() -> Any:
+    """IPython's, where it belongs to a kernel; a terminal's has none."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return None if getattr(shell, "kernel", None) is None else shell
+
+
+def _in_cell() -> bool:
+    """Whether a cell calls `train`, with no flags of its own: `%run` and an assignment to sys.argv give it some."""
+    shell, flags = _shell(), sys.argv[1:]
+    in_cell = shell is not None and shell.user_module is sys.modules.get("__main__")
+    return in_cell and (not flags or sys.orig_argv[-len(flags) :] == flags)

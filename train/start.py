@@ -6,9 +6,8 @@ import contextlib
 import errno
 import json
 import os
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from samestep.launcher import manifest
-from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RankInfo, RunDir, UsageError
+from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RunDir, UsageError
 from samestep.launcher.lock import RunLock
-from samestep.train import environment
 from samestep.train.config import TrainConfig, plain
-from samestep.train.fused import fused_hint
 from samestep.train.loop import Run
-from samestep.train.observe.memory import memory_at_start
+from samestep.train.observe.guards.check import listed
 from samestep.train.parallel.join import Membership
 from samestep.train.state import checkpoint
 from samestep.train.state.resume import is_elsewhere, look
@@ -35,6 +32,9 @@ _FREE = frozenset(
     "resume run_dir num_workers config shards threads micro_batches weights best check trackers replay debug "
     "profile".split()
 )
+# What people edit; other entries of a group may be an optimizer's own counters.
+_OF_AN_OPTIMIZER = frozenset({"betas", "lr", "momentum", "weight_decay"})
+_BESIDE_A_SCHEDULER = frozenset({"initial_lr", "weight_decay"})
 
 
 def make(run_dir: RunDir) -> None:
@@ -163,8 +163,8 @@ def owned(run_dir: RunDir, member: Membership, environ: Mapping[str, str] = os.e
             lock.release()
 
 
-def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> None:
-    """Load a snapshot into the parts of a run.
+def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> list[str]:
+    """Load a snapshot into the parts of a run; a sentence where `build` has given the optimizer other numbers.
 
     Raises:
         UsageError: seed, order, dataset or shards are not the snapshot's, or the model has other names or shapes.
@@ -177,6 +177,8 @@ def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> None:
                 f"{name} is expected to be as in {source}, but changed from {before} to {now}",
                 f"{harm}: restore it, or start a new run with another --run-dir",
             )
+    optimizer, scheduled = run.components.optimizer, run.components.scheduler is not None
+    built = [dict(group) for group in getattr(optimizer, "param_groups", [])]
     try:
         run.state.restore(snapshot)
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
@@ -185,6 +187,25 @@ def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> None:
             f"model and optimizer are expected to fit {source}, but do not: {first}",
             "restore the code of the first launch, or start a new run with another --run-dir",
         ) from error
+    return _overridden(built, getattr(optimizer, "param_groups", []), source, scheduled=scheduled)
+
+
+def _overridden(
+    built: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]], source: str, *, scheduled: bool
+) -> list[str]:
+    """What torch takes from the checkpoint although the code was edited, but for what a scheduler moves."""
+    names = _BESIDE_A_SCHEDULER if scheduled else _OF_AN_OPTIMIZER
+    found = []
+    for number, (here, there) in enumerate(zip(built, saved, strict=False)):
+        where = f" of group {number}" if len(saved) > 1 else ""
+        for name in sorted(names & here.keys() & there.keys()):
+            new, old = (v.tolist() if isinstance(v, torch.Tensor) else v for v in (here[name], there[name]))
+            if new != old:
+                found.append(f"{name}{where} is {old} there and {new} in build")
+    if not found:
+        return []
+    begin = "to begin with the new values, pass another --run-dir and --weights"
+    return [f"the optimizer goes on as it was saved in {source}: {listed(found)} ({begin})"]
 
 
 def count(run: Run, found: Found, generation: int) -> None:
@@ -228,45 +249,3 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise UsageError(
             f"--weights is expected to fit the model, but {path} does not: {' '.join(str(error).split())[:300]}"
         ) from None
-
-
-def announce(run: Run, run_dir: RunDir, member: Membership, shards: int, generation: int, found: Found) -> None:
-    """Write config.json and the first event; needs every rank's place. A collective."""
-    env, parts = member.env, run.step.micro_batches.agreed.count
-    memory = memory_at_start(run.components.model, env.rank, env.world_size, shards, parts)
-    host, pid = socket.gethostname(), os.getpid()
-    here: RankInfo = {"rank": env.rank, "local_rank": env.local_rank, "host": host, "pid": pid, **memory}
-    ranks = [json.loads(part) for part in member.group.gather_bytes(json.dumps(here).encode())]
-    problem = ""
-    if member.group.rank == 0:
-        content = {
-            "config": plain(run.config),
-            "begun": found.begun,
-            "shards": shards,
-            "micro_batches": parts,
-            "total_steps": run.max_steps,
-            "samples": run.sampler.samples,
-            "threads": torch.get_num_threads(),
-            "exchange": run.step.reducer.exchange.through if env.world_size > 1 else "",
-            "seed": run.config.seed,
-            "dataset": run.state.facts["dataset"],
-            "environment": environment.record(member.device),
-        }
-        problem = _replace(run_dir.config, json.dumps(content, indent=1) + "\n")
-    run.reporter.started(max(generation, run.state.restarts), shards, ranks, run.max_steps)
-    if problem:
-        run.reporter.warning(f"{run_dir.config} could not be written ({problem}); training goes on")
-    for hint in filter(None, [fused_hint(run.components.optimizer, member.device)]):
-        run.reporter.note(hint)
-
-
-def _replace(path: Path, text: str) -> str:
-    """Write a file whole or leave the old one; why it could not be written, or an empty string."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(text)
-        temporary.rename(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        return error.strerror or str(error)
-    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,62 @@ def test_what_a_notebook_redirects_is_plain_lines_in_the_file(executed):
     outputs, read = executed(redirected + in_notebook("run"), "print(open('said').read())")
     assert [out for out in outputs if out.output_type == "display_data"] == []
     assert "Finished Training: " in read[0].text
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    """A kernel that a program of another name has started, as on Colab."""
+    manager = pytest.importorskip("jupyter_client.manager")
+    launcher = pytest.importorskip("ipykernel_launcher")
+    shutil.copy(launcher.__file__, tmp_path / "colab_kernel_launcher.py")
+    started = manager.KernelManager()
+    started._kernel_spec = manager.kernelspec.KernelSpec(
+        argv=[sys.executable, "-m", "colab_kernel_launcher", "-f", "{connection_file}"], language="python"
+    )
+    started.start_kernel(cwd=str(tmp_path))
+    client = started.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    yield started, client
+    client.stop_channels()
+    started.shutdown_kernel(now=True)
+
+
+@pytest.mark.slow
+def test_a_cell_that_is_interrupted_is_shown_so_and_can_be_run_again(kernel):
+    manager, client = kernel
+
+    def run(code, interrupt_at=None):
+        sent, said, shown = client.execute(code), "", ""
+        while True:
+            message = client.get_iopub_msg(timeout=60)
+            kind, content = message["msg_type"], message["content"]
+            if message["parent_header"].get("msg_id") != sent:
+                continue
+            said += content.get("text", "") + content.get("ename", "")
+            if interrupt_at is not None and interrupt_at in said:
+                interrupt_at = manager.interrupt_kernel()  # None
+            if kind in ("display_data", "update_display_data"):
+                shown = content["data"]["text/plain"]
+            if kind == "status" and content["execution_state"] == "idle":
+                return said, shown
+
+    run("import os, threading; os.environ['SCHEDULER'] = 'one_cycle'; waits = threading.Event()")
+    run((RECIPES / "schedulers.py").read_text().replace("    train(build)\n", "    pass\n"))
+    run("""
+def stuck(model, batch):
+    print("in a step", flush=True)
+    waits.wait(60)
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+""")
+    said, shown = run(
+        "import dataclasses; train(lambda config: dataclasses.replace(build(config), loss=stuck))", "in a"
+    )
+    assert said.endswith("in a step\nKeyboardInterrupt"), said
+    assert shown.splitlines()[-1] == "not running"
+    said, shown = run("waits.set(); print(train(build).run_dir)")
+    assert said.splitlines()[-1] == "runs/notebook", said
+    assert shown.splitlines()[-1].startswith("done, digest ")
 
 
 def test_a_folder_with_its_own_train_and_launcher_hides_nothing_of_ours(tmp_path):

@@ -8,6 +8,7 @@ ends are killed, and the kernel ends them with a rank that was killed (torch's w
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import weakref
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # each holds two descriptors
 _streams: weakref.WeakSet[Any] = weakref.WeakSet()  # torch's iterators
 _at_exit: list[Finalize] = []
+os.register_at_fork(after_in_child=_streams.clear)  # their threads and workers are the parent's
 
 
 def shield(worker: int) -> None:  # noqa: ARG001 (worker_init_fn's form)
@@ -80,3 +82,15 @@ def kill_the_rest() -> None:
         worker.kill()
     for worker in left:
         worker.join()
+    for stream in list(_streams):
+        _end_threads(stream)
+
+
+def _end_threads(stream: Any) -> None:
+    """Of an iterator without workers: torch's own way could wait for ever for a lock that one of them held."""
+    stream._shutdown = True  # nothing is left for torch to do
+    for queue in getattr(stream, "_index_queues", ()):
+        queue.cancel_join_thread()
+        queue.close()  # ends the thread that feeds it
+    if hasattr(stream, "_pin_memory_thread_done_event"):
+        stream._pin_memory_thread_done_event.set()

@@ -6,7 +6,6 @@ a pipe, so there the launcher draws.
 
 from __future__ import annotations
 
-import atexit
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -62,7 +61,6 @@ class LiveView:
         self._standing = Standing(total=total_steps, epochs=epochs)
         self._live = Live(console=Console(file=stream), transient=True, auto_refresh=False)
         self._live.start()
-        atexit.register(self._live.stop)  # a run that fails leaves the terminal with a cursor too
         self._drawn = 0.0
 
     def take(self, events: Iterable[Mapping[str, Any]]) -> None:

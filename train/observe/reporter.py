@@ -58,6 +58,9 @@ class Reporter:
     def already_finished(self, digest: str, steps: int) -> None:
         """A finished run was started again; nothing was done."""
 
+    def close(self) -> None:
+        """The run is over, however it ended; again where it was finished or preempted."""
+
     def offset(self) -> int:
         """Bytes of events.jsonl so far: a checkpoint keeps it, a resume cuts there."""
         return 0
@@ -179,18 +182,23 @@ class RankZeroReporter(Reporter):
             [{"event": "run_finished", "digest": digest, "steps": steps, "restarts": restarts, "goodput": goodput}]
         )
         self._print(f"Finished Training: {steps} steps, digest {digest}")
-        self._bar.close()
+        self.close()
 
     def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
         """Write the event, close the bar, say what a next start will find."""
         self._write([{"event": "preempted", "step": step, "signal": signal_name, "checkpoint": checkpoint}])
         found = "no checkpoint is there" if checkpoint is None else f"the checkpoint of step {checkpoint} is kept"
         self._print(f"Stopped by {signal_name} after step {step}: {'saved' if checkpoint == step else found}")
-        self._bar.close()
+        self.close()
 
     def already_finished(self, digest: str, steps: int) -> None:
         """Print the digest that the run ended with."""
         self._print(f"Already finished: {steps} steps, digest {digest}")
+
+    def close(self) -> None:
+        """Close the bar; lines are plain from then on."""
+        self._bar.close()
+        self._bar = PlainLines()
 
     def offset(self) -> int:
         """Bytes of events.jsonl so far."""

@@ -108,10 +108,11 @@ class Feed:
 
         self._safely(send)
 
-    def finish(self) -> None:
-        """Close the tool's run."""
+    def finish(self, *, failed: bool = False) -> None:
+        """Close the tool's run, once."""
         if self.tracker is not None:
-            self._safely(self.tracker.finish)
+            self._safely(lambda: _end(self.name, self.tracker, failed=failed))
+        self.tracker = None
 
     def _safely(self, call: Callable[[], Any]) -> Any:
         try:
@@ -160,6 +161,18 @@ def _describe(name: str, tracker: Any, config: dict[str, Any]) -> None:
         tracker.log({"configuration": f"```\n{json.dumps(config, indent=1)}\n```"}, step=0)
     else:
         tracker.store_init_configuration(config)
+
+
+def _end(name: str, tracker: Any, *, failed: bool) -> None:
+    """As finished, or where the tool knows of it as failed, which accelerate has no word for."""
+    if failed and name == "wandb":
+        tracker.tracker.finish(exit_code=1)
+    elif failed and name == "mlflow":
+        import mlflow
+
+        mlflow.end_run("FAILED")
+    else:
+        tracker.finish()
 
 
 @dataclass(slots=True)
@@ -234,6 +247,12 @@ class TrackedReporter(Reporter):
         for feed in self.feeds:
             feed.finish()
         self.inner.preempted(step, signal_name, checkpoint)
+
+    def close(self) -> None:
+        """Close trackers that are still fed: the run has failed."""
+        for feed in self.feeds:
+            feed.finish(failed=True)
+        self.inner.close()
 
     def offset(self) -> int:
         """As without trackers."""

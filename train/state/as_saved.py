@@ -35,9 +35,15 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """`optimizer.load_state_dict(saved)`, with the dtypes of `saved`.
 
     Raises:
-        ValueError: it has other parameters or groups (from torch).
+        ValueError: it has other parameters or groups (from torch), or is of another kind.
     """
+    options = [
+        group.keys() & getattr(optimizer, "defaults", {}).keys() for group in getattr(optimizer, "param_groups", [])
+    ]
     optimizer.load_state_dict(saved)
+    for names, group in zip(options, getattr(optimizer, "param_groups", []), strict=False):
+        if gone := sorted(names - group.keys()):
+            raise ValueError(f"{type(optimizer).__name__} needs {gone[0]}, which the saved optimizer did not have")
     loaded = optimizer.state_dict().get("state")  # its inner dicts are those of the optimizer
     for key, values in saved.get("state", {}).items():
         if not isinstance(loaded, dict) or not isinstance(values, dict) or not isinstance(loaded.get(key), dict):

@@ -72,7 +72,9 @@ def commit(
     if bad:
         raise NotFiniteError(f"{bad} holds NaN or infinity")
     final = run_dir.checkpoint(snapshot.step)
-    temporary = final.with_name(f"{final.name}.tmp-{generation}")
+    # also apart from an earlier call of this process, whose thread may write still: a restart has another number
+    start = generation if fence is None else f"{generation}-{fence}"
+    temporary = final.with_name(f"{final.name}.tmp-{start}")
     _remove(temporary)
     try:
         temporary.mkdir(mode=0o700, parents=True)

@@ -19,6 +19,8 @@ from samestep.train.parallel.agreement import Agreement
 from samestep.train.state.checkpoint import NotFiniteError, Snapshot, commit
 from samestep.train.state.train_state import TrainState
 
+_WAITS_IN_SILENCE = 1.0  # seconds
+
 
 @dataclass(slots=True)
 class Clock:
@@ -76,6 +78,9 @@ class Saver:
     def wait(self, reporter: Reporter) -> bool:  # noqa: ARG002 (WritingSaver's form)
         """Nothing to wait for."""
         return True
+
+    def close(self, reporter: Reporter) -> None:
+        """Nothing to end."""
 
 
 class CopyBuffers:
@@ -173,6 +178,25 @@ class WritingSaver(Saver):
             return False
         self._report(*self._writing, reporter)
         return True
+
+    def close(self, reporter: Reporter) -> None:
+        """End the thread, however the run ended: nothing is written any more when somebody else gets the directory.
+
+        A failure is a warning, since the run may have ended with another one.
+
+        Raises:
+            KeyboardInterrupt: who interrupts here does not want to wait.
+        """
+        self._thread.shutdown(wait=False)  # once what was submitted is done
+        if self._writing is None:
+            return
+        step, stall, written = self._writing
+        if not wait_for_all([written], _WAITS_IN_SILENCE).done:
+            reporter.note(f"waiting until the checkpoint of step {step} is written (Ctrl-C: not any longer)")
+        try:
+            self._report(step, stall, written, reporter)
+        except Exception as error:  # noqa: BLE001 (whatever a write raises)
+            reporter.warning(f"the checkpoint of step {step} could not be written ({error})")
 
     def _report(self, step: int, stall: float, written: Future[Path], reporter: Reporter) -> None:
         self._writing = None

@@ -306,6 +306,25 @@ def test_a_replaced_start_publishes_nothing_and_removes_nothing(run_dir: RunDir)
     assert names(run_dir) == ["step-00000001"]
 
 
+def test_a_replaced_start_that_writes_the_same_step_is_not_in_the_newest_ones_way(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir.path.mkdir()
+    held = RunLock(run_dir)
+    earlier, write = held.generation, checkpoint._write
+
+    def meanwhile(*what: Any) -> None:
+        monkeypatch.setattr(checkpoint, "_write", write)
+        with pytest.raises(SupersededError):
+            commit(snapshot(1), run_dir, 0, keep=1, fence=earlier)
+        write(*what)
+
+    monkeypatch.setattr(checkpoint, "_write", meanwhile)
+    commit(snapshot(1), run_dir, 0, keep=1, fence=held.next_generation())
+    held.release()
+    assert names(run_dir) == ["step-00000001"]
+
+
 def test_a_folder_that_is_removed_while_it_is_looked_at_holds_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,9 @@ class Guards(Protocol):
     def forget(self) -> None:
         """The run went back to an earlier state."""
 
+    def close(self) -> None:
+        """The run is over, however it ended: the model may live on."""
+
 
 class NullGuards:
     """Looks at nothing."""
@@ -74,6 +77,9 @@ class NullGuards:
         """Nothing."""
 
     def forget(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
         """Nothing."""
 
 
@@ -143,8 +149,7 @@ class WatchingGuards:
             for check in (*self.checks, self.missing):
                 self._note(check.conclude())
         if not self._watching:
-            for check in self.checks:
-                check.close()
+            self.close()
         self._tell(_of_all_ranks(self._found, self.group))
         self._found = []
 
@@ -153,6 +158,11 @@ class WatchingGuards:
         self._sizes, self._found = [], []
         for check in self.checks:
             check.forget()
+
+    def close(self) -> None:
+        """Take all hooks away."""
+        for check in self.checks:
+            check.close()
 
     def _note(self, findings: Iterable[Finding]) -> None:
         self._found += findings
