@@ -16,7 +16,9 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+
+import psutil
 
 from samestep.launcher.contract import ENV_LAUNCHED
 
@@ -24,7 +26,9 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PTRACER = 0x59616D61  # of the Yama security module; without it the kernel says no, and nobody minds
 prctl: Callable[..., int] | None = None
-_followed: list[int] = []  # at most one
+_followed: list[int] = []
+_OF_RANK = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE", "RANK", "MASTER_PORT")
+_MOST_BETWEEN = 16
 if sys.platform == "linux":
     with contextlib.suppress(OSError, AttributeError):
         prctl = ctypes.CDLL(None).prctl  # looked up here: after fork, a child should do as little as it can
@@ -47,19 +51,36 @@ def end_with(parent: int) -> None:
 def end_with_agent(environ: Mapping[str, str]) -> None:
     """In a rank that torchrun or `accelerate launch` started: end it when that launcher ends, which kills none itself.
 
-    Not the parent-death signal: it comes when the parent's thread ends, and any thread of a program may start ranks.
+    Or when a process between the two ends, such as the shell of `--no-python`. Not by the parent-death signal: it comes
+    when the parent's thread ends, and any thread of a program may start ranks.
     """
     if not environ.get("TORCHELASTIC_RUN_ID") or environ.get(ENV_LAUNCHED) or _followed:
         return
-    with contextlib.suppress(OSError, AttributeError):  # no pidfd here: the rank lives on, as ever
-        parent = os.pidfd_open(os.getppid())
-        _followed.append(parent)
-        threading.Thread(target=_end_with, args=(parent,), name="agent", daemon=True).start()
+    for parent in _up_to_agent(environ):
+        with contextlib.suppress(OSError, AttributeError):  # no pidfd here: the rank lives on, as ever
+            _followed.append(os.pidfd_open(parent))
+    if _followed:
+        threading.Thread(target=_end_with, args=(tuple(_followed),), name="agent", daemon=True).start()
 
 
-def _end_with(pidfd: int) -> None:
+def _up_to_agent(environ: Mapping[str, str]) -> list[int]:
+    """Our parents, nearest first, up to the one that has not been given what the agent gives to this rank alone."""
+    above = [os.getppid()]
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        while parent is not None and len(above) < _MOST_BETWEEN:
+            theirs = parent.environ()
+            if any(theirs.get(name) != environ.get(name) for name in _OF_RANK):
+                break
+            parent = parent.parent()
+            above += [] if parent is None else [parent.pid]
+    return above
+
+
+def _end_with(pidfds: Iterable[int]) -> None:
     ended = select.poll()
-    ended.register(pidfd, select.POLLIN)
+    for pidfd in pidfds:
+        ended.register(pidfd, select.POLLIN)
     ended.poll()
     os.kill(os.getpid(), signal.SIGKILL)
 

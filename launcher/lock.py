@@ -19,8 +19,10 @@ import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from samestep.launcher.contract import ExitCode, RunDir, UsageError
+from samestep.launcher.contract import ENV_RUN_DIR, ExitCode, RunDir, UsageError
 
+# Other programs' arguments are their own
+OTHER_RUN_DIR = f"--run-dir after a recipe, the variable {ENV_RUN_DIR} for another program"
 _BYTES = 512  # always as many, so that one write replaces all of it
 _MOST_FIRST = 1 << 30
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -171,7 +173,7 @@ def _in_use(run_dir: RunDir, owner: Owner) -> UsageError:
     who = f"pid {owner.pid} on {owner.host}" if owner.pid else "another process"
     return UsageError(
         f"the run directory {run_dir.path} is expected to be free, but is in use by {who}",
-        "wait for it or stop it, or choose another directory with --run-dir after the recipe",
+        f"wait for it or stop it, or choose another directory: {OTHER_RUN_DIR}",
     )
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from samestep.launcher.contract import RunDir, UsageError
-from samestep.launcher.lock import RunLock
+from samestep.launcher.lock import OTHER_RUN_DIR, RunLock
 
 
 def check(path: Path, *, logs: bool = False) -> None:
@@ -66,5 +66,5 @@ def _unusable(path: Path, reason: str, *, logs: bool = False) -> UsageError:
     what = "folder for logs" if logs else "run directory"
     return UsageError(
         f"the {what} {path} is expected to be writable, but {reason}",
-        f"choose another one with {'--log-dir before' if logs else '--run-dir after'} the recipe",
+        f"choose another one: {'--log-dir before the recipe' if logs else OTHER_RUN_DIR}",
     )

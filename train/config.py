@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from samestep.launcher.command_line.options import Option
 from samestep.launcher.contract import UsageError
+from samestep.launcher.secret_names import without_secrets
 
 DEFAULT_CHECKPOINT_SECONDS = 60.0
 
@@ -144,6 +145,6 @@ class TrainConfig:
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """The options as JSON values."""
-    values = asdict(config)
+    """The options as JSON values, for files and pages: what a secret one is set to is left out."""
+    values = without_secrets(asdict(config))
     return {n: v if isinstance(v, bool | int | float | str | list | dict | None) else str(v) for n, v in values.items()}

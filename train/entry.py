@@ -26,6 +26,7 @@ from samestep.launcher.heartbeat import pulse
 from samestep.launcher.liveness import end_with_agent
 from samestep.train import (
     caller,
+    elastic_error,
     environment,
     leave,
     micro_batches,
@@ -133,9 +134,7 @@ def _called(
             return run(build, _Call(config, env, run_dir, generation, progress, ends))
     except UsageError as error:
         record = leave.error_record(error, env.rank, generation, progress.step, progress.exact_phase)
-        if run_dir.path.is_dir():
-            leave.write_record(record, run_dir)
-        if env.rank == 0 or not leave.said_by_rank_zero(record, run_dir):
+        if leave.is_to_tell(record, env, run_dir):
             print(_prefix(env.rank) + str(error), file=sys.stderr, flush=True)
         raise SystemExit(int(error.exit_code)) from None
     except SystemExit as leaving:
@@ -146,7 +145,7 @@ def _called(
     except Exception as seen:
         reason = _recorded(seen, env, progress, run_dir, generation)
         if leave.is_consequence(reason):
-            print(_prefix(env.rank) + "stopped: the connection to another rank broke", file=sys.stderr, flush=True)
+            print(_prefix(env.rank) + elastic_error.FOLLOWED, file=sys.stderr, flush=True)
             raise SystemExit(1) from reason
         if reason is not seen:
             raise reason from seen

@@ -28,8 +28,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data._utils import signal_handling
 
-from samestep.launcher.contract import ErrorRecord, ExitCode, RefusedStepError, RunDir, UsageError
+from samestep.launcher.contract import ErrorRecord, ExitCode, RefusedStepError, RunDir, UsageError, WorkerEnv
 from samestep.launcher.lock import SupersededError
+from samestep.train import elastic_error
 from samestep.train.cause import cause_of
 
 _BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
@@ -157,8 +158,22 @@ def early_exit(leaving: SystemExit, rank: int, generation: int, step: int, phase
     return replace(record, message=f"left with {code} before the run was done", exit_code=code or 1, hint=hint)
 
 
+def is_to_tell(record: ErrorRecord, env: WorkerEnv, run_dir: RunDir) -> bool:
+    """Write a mistake in usage down, and say whether this rank is the one that prints it.
+
+    Without a run directory, which no mistake makes, there is nowhere to ask what rank zero says; below one agent all
+    ranks have the same words and variables, and so the same mistake.
+    """
+    if not run_dir.path.is_dir():
+        elastic_error.write(record, os.environ)
+        return env.local_rank == 0 or not elastic_error.below_agent(os.environ)
+    write_record(record, run_dir)
+    return env.rank == 0 or not said_by_rank_zero(record, run_dir)
+
+
 def write_record(record: ErrorRecord, run_dir: RunDir) -> None:
-    """Leave the record where the launcher looks; a full disk must not hide the error itself."""
+    """Leave the record where launchers look; a full disk must not hide the error itself."""
+    elastic_error.write(record, os.environ)
     try:
         run_dir.errors.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = run_dir.error(record.rank).with_suffix(f".tmp-{os.getpid()}")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from samestep.launcher import manifest
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RunDir, UsageError
 from samestep.launcher.lock import RunLock
+from samestep.launcher.secret_names import without_secrets
 from samestep.train.config import TrainConfig, plain
 from samestep.train.loop import Run
 from samestep.train.observe.guards.check import listed
@@ -219,7 +220,7 @@ def count(run: Run, found: Found, generation: int) -> None:
 
 def changes(config: TrainConfig, stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """Sentences about settings that are not as at the last start and can change bits, though not order or shapes."""
-    before, after = stored.get("config", {}), plain(config)
+    before, after = without_secrets(stored.get("config", {})), plain(config)
     differing = [(f"--{name.replace('_', '-')}", before[name], after[name]) for name in after if name in before]
     differing = [(name, old, new) for name, old, new in differing if name[2:].replace("-", "_") not in _FREE]
     differing += [(name, old, record.get(name)) for name, old in stored.get("environment", {}).items()]

@@ -22,9 +22,12 @@ from samestep.launcher.cluster.pod import Manifest, Place
 from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.command_line.options import peek
 from samestep.launcher.contract import UsageError
+from samestep.launcher.secret_names import refuse_secrets
 
 _TRAINER = "trainer.kubeflow.org"
 _JOB_IN_SET = "node"  # the name that Kubeflow's Trainer looks for, of the job and of its container
+_READERS = "manifests are stored and shown"
+_INSTEAD = "let the recipe read an environment variable: --secret-env NAME=SECRET:KEY"
 
 
 def run_name(config: KubernetesConfig, recipe: Recipe) -> str:
@@ -43,9 +46,10 @@ def manifests(config: KubernetesConfig, recipe: Recipe) -> list[Manifest]:
     """Every object of the run but the Secret, in the order in which they are to be made.
 
     Raises:
-        UsageError: the name does not fit, or the recipe keeps its run where no volume is.
+        UsageError: the name does not fit, the recipe keeps its run where no volume is, or an option holds a secret.
     """
     name = run_name(config, recipe)
+    refuse_secrets(recipe.arguments, _READERS, _INSTEAD)
     _check_run_dir(recipe)
     found: list[Manifest] = []
     if not config.claim:

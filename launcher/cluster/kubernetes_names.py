@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 from samestep.launcher.contract import UsageError
+from samestep.launcher.secret_names import is_secret
 
 MAX_LABEL = 63  # RFC 1035, section 2.3.4
 _POD_SUFFIX = "-abcde"  # the five random characters that a pod's name ends with
@@ -22,7 +23,6 @@ _IMAGE = re.compile(
     r"(?:[\w.-]+(?::\d+)?/)*[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?::(?P<tag>\w[\w.-]{0,127}))?(?P<digest>@sha256:[0-9a-f]{64})?",
     re.ASCII,
 )
-_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY")
 
 
 def label_of(text: str) -> str:
@@ -109,7 +109,7 @@ def variables(setting: str, text: str) -> dict[str, str]:
             raise UsageError(f"{setting} is expected to be NAME=VALUE,NAME=VALUE, but has {part!r}")
         if name in found:
             raise UsageError(f"{setting} is expected to name each variable once, but has {name} twice")
-        if any(word in name.upper() for word in _SECRET_WORDS):
+        if is_secret(name):
             raise UsageError(
                 f"{setting} is expected to hold no secret, but has {name}: manifests are stored and shown",
                 f"put it into a Secret and name that: --secret-env {name}=SECRET:KEY",

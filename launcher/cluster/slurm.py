@@ -20,6 +20,7 @@ from typing import Annotated
 from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.command_line.options import Option, peek
 from samestep.launcher.contract import ExitCode, UsageError
+from samestep.launcher.secret_names import refuse_secrets
 
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.,+@:=-]*"
 _PATTERNS = {
@@ -29,7 +30,8 @@ _PATTERNS = {
     "time": r"[0-9]+|([0-9]+-)?[0-9]+(:[0-9]+){0,2}|infinite|UNLIMITED",
     "mem": r"[0-9]+[KMGT]?",
 }
-_SECRET = re.compile(r"--?[\w-]*(token|password|passwd|secret|api[-_]?key)[\w-]*", re.IGNORECASE)
+_READERS = "every user of the cluster can read that"
+_INSTEAD = "let the recipe read an environment variable: sbatch and srun hand the environment on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def script(config: SlurmConfig, recipe: Recipe, run_dir: Path, cwd: Path, python
     Raises:
         UsageError: a path or a word of the recipe can't be carried safely.
     """
-    _refuse_secrets(recipe)
+    refuse_secrets(recipe.arguments, _READERS, _INSTEAD)
     words = [python, "-m", "samestep.launcher", "run", "--nproc-per-node", config.nproc_per_node]
     words += ["--module"] if recipe.kind is Kind.MODULE else []
     words += ["--", recipe.target, *recipe.arguments]
@@ -188,13 +190,3 @@ def _path(path: Path) -> str:
             "choose another --run-dir, or submit from another folder",
         )
     return f'"{text}"' if " " in text else text
-
-
-def _refuse_secrets(recipe: Recipe) -> None:
-    for word in recipe.arguments:
-        if _SECRET.fullmatch(word.partition("=")[0]):
-            raise UsageError(
-                f"secrets are expected in the environment, where nobody else sees them, but {word.partition('=')[0]} "
-                "is an argument: every user of the cluster can read those",
-                "let the recipe read an environment variable: sbatch and srun hand the environment on",
-            )

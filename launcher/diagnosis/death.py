@@ -153,6 +153,10 @@ _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED",
             "device memory is full: more --shards, a smaller --global-batch-size, or --precision bf16",
         ),
+        (
+            r"EADDRINUSE|Address already in use",
+            "another process listens on that port: choose another, or leave --master-port out for a free one",
+        ),
         (r"Too many open files", "raise the limit: ulimit -n 65536, or fewer --num-workers"),
         (r"can't start new thread|Resource temporarily unavailable", "raise the limit of processes: ulimit -u"),
         (r"No space left on device", "the disk is full: df tells which, --run-dir may lie on another"),

@@ -3,8 +3,10 @@
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -117,10 +119,15 @@ def test_nothing_outlives_a_launcher_killed_at_any_moment(count, start, start_co
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("shell", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
-def test_ranks_do_not_outlive_a_launcher_of_others_and_leave_the_folder_free(launcher, start_command, tmp_path):
+def test_ranks_do_not_outlive_a_launcher_of_others_and_leave_the_folder_free(launcher, shell, start_command, tmp_path):
     run_dir = tmp_path / "run"
     command = [*start_command(launcher, 2, "seed_linear.py"), *FLAGS, "--run-dir", str(run_dir)]
+    if shell:  # two processes between a rank and its launcher
+        recipe = next(index for index, word in enumerate(command) if word.endswith("seed_linear.py"))
+        inner = f"({shlex.join([sys.executable, *command[recipe:]])}; true); true"
+        command[recipe:] = ["--no_python", "bash", "-c", inner]
     before = in_shared_memory()
     agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -84,6 +84,10 @@ def test_every_signal_that_ends_a_process_is_named():
         ("OSError: [Errno 28] No space left on device: '/data/x'", "the disk is full"),
         ("RuntimeError: unable to write to file </torch_1>: No space left on device (28)", "shared memory is full"),
         ("MemoryError", "memory is full"),
+        (
+            "DistNetworkError: port: 29781, code: -98, name: EADDRINUSE, message: address already in use",
+            "--master-port",
+        ),
         ("ValueError: boom", ""),
     ],
 )

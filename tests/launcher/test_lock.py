@@ -15,7 +15,7 @@ from samestep.launcher.contract import RunDir, UsageError
 from samestep.launcher.lock import Owner, RunLock, SupersededError, check
 from samestep.launcher.run_dir import own
 
-from .conftest import wait_until
+from .conftest import WORKERS, wait_until
 
 
 @pytest.fixture
@@ -161,6 +161,9 @@ def test_two_launchers_on_one_run_directory(samestep):
     second = samestep.act("*=say:mine")
     assert (second.code, second.stdout) == (2, "")
     assert f"runs/actor is expected to be free, but is in use by pid {process.pid} on" in second.stderr
+    assert "--run-dir after a recipe, the variable SAMESTEP_RUN_DIR for another program" in second.stderr
+    beside = samestep("run", WORKERS / "actor.py", "*=say:mine", env={"SAMESTEP_RUN_DIR": "runs/beside"})
+    assert (beside.code, beside.stdout) == (0, "mine\n")
     process.send_signal(signal.SIGKILL)
     process.wait()
     third = samestep.act("*=say:mine")

@@ -169,7 +169,9 @@ def find(run_dir: RunDir, resume: str) -> tuple[Path | None, list[tuple[Path, st
         folder = Path(resume)
         problem = manifest.verify(folder)
         if problem:
-            raise UsageError(f"--resume {resume} is expected to be a valid checkpoint folder, but {problem}")
+            raise UsageError(
+                f"--resume {resume} is expected to be a valid checkpoint folder, but {problem}", _instead_of(folder)
+            )
         return folder, []
     newest, damaged = manifest.newest_valid(run_dir.checkpoints)
     if newest is None and damaged:
@@ -180,6 +182,14 @@ def find(run_dir: RunDir, resume: str) -> tuple[Path | None, list[tuple[Path, st
             ExitCode.NO_CHECKPOINT,
         )
     return newest, damaged
+
+
+def _instead_of(folder: Path) -> str:
+    """What may be meant by a path that is no checkpoint: often it is the folder of the run."""
+    inside = manifest.committed(RunDir(folder).checkpoints) or manifest.committed(folder)
+    if inside:
+        return f"name one of its checkpoints: --resume {inside[0]}"
+    return "--resume takes auto (the newest valid checkpoint), never, or the path of a checkpoint's folder"
 
 
 def set_aside(folder: Path, reason: str = "corrupt") -> Path:

@@ -114,6 +114,21 @@ def test_resume_from_a_path_starts_another_run_there(go, tmp_path):
     assert [e["step"] for e in other.events("step")] == list(range(7, 15))
 
 
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("latest", "--resume takes auto (the newest valid checkpoint), never, or the path of a checkpoint's folder"),
+        ("../first/run", "--resume ../first/run/checkpoints/step-00000002"),
+    ],
+)
+def test_a_resume_that_names_no_checkpoint_is_told_what_does(go, path, hint):
+    go("--max-steps", "2", folder="first")
+    refused = go("--resume", path, folder="second", code=2)
+    assert f"error: --resume {path} is expected to be a valid checkpoint folder" in refused.stderr
+    assert refused.stderr.rstrip().endswith(hint)
+    assert len(refused.stderr.splitlines()) == 2
+
+
 def test_resume_from_an_older_checkpoint_sets_the_newer_ones_aside(go, tmp_path):
     whole = go(*EVERY)
     older = tmp_path / "here" / "run" / "checkpoints" / "step-00000012"
