@@ -263,28 +263,27 @@ def _chaos(argv: Sequence[str]) -> int:
 def _digest(argv: Sequence[str]) -> int:
     from samestep.launcher.digest import path_digest
 
-    flags = {"--state", "--json"}
-    paths = [word for word in argv if word not in flags]
-    if len(paths) != 1 or paths[0].startswith("-"):
-        raise UsageError(
-            f"digest is expected to be followed by one path, but got {len(paths)} words",
-            "samestep digest [--state] [--json] PATH",
-        )
-    found = path_digest(Path(paths[0]), whole_state="--state" in argv)
-    print(json.dumps({"path": paths[0], "digest": found}) if "--json" in argv else found)
+    path = _one_word(argv, "digest", "path", "samestep digest [--state] [--json] PATH", ("--state", "--json"))
+    found = path_digest(Path(path), whole_state="--state" in argv)
+    print(json.dumps({"path": path, "digest": found}) if "--json" in argv else found)
     return ExitCode.DONE
 
 
 def _stacks(argv: Sequence[str]) -> int:
     from samestep.launcher.diagnosis.live import stacks_of_run
 
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UsageError(
-            f"stacks is expected to be followed by one run directory, but got {len(argv)} words",
-            "samestep stacks RUN_DIR",
-        )
-    print(stacks_of_run(Path(argv[0])), end="")
+    print(stacks_of_run(Path(_one_word(argv, "stacks", "run directory", "samestep stacks RUN_DIR"))), end="")
     return ExitCode.DONE
+
+
+def _one_word(argv: Sequence[str], command: str, what: str, usage: str, flags: Sequence[str] = ()) -> str:
+    words = [word for word in argv if word not in flags]
+    for word in words:
+        if word.startswith("-"):
+            raise UsageError(f"unknown option {word}", usage)
+    if len(words) != 1:
+        raise UsageError(f"{command} is expected to be followed by one {what}, but got {len(words)} words", usage)
+    return words[0]
 
 
 def _watch(argv: Sequence[str]) -> int:

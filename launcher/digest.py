@@ -20,6 +20,7 @@ from samestep.launcher.manifest import CHUNK_BYTES, newest_valid, verify
 
 ALIASES = "samestep.aliases"  # metadata key: names of tied tensors that repeat another name's tensor
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.")
+_NAME_ONE = "name a run directory, a checkpoint folder or a .safetensors file"
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 
 
@@ -117,32 +118,33 @@ def path_digest(path: Path, *, whole_state: bool = False) -> str:
     With `whole_state` not of the weights alone, but see `state_digest`; a safetensors file then is not enough.
 
     Raises:
-        UsageError: `path` is none of these, or (exit code 78) what it holds is damaged.
+        UsageError: `path` is none of these or can't be read, or (exit code 78) what it holds is damaged.
     """
-    if path.is_dir() and (path / MANIFEST).exists():
-        problem = verify(path)
-        if problem:
-            raise UsageError(f"{path} is not a valid checkpoint: {problem}", exit_code=ExitCode.NO_CHECKPOINT)
-        return state_digest(path) if whole_state else file_digest(path / WEIGHTS)
-    if path.is_dir():
-        newest, damaged = newest_valid(RunDir(path).checkpoints)
-        if newest is None:
-            reason = "; ".join(f"{bad.name}: {why}" for bad, why in damaged) or "it has no checkpoint"
-            code = ExitCode.NO_CHECKPOINT if damaged else ExitCode.USAGE
-            raise UsageError(
-                f"{path} is expected to hold a valid checkpoint, but {reason}",
-                "name a run directory, a checkpoint folder or a .safetensors file",
-                code,
-            )
-        return state_digest(newest) if whole_state else file_digest(newest / WEIGHTS)
-    if whole_state:
-        raise UsageError(f"--state is expected to go with a run directory or checkpoint folder, but {path} is neither")
     try:
+        if path.is_dir():
+            folder = _sound(path) if (path / MANIFEST).exists() else _newest(path)
+            return state_digest(folder) if whole_state else file_digest(folder / WEIGHTS)
+        if whole_state:
+            problem = f"--state is expected to go with a run directory or checkpoint folder, but {path} is neither"
+            raise UsageError(problem)
         return file_digest(path)
     except OSError as error:
-        raise UsageError(
-            f"{path} can't be read: {error.strerror}",
-            "name a run directory, a checkpoint folder or a .safetensors file",
-        ) from None
+        raise UsageError(f"{error.filename or path} can't be read: {error.strerror}", _NAME_ONE) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(str(error), "name a run directory, a checkpoint folder or a .safetensors file") from None
+        raise UsageError(str(error), _NAME_ONE) from None
+
+
+def _sound(checkpoint: Path) -> Path:
+    problem = verify(checkpoint)
+    if problem:
+        raise UsageError(f"{checkpoint} is not a valid checkpoint: {problem}", exit_code=ExitCode.NO_CHECKPOINT)
+    return checkpoint
+
+
+def _newest(run: Path) -> Path:
+    newest, damaged = newest_valid(RunDir(run).checkpoints)
+    if newest is None:
+        reason = "; ".join(f"{bad.name}: {why}" for bad, why in damaged) or "it has no checkpoint"
+        code = ExitCode.NO_CHECKPOINT if damaged else ExitCode.USAGE
+        raise UsageError(f"{run} is expected to hold a valid checkpoint, but {reason}", _NAME_ONE, code)
+    return newest

@@ -43,6 +43,7 @@ class Trial:
     goodput: float
     left_behind: tuple[str, ...] = ()  # processes that outlived it
     growth: Mapping[str, int] = field(default_factory=dict)  # of its launcher, from the first sample to the last
+    too_late: int = 0  # faults that were planned for it and for whose moment it had ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,9 @@ def table(verdict: Verdict) -> list[str]:
     missed = sum(not strike.hit for trial in verdict.trials for strike in trial.strikes)
     if missed:
         lines.append(f"{missed} faults found nothing to hit, and are not counted")
+    too_late = sum(trial.too_late for trial in verdict.trials)
+    if too_late:
+        lines.append(f"{too_late} faults came too late, their run was over, and are not counted")
     lines += [f"NOT: {text}" for text in _wrong(verdict)]
     lines += _flatness(verdict)
     seconds = sum(trial.seconds for trial in verdict.trials)

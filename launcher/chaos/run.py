@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -112,8 +112,7 @@ def chaos(config: ChaosConfig, recipe: Recipe, environ: Mapping[str, str], say: 
     """Run everything, print the table, and return 0 only if all is well."""
     with ends_tidily(), tempfile.TemporaryDirectory(prefix="samestep-chaos-") as temporary:
         folder = (config.keep or Path(temporary)).absolute()
-        _refuse_old_runs(folder)
-        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+        _prepare(folder)
         liveness, _life = os.pipe()  # open until this process ends
         stage = _Stage(config, recipe, environ, folder, liveness)
         _tell("the undisturbed run ...")
@@ -131,14 +130,21 @@ def chaos(config: ChaosConfig, recipe: Recipe, environ: Mapping[str, str], say: 
         return ExitCode.DONE if verdict.good else ExitCode.FAILED
 
 
-def _refuse_old_runs(folder: Path) -> None:
-    """A run that is there already would be resumed: one that is done is struck by nothing."""
+def _prepare(folder: Path) -> None:
+    """Refuse what is no new folder: a run that is there would be resumed, and one that is done is struck by nothing."""
     old = next((path for path in (folder / "reference", *folder.glob("run-*")) if path.exists()), None)
     if old is not None:
         raise UsageError(
             f"--keep is expected to name a folder without earlier runs, but {old} is there",
             "name a new folder, or remove the old runs",
         )
+    try:
+        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--keep is expected to name a folder that can be made, but {folder}: {error.strerror}",
+            "name one where you may write",
+        ) from None
 
 
 def _reference(stage: _Stage) -> tuple[Course, Expected, float]:
@@ -204,6 +210,8 @@ def _trials(stage: _Stage, course: Course, expected: Expected, flags: tuple[str,
             patience=config.stuck_seconds,
         )
         trial = subject.play(number, of_one, expected)
+        if isinstance(of_one, list):
+            trial = replace(trial, too_late=len(of_one) - len(trial.strikes))
         _tell(f"run {number}: {len(trial.strikes)} faults, {trial.difference or 'the same bits'}")
         yield trial
 

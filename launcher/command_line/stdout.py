@@ -16,7 +16,8 @@ class RefusedError(Exception):
 def prepare() -> None:
     """Where stdin, stdout or stderr is closed, /dev/null takes its place: what is opened next would get its number.
 
-    Paths that are not UTF-8 are printed as they are.
+    Paths that are not UTF-8 are printed as they are. With PYTHONUNBUFFERED, stdout gets a buffer of a line: without
+    any, what could not be written would be forgotten, and `flushed` would not know.
     """
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -26,6 +27,8 @@ def prepare() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115 (a descriptor)
     if isinstance(sys.stdout, io.TextIOWrapper):
+        if not isinstance(sys.stdout.buffer, io.BufferedWriter):
+            sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115 (see above)
         sys.stdout.reconfigure(errors="surrogateescape")
 
 

@@ -34,17 +34,19 @@ def owner(run_dir: RunDir) -> Owner:
     """The living process on this host that holds the run directory.
 
     Raises:
-        UsageError: nobody does, or somebody on another host.
+        UsageError: nobody does, or somebody on another host, or it can't be read.
     """
-    if not run_dir.path.is_dir():
-        raise UsageError(
-            f"stacks is expected to be followed by a run directory, but there is no folder {run_dir.path}",
-            "the default is runs/<recipe> below the folder in which the run was started",
-        )
     try:
+        if not run_dir.path.is_dir():
+            raise UsageError(
+                f"stacks is expected to be followed by a run directory, but there is no folder {run_dir.path}",
+                "the default is runs/<recipe> below the folder in which the run was started",
+            )
         found = Owner.of(run_dir.lock.read_bytes())
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError):
         found = Owner()
+    except OSError as error:
+        raise UsageError(f"{error.filename} can't be read: {error.strerror}", "ask who started the run") from None
     if not found.may_live():
         raise UsageError(
             f"the run in {run_dir.path} is expected to go on, but nobody holds its lock",

@@ -120,7 +120,9 @@ def _throughput(histories: Sequence[History]) -> Chart:
 
 
 def _timeline(histories: Sequence[History]) -> Chart:
-    note = "Flat where no step was finished. ◆ restart, ✕ failure, ▲ warning, ● start, ★ end; small ticks: checkpoints."
+    note = (
+        "Flat where no step was finished. ● start, ◆ restart, ✕ failure, ▲ warning, ■ stop, ★ end; ticks: checkpoints."
+    )
     chart = Chart("timeline", "What happened when", "step", note)
     unit = time_unit(histories)
     for position, history in enumerate(histories):
@@ -154,6 +156,7 @@ SYMBOLS = {
     "run_started": ("start", "circle", ""),
     "restarted": ("restart", "diamond", "#e0a526"),
     "worker_failed": ("failure", "x", FAILURE),
+    "preempted": ("stop", "square", ""),
     "run_finished": ("end", "star", ""),
     "warning": ("warning", "triangle-up", "#e0a526"),
 }

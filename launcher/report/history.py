@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ class History:
     config: Mapping[str, Any] = field(default_factory=dict)
     steps: Thinner = field(default_factory=Thinner)
     losses: array[float] = field(default_factory=lambda: array("d"))  # of every step, exact: to compare bits
-    first_step: int = 0
+    loss_steps: array[int] = field(default_factory=lambda: array("q"))  # which steps these are
     series: dict[tuple[str, str], Thinner] = field(default_factory=dict)  # ("extra" | "eval" | kind of memory, name)
     moments: list[Moment] = field(default_factory=list)
     evaluated: dict[str, float | None] = field(default_factory=dict)  # the last value of each metric
@@ -100,16 +101,17 @@ class History:
 
     def _step(self, event: Mapping[str, Any], seconds: float) -> None:
         spreads, samples, rate = event["seconds"], int(event["samples"]), float(event["samples_per_s"])
-        step, loss = int(event["step"]), event["loss"]
+        step, loss, exact = int(event["step"]), _number(event["loss"]), float.fromhex(event["loss_hex"])
         means = [float(spreads[phase]["mean"]) for phase in PHASES]
         highest = [float(spreads[phase]["max"]) for phase in PHASES]
+        extra = {name: _number(value) for name, value in event.get("extra", {}).items()}
         at = self.last = Position(step, self.last.samples + samples, seconds)
         self.steps.add(at, (loss, rate or None, samples, samples / rate if rate else None, *means, *highest))
-        self.first_step = self.first_step or step
-        self.losses.append(float.fromhex(event["loss_hex"]))
+        self.losses.append(exact)
+        self.loss_steps.append(step)
         if loss is None and not event.get("weightless") and len(self.broken) < MOST_MOMENTS:
             self.broken.append(at)
-        for name, value in event.get("extra", {}).items():
+        for name, value in extra.items():
             self._add("extra", name, at, value)
         self._loaded += 1
         self.ranks.slowest.update((phase, int(spreads[phase]["slowest_rank"])) for phase in PHASES)
@@ -148,7 +150,8 @@ class History:
         self._note("resumed", at, f"after step {event['step']}, from {event['checkpoint']}")
 
     def _eval(self, event: Mapping[str, Any], seconds: float) -> None:
-        for name, value in event["metrics"].items():
+        metrics = {name: _number(value) for name, value in event["metrics"].items()}
+        for name, value in metrics.items():
             self.evaluated[str(name)] = value
             self._add("eval", name, self._place(seconds, int(event["step"])), value)
 
@@ -163,6 +166,12 @@ class History:
 
     def _warning(self, event: Mapping[str, Any], seconds: float) -> None:
         self._note("warning", self._place(seconds), str(event["text"]))
+
+    def _preempted(self, event: Mapping[str, Any], seconds: float) -> None:
+        saved, step = event["checkpoint"], int(event["step"])
+        kept = "saved" if saved == step else "not saved" if saved is None else f"the checkpoint of step {saved} is kept"
+        self.last = self._place(seconds)
+        self._note("preempted", self.last, f"by {event['signal']} after step {step}, {kept}")
 
     def _finished(self, event: Mapping[str, Any], seconds: float) -> None:
         self.finished = event
@@ -179,6 +188,7 @@ _HANDLERS: Mapping[str, Callable[[History, Mapping[str, Any], float], None]] = {
     "restarted": History._started,
     "resumed": History._resumed,
     "worker_failed": History._failed,
+    "preempted": History._preempted,
     "warning": History._warning,
     "run_finished": History._finished,
 }
@@ -193,6 +203,10 @@ def fold(name: str, config: Mapping[str, Any], lines: Iterable[bytes]) -> Histor
         except (ValueError, TypeError, KeyError, AttributeError):
             history.unreadable += 1
     return history
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _not_finite(_word: str) -> float:
@@ -221,16 +235,22 @@ def read(run_dir: RunDir) -> History:
 
 
 def steps_in_common(left: History, right: History) -> int:
-    """How many steps both have."""
-    ends = (history.first_step + len(history.losses) for history in (left, right))
-    return max(0, min(ends) - max(left.first_step, right.first_step))
+    """How many steps both tell of."""
+    return sum(1 for _ in _both(left, right))
 
 
 def first_difference(left: History, right: History) -> int | None:
-    """The first step whose loss has other bits, None where all steps that both have are equal."""
-    start = max(left.first_step, right.first_step)
-    a, b = left.losses[start - left.first_step :], right.losses[start - right.first_step :]
-    if a[: len(b)].tobytes() == b[: len(a)].tobytes():
-        return None
-    pairs = enumerate(zip(a, b, strict=False), start)
-    return next(step for step, (x, y) in pairs if x.hex() != y.hex())
+    """The first step whose loss has other bits, None where all steps that both tell of are equal."""
+    return next((step for step, x, y in _both(left, right) if x.hex() != y.hex()), None)
+
+
+def _both(left: History, right: History) -> Iterator[tuple[int, float, float]]:
+    """A step and its two losses; steps whose line one of them lacks or can't be read are passed over."""
+    others = zip(right.loss_steps, right.losses, strict=True)
+    end = (sys.maxsize, math.nan)
+    at, theirs = next(others, end)
+    for step, loss in zip(left.loss_steps, left.losses, strict=True):
+        while at < step:
+            at, theirs = next(others, end)
+        if at == step:
+            yield step, loss, theirs

@@ -22,19 +22,23 @@ def write(run_dirs: Sequence[RunDir], output: Path) -> None:
     """
     histories = told_apart([read(run_dir) for run_dir in run_dirs], run_dirs)
     script = plotly_script()
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    stays = output.exists() and not output.is_file()  # a device or a pipe is written to, never replaced
+    target = Path(os.path.realpath(output)) if output.is_file() else output  # and what a link leads to, not the link
+    temporary = output if stays else target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         opened = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(opened, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(render(histories, script))
-        temporary.replace(output)
+        if not stays:
+            temporary.replace(target)
     except OSError as error:
         raise UsageError(
             f"the report is expected to be written to {output}, but: {error.strerror}",
             "choose another file with --output",
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if not stays:
+            temporary.unlink(missing_ok=True)
 
 
 def told_apart(histories: Sequence[History], run_dirs: Sequence[RunDir]) -> list[History]:

@@ -31,7 +31,9 @@ def plan(argv: Sequence[str], say: Callable[[str], None]) -> int:
     own, words = interleaved(argv, PlanConfig, "samestep plan")
     config = load(PlanConfig, own, {}, program="samestep plan", operands="RUN_DIR")
     if len(words) > 1:
-        raise UsageError(f"plan is expected to be followed by one run directory, but got {' '.join(words)}")
+        raise UsageError(
+            f"plan is expected to be followed by one run directory, but got {len(words)} words", "samestep plan RUN_DIR"
+        )
     found = measured(RunDir(Path(words[0]))) if words else None
     work = workload(config, found)
     question = config.question(found.save if found else None, found.restart if found else None)
@@ -71,7 +73,8 @@ def workload(config: PlanConfig, found: Measured | None) -> Workload:
 
     weights = pick(config.weights_mb, 1e6, "weights")
     if not weights:
-        raise UsageError("--weights-mb is expected, for the run has no checkpoint that tells", "--weights-mb 400")
+        raise UsageError("--weights-mb is expected, for the run has no checkpoint that can be read", "--weights-mb 400")
+    gradients = weights if config.weights_mb is not None else pick(None, 1.0, "gradients", weights)
     work = Workload(
         batch=round(pick(config.batch, 1, "batch")),
         ranks=round(pick(config.measured_ranks, 1, "ranks", 1.0)),
@@ -79,7 +82,7 @@ def workload(config: PlanConfig, found: Measured | None) -> Workload:
         forward=pick(config.forward_ms, 1e-3, "forward"),
         backward=pick(config.backward_ms, 1e-3, "backward"),
         optimizer=pick(config.optimizer_ms, 1e-3, "optimizer"),
-        gradients=weights if config.gradients_mb is None else config.gradients_mb * 1e6,
+        gradients=gradients if config.gradients_mb is None else config.gradients_mb * 1e6,
         weights=weights,
         state=pick(config.state_mb, 1e6, "state"),
         activations=(config.activations_mb or 0.0) * 1e6,
@@ -99,7 +102,7 @@ def _as_json(row: Prediction) -> dict[str, Any]:
 def title(work: Workload, config: PlanConfig) -> str:
     """What was asked, in one line."""
     return (
-        f"{config.scaling} scaling, --reduction {config.reduction}, {work.gradients / 1e6:.4g} MB of gradients, "
+        f"{config.scaling} scaling, --reduction {config.reduction}, {_size(work.gradients)} of gradients, "
         f"{config.bandwidth:g} GB/s and {config.latency_us:g} us between machines of {config.ranks_per_node} ranks"
     )
 
@@ -108,7 +111,7 @@ def duration(seconds: float) -> str:
     """Two or three digits and a unit."""
     for size, name in _UNITS:
         if seconds >= size or name == "ms":
-            return f"{seconds / size:.3g} {name}" if seconds < 1e5 * 86_400 else "never"
+            return f"{_short(seconds / size, 3)} {name}" if seconds < 1e5 * 86_400 else "never"
     raise AssertionError
 
 
@@ -126,7 +129,7 @@ def _cells(row: Prediction) -> tuple[str, ...]:
         f"{row.batch}",
         duration(row.step),
         f"{row.exposed / row.step:.0%}",
-        f"{row.samples_per_s:.4g}",
+        _short(row.samples_per_s, 4),
         f"{row.efficiency:.0%}",
         _size(row.memory),
         duration(row.mttf),
@@ -138,4 +141,10 @@ def _cells(row: Prediction) -> tuple[str, ...]:
 
 def _size(count: float) -> str:
     scale, unit = next((size, name) for size, name in _SIZES if count >= size or name == "B")
-    return f"{count / scale:.3g} {unit}"
+    return f"{_short(count / scale, 3)} {unit}"
+
+
+def _short(value: float, digits: int) -> str:
+    """So many digits that count; large numbers in full, with thousands apart."""
+    text = f"{value:.{digits}g}"
+    return text if value < 1 or "e" not in text else f"{float(text):,.0f}"

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from samestep.launcher import manifest
@@ -20,7 +21,8 @@ _WARM_UP = 0.1  # share of the first steps, which allocate and choose kernels
 class Measured:
     """What a run says of itself; None where it does not. Times in seconds, of the slowest rank; sizes in bytes.
 
-    `optimizer` includes what the loop does between two steps.
+    `optimizer` includes what the loop does between two steps. `samples` are those of the whole run, also of one that
+    has not come to its end.
     """
 
     batch: int
@@ -29,6 +31,7 @@ class Measured:
     forward: float
     backward: float
     optimizer: float
+    gradients: float | None
     weights: float | None
     state: float | None
     samples: int
@@ -57,16 +60,18 @@ def measured(run_dir: RunDir) -> Measured:
     warm = alike[int(len(alike) * _WARM_UP) :]
     weights, state = _sizes(run_dir)
     slow, between = _slowest(warm)
+    batch = round(statistics.median(step["samples"] for step in warm))
     return Measured(
-        batch=round(statistics.median(step["samples"] for step in warm)),
+        batch=batch,
         ranks=ranks,
         data=_phase(warm, "data") * slow["data"],
         forward=_phase(warm, "forward") * slow["forward"],
         backward=_phase(warm, "backward") * slow["backward"],
         optimizer=_phase(warm, "optimizer") * slow["optimizer"] + between,
+        gradients=_gradients(events),
         weights=weights,
         state=state,
-        samples=sum(step["samples"] for step in steps),
+        samples=sum(step["samples"] for step in steps) + batch * _left(run_dir, steps[-1]),
         save=_median([float(e["seconds"]) for e in events if e.get("event") == "checkpoint" and "seconds" in e]),
         restart=_median(list(_restarts(events))),
     )
@@ -87,6 +92,22 @@ def _newest_size(run_dir: RunDir, events: Sequence[Step]) -> tuple[int, list[Ste
     if found is None:
         raise UsageError(f"{run_dir.path} is expected to tell its number of ranks, but does not", "let it train anew")
     return found, alike
+
+
+def _left(run_dir: RunDir, last: Step) -> int:
+    """Steps that the run has still to make; 0 where it does not tell."""
+    try:
+        total = json.loads(run_dir.config.read_bytes()).get("total_steps")
+        return max(0, int(total) - int(last["step"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return 0
+
+
+def _gradients(events: Sequence[Step]) -> float | None:
+    """Bytes of the gradients that are summed, as the newest start tells; frozen weights have none."""
+    told = [rank for event in events if isinstance(event.get("ranks"), list) for rank in event["ranks"]]
+    sizes = [rank["gradient_bytes"] for rank in told if isinstance(rank, dict) and "gradient_bytes" in rank]
+    return float(sizes[-1]) if sizes else None
 
 
 def _parsed(text: str) -> Iterator[Step]:
@@ -132,8 +153,13 @@ def _restarts(events: Sequence[Step]) -> Iterator[float]:
 
 def _sizes(run_dir: RunDir) -> tuple[float | None, float | None]:
     """Bytes of the newest checkpoint's weights and optimizer state."""
-    committed = manifest.committed(run_dir.checkpoints)
-    if not committed:
+    try:
+        newest = manifest.committed(run_dir.checkpoints)
+        sizes = [_size(newest[0] / name) for name in (WEIGHTS, OPTIMIZER)] if newest else [None, None]
+    except OSError:  # they are somebody else's
         return None, None
-    sizes = [committed[0] / name for name in (WEIGHTS, OPTIMIZER)]
-    return tuple(float(path.stat().st_size) if path.is_file() else None for path in sizes)  # type: ignore[return-value]
+    return sizes[0], sizes[1]
+
+
+def _size(path: Path) -> float | None:
+    return float(path.stat().st_size) if path.is_file() else None

@@ -28,14 +28,16 @@ class PlanConfig:
         Scaling, Option("weak: every rank keeps its samples, the batch grows; strong: the batch stays")
     ] = "weak"
     reduction: Annotated[Literal["exact", "fast"], Option("as of the recipe")] = "exact"
-    samples: Annotated[int | None, Option("to train on in all; default: as measured", "samples")] = None
+    samples: Annotated[int | None, Option("to train on in all; default: those of the whole run", "samples")] = None
     batch: Annotated[int | None, Option("samples of a measured step, over all ranks", "samples")] = None
     measured_ranks: Annotated[int | None, Option("ranks on which times were measured", "ranks")] = None
     data_ms: Annotated[float | None, Option("loading, a step", "ms")] = None
     forward_ms: Annotated[float | None, Option("forward pass, a step", "ms")] = None
     backward_ms: Annotated[float | None, Option("backward pass, a step", "ms")] = None
     optimizer_ms: Annotated[float | None, Option("optimizer, a step", "ms")] = None
-    gradients_mb: Annotated[float | None, Option("gradients that are summed; default: the weights", "MB")] = None
+    gradients_mb: Annotated[
+        float | None, Option("gradients that are summed; default: as measured, else the weights", "MB")
+    ] = None
     weights_mb: Annotated[float | None, Option("weights and buffers", "MB")] = None
     state_mb: Annotated[float | None, Option("optimizer state", "MB")] = None
     activations_mb: Annotated[float | None, Option("all other memory of a step; not measured", "MB")] = None

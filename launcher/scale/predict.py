@@ -102,7 +102,7 @@ def predict(work: Workload, question: Question, ranks: int) -> Prediction:
 
 def _step(work: Workload, question: Question, ranks: int) -> tuple[float, float, float, str, int]:
     measured = work.batch / work.ranks
-    batch = round(measured * ranks) if question.scaling == "weak" else work.batch
+    batch = max(1, round(measured * ranks)) if question.scaling == "weak" else work.batch
     share = math.ceil(batch / ranks) / measured  # the slowest rank's samples, in those of a measured rank
     backward = share * work.backward
     sent = exposed(ranks, work.gradients, question.bucket, backward, question.machines, exact=question.exact)

@@ -22,6 +22,7 @@ from samestep.launcher.view.standing import Standing, begins
 
 _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 5.0  # between two lines for a file or a pipe
+_MISSING = "holds no events.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +61,16 @@ class Watched:
         """Begin to follow.
 
         Raises:
-            UsageError: nothing there is a run.
+            UsageError: nothing there is a run, or one that can't be read.
         """
         self.standing = Standing()
         self.running = True
         self._run_dir = run_dir
         self._follower = Follower(run_dir.events)
-        if not self._is_owned() and not run_dir.events.exists():
+        problem = _unreadable(run_dir.events)
+        if problem and not (problem == _MISSING and self._is_owned()):
             raise UsageError(
-                f"{run_dir.path} is expected to be the directory of a run, but holds no events.jsonl",
+                f"{run_dir.path} is expected to be the directory of a run, but {problem}",
                 "runs/<recipe> is where a run is kept unless --run-dir was given",
             )
 
@@ -97,6 +99,16 @@ class Watched:
             return Owner.of(self._run_dir.lock.read_bytes()).may_live()
         except OSError:
             return False
+
+
+def _unreadable(events: Path) -> str:
+    try:
+        with events.open("rb"):
+            return ""
+    except (FileNotFoundError, NotADirectoryError):
+        return _MISSING
+    except OSError as error:
+        return f"{events.name}: {error.strerror}"
 
 
 def _until_its_end(watched: Watched, stream: TextIO) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from rich.text import Text
 from samestep.launcher.view.standing import Standing
 
 _SHORT = {"data": "data", "forward": "fwd", "backward": "bwd", "sync": "sync", "optimizer": "opt"}
+_ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # ECMA-48: a control sequence, such as a colour
 _LEAST_BAR, _LONGEST_BAR = 8, 40
 
 
@@ -128,11 +130,16 @@ def _ending(standing: Standing, *, running: bool) -> Text | None:
     if standing.status == "finished":
         return Text("done, ").append(f"digest {standing.digest}", "green")
     if standing.status == "failed":
-        return Text(standing.failure.replace("\n", " ") + ("; starting again" if running else ""), "red")
+        return Text(_printable(standing.failure) + ("; starting again" if running else ""), "red")
     if not running:
         again = f"; started again it goes on from step {standing.saved}" if standing.saved else ""
         return Text(f"not running{again}", "yellow")
     return None
+
+
+def _printable(text: str) -> str:
+    """Without what would move the cursor, colour or clear the screen."""
+    return "".join(sign if sign.isprintable() else " " for sign in _ESCAPE.sub("", text))
 
 
 def clock(seconds: float) -> str:

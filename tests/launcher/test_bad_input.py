@@ -182,6 +182,8 @@ def test_chaos_of_a_program_that_does_not_train_is_a_usage_error(samestep):
         (["recipe.py"], "samestep run recipe.py"),
         (["digest"], "digest is expected to be followed by one path"),
         (["digest", "nosuch"], "nosuch can't be read"),
+        (["digest", "--stat", "nosuch"], "unknown option --stat"),
+        (["digest", "x" * 300], "can't be read: File name too long"),
     ],
 )
 def test_unknown_words_are_explained(words, expected, samestep):

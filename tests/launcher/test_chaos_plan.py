@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice, pairwise
 
 import pytest
@@ -220,6 +221,12 @@ def test_a_verdict_without_one_hit_is_not_good():
         assert table(nothing)[-1].endswith("NOT all is well")
 
 
+def test_faults_whose_run_was_over_before_their_moment_are_told():
+    late = replace(GOOD, number=2, too_late=3)
+    assert "3 faults came too late, their run was over, and are not counted" in table(verdict(GOOD, late))
+    assert not any("too late" in line for line in table(verdict(GOOD)))
+
+
 @pytest.mark.parametrize(
     "options", [{"minutes": -1.0}, {"minutes": float("nan")}, {"minutes": float("inf")}, {"every": float("nan")}]
 )
@@ -235,6 +242,14 @@ def test_a_folder_with_earlier_runs_is_refused(earlier, samestep):
     ended = samestep("chaos", "--keep", "kept", "recipe.py")
     assert (ended.code, ended.stdout) == (2, "")
     assert f"kept/{earlier} is there" in ended.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_a_usage_error(samestep):
+    (samestep.cwd / "recipe.py").write_text("from samestep.train import train\n")
+    ended = samestep("chaos", "--keep", "recipe.py/kept", "recipe.py")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert "--keep is expected to name a folder that can be made" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_every_aim_is_struck_by_some_kind():

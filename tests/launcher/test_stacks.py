@@ -186,7 +186,8 @@ def test_stacks_of_what_does_not_run_is_a_sentence(samestep):
         ("runs/actor", "nobody holds its lock"),
         ("runs/nothing", "there is no folder runs/nothing"),
         ("elsewhere", "pid 7 on far-away holds its lock"),
-        ("--all", "stacks is expected to be followed by one run directory"),
+        ("--all", "unknown option --all"),
+        ("x" * 300, "can't be read: File name too long"),
     ]:
         refused = samestep("stacks", path)
         assert refused.code == 2

@@ -40,12 +40,13 @@ def test_a_closed_descriptor_is_no_bug_and_ranks_run(closed, samestep):
     assert shell(samestep, f"{SAMESTEP} --help {closed}").returncode == 0
 
 
+@pytest.mark.parametrize("unbuffered", ["", "PYTHONUNBUFFERED=1 "])
 @pytest.mark.parametrize(
     "words", ["--help", "--version", "run --help", "run --print-config", "run --dry-run r.py", "run --json r.py"]
 )
-def test_a_full_stdout_is_one_sentence_and_exit_code_1(words, samestep):
+def test_a_full_stdout_is_one_sentence_and_exit_code_1(words, unbuffered, samestep):
     (samestep.cwd / "r.py").write_text("")
-    ended = shell(samestep, f"{SAMESTEP} {words} > /dev/full")
+    ended = shell(samestep, f"{unbuffered}{SAMESTEP} {words} > /dev/full")
     assert ended.returncode == 1
     assert ended.stderr == "error: stdout is expected to take what is written, but: No space left on device\n"
 

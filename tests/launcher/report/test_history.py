@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from samestep.launcher.contract import RunDir, UsageError
-from samestep.launcher.report.history import STEP_COLUMNS, first_difference, fold, read
+from samestep.launcher.report.history import STEP_COLUMNS, first_difference, fold, read, steps_in_common
 
 
 def folded(events, name="run"):
@@ -62,6 +62,7 @@ def test_a_run_that_goes_on_with_other_ranks_does_not_mix_their_times(made):
         b'{"event": "step", "time": 1}',
         b'{"event": "step", "time": "soon", "step": "x"}',
         b'{"event": "eval", "time": 1, "step": 1, "metrics": 3}',
+        b'{"event": "eval", "time": 1, "step": 1, "metrics": {"accuracy": "high"}}',
         b'{"event": "run_started", "time": 1, "world_size": null, "shards": 1}',
         b'{"event": "step", "tim',
         b"\xff\xfe\x00",
@@ -96,6 +97,23 @@ def test_first_difference_is_found_in_bits(made):
     assert first_difference(right, later) == 4
 
 
+def test_steps_whose_line_is_lost_are_compared_with_no_others(made):
+    steps = [made.step(step) for step in range(1, 8)]
+    whole, holed = folded(steps), folded([*steps[:2], {"event": "step"}, *steps[3:]])
+    assert (first_difference(whole, holed), first_difference(holed, whole)) == (None, None)
+    assert (steps_in_common(whole, holed), steps_in_common(holed, holed)) == (6, 6)
+    other = folded([*steps[:5], made.step(6, loss=0.125), *steps[6:]])
+    assert first_difference(holed, other) == 6
+
+
+def test_a_stop_that_was_asked_for_is_told_with_what_was_saved(made):
+    stop = {"event": "preempted", "time": 2000.0, "step": 20, "signal": "SIGTERM", "checkpoint": 20}
+    for checkpoint, words in ((20, "saved"), (10, "the checkpoint of step 10 is kept"), (None, "not saved")):
+        history = folded([*made.events(20, finish=False), stop | {"checkpoint": checkpoint}])
+        assert history.moments[-1].kind == "preempted"
+        assert history.moments[-1].text == f"by SIGTERM after step 20, {words}"
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_run(made):
     def peak(steps):
@@ -104,7 +122,7 @@ def test_memory_does_not_grow_with_the_run(made):
         history = fold("run", {}, lines)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return peak - 8 * len(history.losses), history
+        return peak - 16 * len(history.losses), history
 
     few, _ = peak(2500)
     many, history = peak(10_000)

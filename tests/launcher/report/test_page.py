@@ -9,6 +9,7 @@ import re
 import signal
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -113,6 +114,22 @@ def test_a_page_is_whole_or_not_there(made, tmp_path, monkeypatch):
         command.command([str(run)])
     assert (run / "report.html").read_text() == "old"
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "events.jsonl", "report.html"]
+
+
+def test_what_is_no_file_of_its_own_is_written_to_and_not_replaced(made, tmp_path):
+    run = made.run(tmp_path / "run", made.events(20))
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link.html", tmp_path / "target.html"
+    os.mkfifo(pipe)
+    target.write_text("old")
+    link.symlink_to(target)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        command.command([str(run), "--output", str(pipe)])
+        assert read.result(timeout=30).endswith("</html>")
+    command.command([str(run), "--output", str(link)])
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert link.is_symlink()
+    assert target.read_text().endswith("</html>")
 
 
 RECIPE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -49,6 +50,34 @@ def test_a_run_is_read_without_its_first_steps(run_dir):
     assert (found.data, found.forward, found.backward, found.optimizer) == (0.001, 0.02, 0.04, 0.005)
     assert (found.save, found.restart) == (0.25, 2.5)
     assert (found.weights, found.state) == (4000.0, 8000.0)
+
+
+def test_a_run_that_has_not_come_to_its_end_is_planned_whole(run_dir):
+    lines = (run_dir / "events.jsonl").read_text().splitlines()[:-1]
+    (run_dir / "config.json").write_text(json.dumps({"total_steps": 50}))
+    last = {"event": "step", "step": 21, "time": 14.0, "samples": 32, "seconds": phases(forward=0.02)}
+    (run_dir / "events.jsonl").write_text("\n".join([*lines, json.dumps(last), ""]))
+    assert measured(RunDir(run_dir)).samples == 32 * 50
+
+
+def test_gradients_are_those_that_the_run_sums_not_its_frozen_weights(run_dir):
+    events = run_dir / "events.jsonl"
+    ranks = [{"rank": 0, "gradient_bytes": 120}, {"rank": 1, "gradient_bytes": 120}]
+    events.write_text(json.dumps({"event": "run_started", "world_size": 2, "ranks": ranks}) + "\n" + events.read_text())
+
+    def planned(*words):
+        said: list[str] = []
+        plan([str(run_dir), "--json", *words], said.append)
+        return json.loads(said[0])["workload"]["gradients"]
+
+    assert [planned(), planned("--weights-mb", "3"), planned("--gradients-mb", "2")] == [120, 3e6, 2e6]
+
+
+def test_checkpoints_that_cannot_be_read_are_asked_for(run_dir):
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").symlink_to("checkpoints")
+    with pytest.raises(UsageError, match="no checkpoint that can be read"):
+        plan([str(run_dir)], lambda line: None)
 
 
 def test_starts_that_do_not_tell_their_ranks_are_left_out(run_dir):
@@ -168,6 +197,12 @@ def test_mistakes_are_named(words, expected):
     assert expected in str(refused.value)
 
 
+def test_a_batch_smaller_than_the_measured_ranks_is_one_sample_at_least():
+    said: list[str] = []
+    plan([*GIVEN, "--batch", "1", "--ranks", "1,8", "--json"], said.append)
+    assert [row["batch"] for row in json.loads(said[0])["rows"]] == [1, 1]
+
+
 def test_a_run_without_steps_is_refused(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"event": "run_started", "world_size": 1}\n')
     with pytest.raises(UsageError, match="expected to have steps"):
@@ -175,7 +210,8 @@ def test_a_run_without_steps_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.0001, "0.1 ms"), (0.25, "250 ms"), (90, "1.5 min"), (7200, "2 h"), (1e9, "1.16e+04 d")]
+    ("seconds", "text"),
+    [(0.0001, "0.1 ms"), (0.25, "250 ms"), (90, "1.5 min"), (7200, "2 h"), (0.9999, "1,000 ms"), (1e9, "11,600 d")],
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text

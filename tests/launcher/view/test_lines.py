@@ -86,6 +86,14 @@ def test_one_line_holds_everything_and_no_control_character(made):
         assert part in line
 
 
+def test_an_error_that_colours_or_clears_the_screen_is_shown_as_words(made):
+    cause = "ValueError: \x1b[1;31mred\x1b[0m\rover\x1b[2J\u202e\x07 é"
+    failed = {"event": "worker_failed", "time": 1.0, "rank": 1, "step": 3, "phase": "forward", "cause": cause}
+    standing = stood([*made.events(3, finish=False), failed])
+    assert shown(standing, 80)[-1] == "rank 1 failed in step 4: ValueError: red over   é; starting again"
+    assert one_line(standing).isprintable()
+
+
 def test_one_rank_has_no_slowest(made):
     assert "slowest" not in one_line(stood(made.events(20, ranks=1, finish=False)))
 

@@ -166,10 +166,13 @@ def test_colours_are_left_out_if_asked(samestep, owned):
 
 def test_mistakes_are_sentences(samestep):
     (samestep.cwd / "empty").mkdir()
+    (samestep.cwd / "unreadable" / "events.jsonl").mkdir(parents=True)
     for words, said in [
         ((), "expected to be followed by one run directory"),
         (("a", "b"), "but got 2 words"),
         (("empty",), "empty is expected to be the directory of a run, but holds no events.jsonl"),
+        (("unreadable",), "unreadable is expected to be the directory of a run, but events.jsonl: Is a directory"),
+        (("x" * 300,), "File name too long"),
         (("empty", "--onec"), "did you mean --once?"),
     ]:
         ended = samestep("watch", *words)
