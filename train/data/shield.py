@@ -7,9 +7,11 @@ ends are killed, and the kernel ends them with a rank that was killed (torch's w
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -25,8 +27,8 @@ from samestep.launcher.liveness import end_with
 SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # each holds two descriptors
 _streams: weakref.WeakSet[Any] = weakref.WeakSet()  # torch's iterators
+_starting: set[int] = set()  # threads that start workers
 _at_exit: list[Finalize] = []
-os.register_at_fork(after_in_child=_streams.clear)  # their threads and workers are the parent's
 
 
 def shield(worker: int) -> None:  # noqa: ARG001 (worker_init_fn's form)
@@ -37,6 +39,19 @@ def shield(worker: int) -> None:  # noqa: ARG001 (worker_init_fn's form)
     if rank is not None and rank.pid is not None:
         end_with(rank.pid)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
+
+
+def _in_child() -> None:
+    """Threads and workers of the streams are the parent's; a worker leaves its garbage alone too.
+
+    A CUDA event or tensor among it can't be destroyed in a fork, which aborts in trying.
+    """
+    _streams.clear()
+    if threading.get_ident() in _starting:
+        gc.freeze()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _nothing(signum: int, frame: FrameType | None) -> None:
@@ -50,11 +65,13 @@ class ShieldedLoader(DataLoader[Any]):
         """Workers begin with the signals blocked, so that none comes before `shield`."""
         before = set(multiprocessing.active_children())
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED if self.num_workers else ())
+        _starting.add(threading.get_ident())
         try:
             stream = super().__iter__()
             _streams.add(stream)
             return stream
         finally:
+            _starting.discard(threading.get_ident())
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             _remember(set(multiprocessing.active_children()) - before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -10,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.data import Dataset
+
+from samestep.train.data.shield import ShieldedLoader, shield
 
 LOADS = """
 import sys, time, torch
@@ -48,3 +52,37 @@ def test_workers_end_at_once_with_a_rank_that_is_killed(tmp_path: Path) -> None:
     os.close(held)
     rank.stdout.close()
     assert ended
+
+
+class OfTheParent:
+    """Part of a cycle; a CUDA event in its place would abort where a fork destroys it."""
+
+    def __init__(self, ended_by: Path) -> None:
+        self.itself = self
+        self.ended_by = ended_by
+
+    def __del__(self) -> None:
+        with self.ended_by.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+class Collects(Dataset[int]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
+
+
+def test_what_the_rank_has_not_collected_yet_is_left_to_it_by_its_workers(tmp_path: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        OfTheParent(tmp_path / "ended-by")
+        assert len(list(ShieldedLoader(Collects(), num_workers=2, worker_init_fn=shield))) == 4
+        assert not (tmp_path / "ended-by").exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "ended-by").read_text() == f"{os.getpid()}\n"
