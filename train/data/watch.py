@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from samestep.train.data.workers import GAIN, Choice, Room, Timing, choose, seconds_a_list
 
-_WARM_UP, _FEW, _ENOUGH, _SECONDS = 1, 3, 16, 0.25  # lists not counted, at least and at most measured; or for how long
+_WARM_UP, _FEW, _ENOUGH, _SECONDS = 1, 3, 16, 0.15  # lists not counted, at least and at most measured; or for how long
 _WINDOW = 64  # lists between two later looks
 _STARVED = 0.1  # share of the time that a rank may wait for batches
 _DECISIONS = 4
