@@ -21,6 +21,7 @@ from samestep.train.data.workers import GAIN, Choice, Room, Timing, choose, seco
 _WARM_UP, _FEW, _ENOUGH, _SECONDS = 1, 3, 16, 0.15  # lists not counted, at least and at most measured; or for how long
 _WINDOW = 64  # lists between two later looks
 _STARVED = 0.1  # share of the time that a rank may wait for batches
+_WORSE = 2.0  # times that fetching has to take what it took when workers brought nothing, for them to be tried again
 _DECISIONS = 4
 _START_SECONDS, _MOST_AHEAD = 0.3, 32  # workers get that long, in lists at most, to have their first batches ready
 _COPIED = 256 << 20  # bytes that a worker may add to its own memory without a word
@@ -49,6 +50,8 @@ class Watch:
     _alone: float = 0.0  # seconds a list took before workers came
     _hoped: float = 0.0  # and was expected to take with them
     _slower: float = 1.0  # times that workers took what was expected of them
+    _fetch: float = 0.0  # seconds of a list for which workers came
+    _in_vain: float = 0.0  # and for which they were sent away
     _cpu: float = 1.0
     _bytes: int = 0
     _warm_up: int = _WARM_UP
@@ -94,12 +97,13 @@ class Watch:
             self._cpu = min(1.0, self._computing / all_fetches)
             self._alone = self._seconds_a_list()
         self._forget()
-        if self._decided and waiting <= _STARVED:
+        known = not self._workers and fetch < _WORSE * self._in_vain
+        if self._decided and (waiting <= _STARVED or known):
             return None
         alone = (fetch + step) * self._workers if self._workers else fetch  # starved workers work all the time
         timing, room = Timing(alone, max(longest, alone), self._cpu, step, self._bytes), self.room()
         choice = choose(timing, room, self._slower)
-        self._hoped = seconds_a_list(timing, room, choice.workers)
+        self._hoped, self._fetch = seconds_a_list(timing, room, choice.workers), fetch
         if self._decided and choice.workers <= self._workers:
             return None
         again = f" (measured again: {100 * waiting:.0f}% of the time was spent waiting for data)"
@@ -115,7 +119,7 @@ class Watch:
         if took <= self._alone * GAIN:
             return None
         back = Choice(0, reason=f"with {self._workers} a batch takes {_ms(took)}, without {_ms(self._alone)}")
-        self._slower, self._workers = max(1.0, took / self._hoped), 0
+        self._slower, self._workers, self._in_vain = max(1.0, took / self._hoped), 0, self._fetch
         self.say(back, f"0 loader workers a rank: {back.reason}")
         return back
 

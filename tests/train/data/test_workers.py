@@ -105,6 +105,13 @@ def test_workers_that_were_sent_away_come_back_only_for_what_is_worth_it() -> No
     assert again.workers > 1
 
 
+def test_a_crowded_machine_does_not_bring_back_workers_that_were_sent_away() -> None:
+    watch = on_trial([], 0.0040, 0.0100)
+    assert watched(watch, 0.0003, 0.0142, 40) is not None
+    assert watched(watch, 0.0079, 0.0100, 200) is None
+    assert watched(watch, 0.0081, 0.0100, 200) is not None
+
+
 def test_workers_that_deliver_all_at_once_are_judged_by_the_average() -> None:
     watch = on_trial([], 0.160, 0.040)
     for number in range(200):  # four of them, one slow list after three that were ready
