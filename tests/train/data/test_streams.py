@@ -56,6 +56,17 @@ def test_a_held_stream_that_nobody_used_is_where_it_was(number: int) -> None:
     assert draw() == expected
 
 
+@pytest.mark.parametrize("value", [0, 1, 2**64 - 1])
+def test_pythons_stream_is_seeded_as_by_its_own_function(value: int) -> None:
+    drawn = []
+    for seed in (random.seed, STREAMS[0].seed):
+        random.seed(9)
+        random.gauss(0, 1)  # leaves its second number, which nobody is to draw
+        seed(value)
+        drawn.append([random.gauss(0, 1), random.random()])
+    assert drawn[0] == drawn[1]
+
+
 def test_a_second_normal_number_that_numpy_keeps_is_not_drawn_unseen() -> None:
     np.random.seed(5)
     np.random.normal()  # leaves its second number for the next call, which then touches no generator
