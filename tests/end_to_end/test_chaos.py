@@ -45,7 +45,7 @@ def hits(verdict):
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("faults", [8, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("faults", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_faults_are_survived_in_the_same_bits(faults, tmp_path):
     verdict = struck(tmp_path, "--faults", faults, "--per-run", 6, "--seed", 2, "--kinds", QUICK)
     assert verdict["good"]

@@ -121,7 +121,7 @@ KINDS = {
     "loader left": ("DataLoader worker (pid", "exited unexpectedly", "a data loading process died"),
 }
 BY_DATA = {"sample", "loader killed", "loader left"}
-FAST = ("segmentation fault", "loader killed")
+FAST = ("segmentation fault",)
 
 
 def block_of(start, monkeypatch, tmp_path, kind, culprit=1, step=2, world_size=2):

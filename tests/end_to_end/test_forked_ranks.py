@@ -49,13 +49,14 @@ def told(words, folder):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("facts", "error", "early") else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+    [name if name == "facts" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
 )
 def test_a_script_notices_nothing(name, tmp_path):
     (tmp_path / f"{name}.py").write_text(f"{LOOKS_LIKE_OURS}{SCRIPTS[name]}\n")
     assert told([f"{name}.py", "a", "--b"], tmp_path) == told(["--no-warm", f"{name}.py", "a", "--b"], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_module_notices_nothing(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__main__.py").write_text(f"{LOOKS_LIKE_OURS}{SHOW}\n")

@@ -57,7 +57,8 @@ def test_a_rank_that_never_joins_is_named_and_all_start_again(late, recipe, star
     assert [event["rank"] for event in outcome.of("worker_failed")] == []  # there was no events.jsonl yet
 
 
-@pytest.mark.parametrize("leaves", ["1", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("leaves", ["1", "0"])
 def test_a_rank_that_leaves_with_0_before_it_joins_is_named_before_the_join_timeout(leaves, recipe, start, monkeypatch):
     monkeypatch.setenv("LEAVES", leaves)
     monkeypatch.setenv("PET_JOIN_TIMEOUT", "600")

@@ -21,7 +21,7 @@ RECIPES = {
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "recipe",
-    ["digits_cnn.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("seed_linear.py", "char_lm.py"))],
+    ["seed_linear.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("digits_cnn.py", "char_lm.py"))],
 )
 def test_four_launchers_end_in_the_same_weights(start, recipe):
     outcomes = {}
@@ -36,6 +36,7 @@ def test_four_launchers_end_in_the_same_weights(start, recipe):
     assert len({tuple(outcome.losses) for outcome in outcomes.values()}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_accelerate_that_starts_fewer_processes_than_asked_is_named(tmp_path):
     argv: list[str | Path] = [

@@ -16,7 +16,8 @@ def fitting(start):
     return lambda parts: start("python", 1, RECIPE, *FLAGS, "--micro-batches", str(parts), run_dir="fits").digest
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_parts_get_smaller_until_they_fit_and_no_restart_is_counted(start, fitting, monkeypatch, ranks):
     monkeypatch.setenv("PET_MAX_RESTARTS", "1")
     outcome = start("samestep", ranks, RECIPE, *FLAGS, "--room", "1")

@@ -71,6 +71,7 @@ def test_a_breakpoint_of_a_rank_reads_what_is_piped_in_and_the_run_goes_on_to_it
     assert "Pdb" not in log
 
 
+@pytest.mark.slow
 def test_an_exception_is_looked_at_before_it_ends_the_run(tmp_path):
     typed = "p secret + 1000\nimport pathlib\np sorted(map(str, pathlib.Path('run/errors').glob('rank-*.json')))\nq\n"
     done = piped(tmp_path, typed, "--pdb", "0", RAISE="0")
@@ -158,6 +159,7 @@ def test_pdb_works_on_a_terminal(tmp_path):
         assert "\x1b[2K" not in terminal.seen  # nothing is redrawn over what somebody types
 
 
+@pytest.mark.slow
 def test_a_terminal_is_as_before_when_a_rank_dies_while_another_one_is_at_the_prompt(tmp_path):
     with contextlib.closing(Terminal(tmp_path, "--pdb", "0", BREAK="0")) as terminal:
         terminal.until("(Pdb) ")

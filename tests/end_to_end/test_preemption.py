@@ -168,7 +168,7 @@ def assert_no_step_lost(outcome, reference):
         pytest.param("samestep", 2, signal.SIGINT, 75, marks=slow),
         pytest.param("python", 1, signal.SIGTERM, 75, marks=slow),
         ("python", 1, signal.SIGINT, 75),
-        ("torchrun", 2, signal.SIGTERM, 1),
+        pytest.param("torchrun", 2, signal.SIGTERM, 1, marks=slow),
         pytest.param("accelerate", 2, signal.SIGTERM, 1, marks=slow),
     ],
 )
@@ -209,6 +209,7 @@ def test_asked_at_its_last_step_it_is_done(job, reference):
     assert_no_step_lost(job.again(), reference)
 
 
+@pytest.mark.slow
 def test_asked_to_stop_while_the_weights_are_exported_a_run_comes_to_its_end(job, reference):
     job.end(job.begin("python", 1, mode="closing", pace=0), 0)
     assert (job.cwd / "run" / "weights.safetensors").exists()

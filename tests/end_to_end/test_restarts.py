@@ -82,7 +82,7 @@ def test_every_way_to_start_ranks_gives_the_same_bits(struck, monkeypatch):
         ("kill", 6, 0),
         pytest.param("kill", 12, 1, marks=pytest.mark.slow),
         pytest.param("kill", "save", 0, marks=pytest.mark.slow),
-        ("raise", 6, 1),
+        pytest.param("raise", 6, 1, marks=pytest.mark.slow),
     ],
 )
 def test_struck_once_it_ends_in_the_bits_of_the_undisturbed_run(struck, fault, step, rank):
@@ -126,6 +126,7 @@ train(build)
 """
 
 
+@pytest.mark.slow
 def test_an_exception_that_passes_no_line_of_the_users_is_given_up_when_it_comes_again(start, tmp_path):
     (tmp_path / "unequal.py").write_text(UNEQUAL)
     words = ("--num-workers", "0", "--global-batch-size", "4", "--check", "never")

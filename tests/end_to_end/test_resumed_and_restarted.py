@@ -41,7 +41,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("launcher", "begins"),
     [
-        ("samestep", "older"),
+        pytest.param("samestep", "older", marks=pytest.mark.slow),
         pytest.param("samestep", "never", marks=pytest.mark.slow),
         pytest.param("torchrun", "elsewhere", marks=pytest.mark.slow),
     ],

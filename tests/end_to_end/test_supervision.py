@@ -154,7 +154,9 @@ def test_ranks_outlive_their_fork_server_and_the_next_start_gets_another_one(run
     assert "not forked" not in said
 
 
-@pytest.mark.parametrize("names", [OLD_KERNEL, NOT_LINUX], ids=["old kernel", "not Linux"])
+@pytest.mark.parametrize(
+    "names", [OLD_KERNEL, pytest.param(NOT_LINUX, marks=pytest.mark.slow)], ids=["old kernel", "not Linux"]
+)
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param("orderly", marks=pytest.mark.slow)])
 def test_exits_are_seen_where_the_kernel_offers_less(how, names, running, tmp_path):
     (tmp_path / "less.py").write_text(WITHOUT.format(names=names))

@@ -46,6 +46,7 @@ def test_a_recipe_that_keeps_its_bits_is_told_so_in_one_table(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_folder_with_earlier_runs_is_refused_and_never_judged_again(tmp_path):
     words = ("--world-sizes", "1", "--stops", "", "--steps", 2, "--keep", "kept")

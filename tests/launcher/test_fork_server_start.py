@@ -80,6 +80,7 @@ server.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_rank_whose_number_reached_nobody_does_not_begin(tmp_path):
     """The launcher no longer listens when the server forks: it has started the rank in another way."""

@@ -51,7 +51,15 @@ def test_a_full_stdout_is_one_sentence_and_exit_code_1(words, unbuffered, samest
     assert ended.stderr == "error: stdout is expected to take what is written, but: No space left on device\n"
 
 
-@pytest.mark.parametrize("words", ["--help", "run --help", "run {recipe} --print-config", "run {recipe} --help"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "run --help",
+        "run {recipe} --help",
+        pytest.param("run {recipe} --print-config", marks=pytest.mark.slow),
+    ],
+)
 def test_a_reader_who_leaves_is_not_an_error(words, samestep):
     words = words.format(recipe=shlex.quote(str(RECIPE)))
     # read exits without reading on, so that what is written later finds nobody

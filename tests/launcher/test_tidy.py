@@ -49,7 +49,7 @@ def of(temporary):
         (VERIFY, signal.SIGTERM),
         pytest.param(VERIFY, signal.SIGHUP, marks=pytest.mark.slow),
         pytest.param(CHAOS, signal.SIGTERM, marks=pytest.mark.slow),
-        (CHAOS, signal.SIGHUP),
+        pytest.param(CHAOS, signal.SIGHUP, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_all_runs_and_leaves_no_temporary_file(words, signum, samestep):

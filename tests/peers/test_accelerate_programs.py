@@ -24,6 +24,7 @@ def samestep(cwd: Path, *words: str | Path, **environ: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_script", "test_ops"])
 def test_accelerates_own_programs_pass(name, tmp_path):
     ended = samestep(tmp_path, "-m", f"accelerate.test_utils.scripts.{name}", ACCELERATE_USE_CPU="true")
@@ -31,7 +32,7 @@ def test_accelerates_own_programs_pass(name, tmp_path):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_hand_written_ddp_script_trains_time_after_time(times, tmp_path):
     for _ in range(times):
         ended = samestep(tmp_path, WORKERS / "ddp_plain.py")

@@ -36,6 +36,7 @@ def same_on_any_ranks_and_after_a_stop(trained, name, **environ):
     return alone
 
 
+@pytest.mark.slow
 def test_torchmetrics_states_give_the_same_numbers_on_any_ranks(trained):
     import torch
     from torchmetrics import MeanSquaredError, PearsonCorrCoef
@@ -61,10 +62,10 @@ def test_torchmetrics_states_give_the_same_numbers_on_any_ranks(trained):
     ("scheduler", "interval"),
     [
         ("one_cycle", "step"),
-        ("cosine_restarts", "epoch"),
-        ("sequential", "step"),
-        ("milestones", "step"),
-        ("cyclic_momentum", "step"),
+        pytest.param("cosine_restarts", "epoch", marks=pytest.mark.slow),
+        pytest.param("sequential", "step", marks=pytest.mark.slow),
+        pytest.param("milestones", "step", marks=pytest.mark.slow),
+        pytest.param("cyclic_momentum", "step", marks=pytest.mark.slow),
         ("plateau", "step"),
     ],
 )

@@ -76,7 +76,7 @@ def test_with_one_shard_in_one_part_an_integer_buffer_may_count_samples(trained:
         assert ended.weights["seen"].tolist() == [0, 37]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_buffer_that_is_put_anew_is_one_that_changes(trained: Any, parts: int) -> None:
     """`self.mean = …` in forward, on any number of ranks; a view that nobody writes to is left alone."""
     flags = ("--shards", 4, "--micro-batches", parts)
@@ -86,7 +86,7 @@ def test_a_buffer_that_is_put_anew_is_one_that_changes(trained: Any, parts: int)
 
 
 @pytest.mark.parametrize("assigned", [False, True])
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_buffer_that_no_state_dict_has_goes_on_after_a_stop(trained: Any, assigned: bool, shards: int) -> None:
     flags = ("--shards", shards, "--no-persistent", *["--assigned"] * assigned)
     whole = trained("centered", *flags, cwd="whole").bits

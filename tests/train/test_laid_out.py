@@ -21,7 +21,7 @@ FLAGS = ("--shards", 4, "--threads", 1)
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--clip-grad-norm", 0.01),
+        pytest.param(("--clip-grad-norm", 0.01), marks=pytest.mark.slow),
         ("--micro-batches", 2, "--unused"),
         pytest.param((), marks=pytest.mark.slow),
         pytest.param(("--unused",), marks=pytest.mark.slow),
@@ -40,7 +40,7 @@ def test_gradients_reach_the_elements_that_they_belong_to(trained: Any, case: st
     ("shards", "unused"),
     [
         (4, "--unused"),
-        (2, "--no-unused"),
+        pytest.param(2, "--no-unused", marks=pytest.mark.slow),
         pytest.param(4, "--no-unused", marks=pytest.mark.slow),
         pytest.param(2, "--unused", marks=pytest.mark.slow),
     ],

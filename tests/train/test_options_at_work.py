@@ -68,6 +68,7 @@ def test_a_bar_is_drawn_on_a_terminal_and_lines_stay_whole(tmp_path):
     assert "Finished Training: 14 steps, digest " in done.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_of_words_that_has_gone_ends_no_training(tmp_path):
     recipe = Path(__file__).resolve().parent / "recipes" / "small.py"
     argv = [sys.executable, str(recipe), "--run-dir", "run", "--log-every", "1", "--epochs", "2"]

@@ -19,7 +19,7 @@ def content(folder):
     return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 11])
+@pytest.mark.parametrize("step", [4, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3, 11))])
 def test_a_step_of_two_ranks_has_the_same_bits_on_one(trained, start, step):
     ended = trained("small", *EVERY, ranks=2)
     before = content(ended.run_dir)
@@ -67,6 +67,7 @@ def test_several_ranks_or_no_run_at_all_are_refused(start):
     assert "holds none" in start("small", "--run-dir", "nowhere", "--replay", "1").stderr
 
 
+@pytest.mark.slow
 def test_the_debugger_stops_before_the_step(trained):
     ended = trained("small", *EVERY)
     argv = [sys.executable, str(RECIPE), "--run-dir", str(ended.run_dir), *EVERY, "--replay", "5", "--debug"]
@@ -79,6 +80,7 @@ def test_the_debugger_stops_before_the_step(trained):
     assert "Replayed step 5" in process.stdout
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn_over_the_debuggers_prompt(trained):
     ended = trained("small", *EVERY)
     argv = [sys.executable, str(RECIPE), "--run-dir", str(ended.run_dir), *EVERY, "--replay", "5", "--debug"]

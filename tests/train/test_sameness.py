@@ -35,7 +35,7 @@ def test_everything_that_is_hard_has_the_same_bits_on_any_number_of_ranks(
 @pytest.mark.parametrize("unused", ["--unused", "--no-unused"])
 @pytest.mark.parametrize(
     ("shards", "ranks"),
-    [pytest.param(2, 2, marks=pytest.mark.slow), (3, 2), pytest.param(4, 3, marks=pytest.mark.slow), (4, 4)],
+    [(3, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, 2), (4, 3), (4, 4)))],
 )
 def test_ranks_that_share_no_memory_have_the_same_bits(trained: Any, shards: int, ranks: int, unused: str) -> None:
     """Gradients then go through gloo, and with them the weights and the statistics of BatchNorm."""
@@ -57,7 +57,7 @@ def test_parameters_that_share_memory_by_transposing_share_it_on_any_number_of_r
     assert runs[0].bits == runs[1].bits
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_autocast_keeps_the_promise(trained: Any, precision: str) -> None:
     assert differing(trained, "--precision", precision, shards=4, worlds=(2, 3)) == []
 
@@ -99,7 +99,7 @@ def test_seven_shards_on_three_and_five_ranks(trained: Any) -> None:
     assert differing(trained, *flags, shards=7, worlds=(3, 5)) == []
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_workers_never_change_the_bits(trained: Any, workers: int) -> None:
     expected = trained("everything", "--shards", 4, cwd="base").bits
     assert trained("everything", "--shards", 4, "--num-workers", workers, ranks=2).bits == expected
@@ -163,7 +163,7 @@ def test_fast_reduction_keeps_order_and_weighting_but_is_not_promised_the_bits(t
             assert (other - weight.double()).norm() <= 1e-3 * (weight.double().norm() + 1e-9), name
 
 
-@pytest.mark.parametrize("recipe", ["buckets", "apart"])
+@pytest.mark.parametrize("recipe", ["buckets", pytest.param("apart", marks=pytest.mark.slow)])
 def test_no_bit_depends_on_the_size_of_buckets(trained: Any, recipe: str) -> None:
     """Roots are added element by element in one order, however many elements are sent at once."""
     flags = ("--shards", 4, "--micro-batches", 2)

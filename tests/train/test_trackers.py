@@ -64,6 +64,7 @@ def test_curves_have_the_runs_own_losses_with_the_step_as_x(trained: Any, store:
     assert len(runs) == 1, "one rank alone has trackers"
 
 
+@pytest.mark.slow
 def test_steps_that_are_done_again_are_points_once_in_the_same_curve(trained: Any, store: dict[str, str]) -> None:
     flags = (*FLAGS, "--trackers", "tensorboard,mlflow")
     first = trained("small", *flags, "--max-steps", 7, env=store)

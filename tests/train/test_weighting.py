@@ -70,10 +70,14 @@ def relative_error(ended: Any, expected: list[Tensor]) -> float:
 
 
 # samples and global batch: tail of 3; tail of 1; batch of 2 (fewer than most V and W); whole dataset at once
+SOME_CASES: list[Any] = [
+    "tokens",
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("mean", "none", "classes")),
+]
 CUTS = [(23, 5), (22, 7), (9, 2), (13, 64)]
 
 
-@pytest.mark.parametrize("case", ["mean", "none", "tokens", "classes"])
+@pytest.mark.parametrize("case", SOME_CASES)
 def test_one_rank_weighs_as_the_whole_batch_does_for_every_number_of_shards(
     trained: Any, slow_order: Order, case: str
 ) -> None:
@@ -85,7 +89,7 @@ def test_one_rank_weighs_as_the_whole_batch_does_for_every_number_of_shards(
             assert relative_error(ended, expected) <= 1e-12, (samples, batch, shards)
 
 
-@pytest.mark.parametrize("case", ["mean", "none", "tokens", "classes"])
+@pytest.mark.parametrize("case", SOME_CASES)
 def test_shards_in_parts_weigh_as_the_whole_batch_does(trained: Any, slow_order: Order, case: str) -> None:
     for samples, batch, ranks, shards, parts in ((23, 5, 1, 1, 2), (22, 7, 2, 2, 3), (13, 64, 2, 3, 4)):
         expected = oracle(case, samples, batch, torch.float64, slow_order)
@@ -94,7 +98,7 @@ def test_shards_in_parts_weigh_as_the_whole_batch_does(trained: Any, slow_order:
         assert relative_error(ended, expected) <= 1e-12, (samples, batch, ranks, shards, parts)
 
 
-@pytest.mark.parametrize("case", ["mean", "tokens", "classes"])
+@pytest.mark.parametrize("case", [pytest.param("mean", marks=pytest.mark.slow), "tokens", "classes"])
 def test_several_ranks_weigh_as_the_whole_batch_does(trained: Any, slow_order: Order, case: str) -> None:
     for samples, batch, ranks, shards in ((23, 5, 2, 2), (22, 7, 3, 5), (9, 2, 3, 3)):
         expected = oracle(case, samples, batch, torch.float64, slow_order)

@@ -165,7 +165,14 @@ def test_a_change_that_can_only_move_bits_is_a_warning_with_both_values(go):
     assert "epochs" not in resumed.stderr
 
 
-@pytest.mark.parametrize(("stop", "size", "steps"), [(7, 50, 9), (7, 8, 20), (9, 50, 11), (9, 8, 18), (9, 200, 10)])
+@pytest.mark.parametrize(
+    ("stop", "size", "steps"),
+    [
+        (7, 50, 9),
+        (9, 8, 18),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in ((7, 8, 20), (9, 50, 11), (9, 200, 10))),
+    ],
+)
 def test_epochs_are_epochs_whatever_the_batch_size_was_before(go, stop, size, steps):
     go("--max-steps", stop, "--checkpoint-every", stop)
     resumed = go("--global-batch-size", size)
