@@ -102,20 +102,25 @@ def table(verdict: Verdict) -> list[str]:
     lines += [_line(m.value, [s for s in verdict.strikes if s.fault.moment is m], verdict) for m in moments]
     missed = sum(not strike.hit for trial in verdict.trials for strike in trial.strikes)
     if missed:
-        lines.append(f"{missed} faults found nothing to hit, and are not counted")
+        lines.append(f"{_counted(missed, 'fault')} found nothing to hit: not counted")
     too_late = sum(trial.too_late for trial in verdict.trials)
     if too_late:
-        lines.append(f"{too_late} faults came too late, their run was over, and are not counted")
+        lines.append(f"{_counted(too_late, 'fault')} came too late, the run was over: not counted")
     lines += [f"NOT: {text}" for text in _wrong(verdict)]
     lines += _flatness(verdict)
     seconds = sum(trial.seconds for trial in verdict.trials)
     goodput = sum(trial.goodput * trial.seconds for trial in verdict.trials) / seconds if seconds else 1.0
+    runs, faults = _counted(len(verdict.trials), "run"), _counted(len(verdict.strikes), "fault")
     lines.append(
-        f"{len(verdict.trials)} runs, {len(verdict.strikes)} faults in {seconds:.0f} s, goodput {100 * goodput:.0f} % "
+        f"{runs}, {faults} in {seconds:.0f} s, goodput {100 * goodput:.0f} % "
         f"(an undisturbed run takes {verdict.reference_seconds:.1f} s); "
         + ("every run ends in the same bits" if verdict.good else "NOT all is well")
     )
     return lines
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _line(name: str, strikes: Sequence[Strike], verdict: Verdict) -> str:

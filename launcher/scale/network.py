@@ -103,7 +103,6 @@ def exposed(ranks: int, size: float, bucket: float, backward: float, machines: M
     """
     count = max(1, math.ceil(size / bucket)) if size else 1
     one, algorithm = all_reduce(ranks, size / count, machines, exact=exact)
-    ready, sent = backward / count, 0.0
-    for number in range(1, count + 1):
-        sent = max(sent, number * ready) + one
+    # a bucket waits for its gradients or, where sending takes longer, for the one before
+    sent = max(backward, backward / count + (count - 1) * one) + one
     return Exposed(count * one, max(0.0, sent - backward), algorithm)

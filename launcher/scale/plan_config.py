@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +14,7 @@ from samestep.launcher.scale.network import Link, Machines
 from samestep.launcher.scale.predict import Question, Scaling
 
 _MAY_BE_ZERO = ("latency_us", "node_latency_us", "save_seconds", "restart_seconds", "data_ms", "optimizer_ms")
+_LEAST, _MOST = 1e-9, 1e15  # no machine has such numbers, and sums of them stay numbers
 _SIZES = ("gradients_mb", "weights_mb", "state_mb", "activations_mb", "forward_ms", "backward_ms")
 
 
@@ -70,10 +71,9 @@ class PlanConfig:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            least = 0 if field.name in (*_MAY_BE_ZERO, *_SIZES) else None
-            if not math.isfinite(value) or (value < 0 if least == 0 else value <= 0):
-                expected = "at least 0" if least == 0 else "more than 0"
-                raise UsageError(f"--{field.name.replace('_', '-')} is expected to be {expected}, but is {value}")
+            problem = _problem(field.name, value)
+            if problem:
+                raise UsageError(f"--{field.name.replace('_', '-')} is expected to be {problem}, but is {value}")
         if self.plot is not None and self.plot.suffix not in (".svg", ".html"):
             raise UsageError(f"--plot is expected to end in .svg or .html, but is {self.plot}")
 
@@ -94,6 +94,16 @@ class PlanConfig:
             save=1.0 if given is None else given,
             restart=60.0 if again is None else again,
         )
+
+
+def _problem(name: str, value: float) -> str:
+    """What the number is expected to be, if it is not; a rank may live for ever."""
+    may_be_zero = name in (*_MAY_BE_ZERO, *_SIZES)
+    if value != value or value < 0 or (value == 0 and not may_be_zero):
+        return "at least 0" if may_be_zero else "more than 0"
+    if 0 < value < _LEAST or value > (_MOST if name != "rank_hours" else sys.float_info.max):
+        return f"from {_LEAST:g} to {_MOST:g}"
+    return ""
 
 
 def numbers_of_ranks(text: str) -> list[int]:

@@ -186,9 +186,9 @@ def test_the_table_counts_what_was_hit_and_only_that():
         "all                           3         3          3  0.50 / 0.75 s",
         "joining                       1         1          1  0.75 / 0.75 s",
         "mid-epoch                     2         2          2  0.25 / 0.25 s",
-        "1 faults found nothing to hit, and are not counted",
+        "1 fault found nothing to hit: not counted",
         "growth: launcher descriptors +0, temporary files +0",
-        "1 runs, 3 faults in 4 s, goodput 50 % (an undisturbed run takes 2.0 s); every run ends in the same bits",
+        "1 run, 3 faults in 4 s, goodput 50 % (an undisturbed run takes 2.0 s); every run ends in the same bits",
     ]
 
 
@@ -223,7 +223,7 @@ def test_a_verdict_without_one_hit_is_not_good():
 
 def test_faults_whose_run_was_over_before_their_moment_are_told():
     late = replace(GOOD, number=2, too_late=3)
-    assert "3 faults came too late, their run was over, and are not counted" in table(verdict(GOOD, late))
+    assert "3 faults came too late, the run was over: not counted" in table(verdict(GOOD, late))
     assert not any("too late" in line for line in table(verdict(GOOD)))
 
 
