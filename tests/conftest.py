@@ -145,6 +145,17 @@ def rank_server() -> Iterator[RankServer]:
     server.close()
 
 
+@pytest.fixture(scope="session")
+def digits_digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """That of the README's first table on this machine: another kind of CPU has bits of its own."""
+    recipe = HERE.parent / "scripts" / "recipes" / "digits_cnn.py"
+    argv = [sys.executable, str(recipe), *"--epochs 1 --shards 4 --device cpu --run-dir run".split()]
+    folder = tmp_path_factory.mktemp("digits")
+    environ = without_ranks(dict(os.environ))
+    subprocess.run(argv, cwd=folder, env=environ, check=True, timeout=120)
+    return Ended(folder, [0]).digest
+
+
 @pytest.fixture
 def limit() -> Iterator[Callable[[int], None]]:
     """`limit(n)`: from now on no file of this process gets larger than n bytes."""

@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.timeout(300)]
 
 DIGITS = Path(__file__).resolve().parents[3] / "scripts" / "recipes" / "digits_cnn.py"
 ARGUMENTS = ("--epochs", "1", "--shards", "4")
-DIGEST = "9c7034f63c2592796e9ee3aef7326c221cdae17030adccf7698b97545a6f395d"  # README, first table
 IMAGE = "registry.example/samestep:0.1.0"
 
 
@@ -59,17 +58,17 @@ def digest(run_dir: Path) -> str:
     return str(finished["digest"])
 
 
-def test_one_pod_trains_as_first_process_without_privileges(pods):
+def test_one_pod_trains_as_first_process_without_privileges(pods, digits_digest):
     _, container = in_pod("indexed-job", 1)
     with pods.network(hostnames("indexed-job", 1)) as network:
         started = network.start(0, container["command"], pods.environment(container, 0))
         code, output = started.end()
     assert code == 0, output
-    assert digest(pods.volume / "digits") == DIGEST
+    assert digest(pods.volume / "digits") == digits_digest
     assert {path.owner() for path in pods.volume.rglob("*")} == {pods.volume.owner()}
 
 
-def test_a_pod_that_is_deleted_leaves_nothing_and_goes_on_in_another(pods):
+def test_a_pod_that_is_deleted_leaves_nothing_and_goes_on_in_another(pods, digits_digest):
     _, container = in_pod("indexed-job", 1, (*ARGUMENTS, "--checkpoint-every", "2"))
     with pods.network(hostnames("indexed-job", 1)) as network:
         env = pods.environment(container, 0)
@@ -85,7 +84,7 @@ def test_a_pod_that_is_deleted_leaves_nothing_and_goes_on_in_another(pods):
         second = network.start(0, container["command"], env)
         code, output = second.end()
     assert code == 0, output
-    assert digest(pods.volume / "digits") == DIGEST
+    assert digest(pods.volume / "digits") == digits_digest
 
 
 def starts_several_nodes() -> bool:
@@ -98,7 +97,7 @@ def starts_several_nodes() -> bool:
 
 @pytest.mark.parametrize("program", ["samestep", "torchrun"])
 @pytest.mark.parametrize("kind", ["indexed-job", "jobset", "trainjob"])
-def test_two_pods_find_each_other_by_what_the_manifest_says(kind, program, pods):
+def test_two_pods_find_each_other_by_what_the_manifest_says(kind, program, pods, digits_digest):
     _, container = in_pod(kind, 2)
     command = container["command"]
     if program == "torchrun":  # it reads the same variables: what a pod is told does not depend on us
@@ -109,7 +108,7 @@ def test_two_pods_find_each_other_by_what_the_manifest_says(kind, program, pods)
         both = [network.start(i, command, pods.environment(container, i)) for i in range(2)]
         ends = [one.end(200) for one in both]
     assert [code for code, _ in ends] == [0, 0], "\n".join(output for _, output in ends)
-    assert digest(pods.volume / "digits") == DIGEST
+    assert digest(pods.volume / "digits") == digits_digest
     lines = (pods.volume / "digits" / "events.jsonl").read_text().splitlines()
     ranks = next(event for event in map(json.loads, lines) if event["event"] == "run_started")["ranks"]
     assert [rank["host"] for rank in ranks] == [name for name in hostnames(kind, 2) for _ in range(2)]
@@ -145,7 +144,7 @@ def control(start: Callable[[int], Any], running: dict[int, Any], job: dict[str,
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_pod_that_is_lost_is_replaced_and_costs_no_bit(victim, pods):
+def test_a_pod_that_is_lost_is_replaced_and_costs_no_bit(victim, pods, digits_digest):
     if not starts_several_nodes():
         pytest.skip("samestep run starts the ranks of one machine only")
     job, container = in_pod("indexed-job", 2, (*ARGUMENTS, "--checkpoint-every", "2"))
@@ -161,11 +160,11 @@ def test_a_pod_that_is_lost_is_replaced_and_costs_no_bit(victim, pods):
         done = control(start, running, job, 200)
     assert "Count" in done
     assert len(done) <= job["backoffLimit"]
-    assert digest(pods.volume / "digits") == DIGEST
+    assert digest(pods.volume / "digits") == digits_digest
 
 
 @pytest.mark.parametrize("program", ["samestep", "torchrun"])
-def test_nodes_of_compose_find_each_other(program, pods):
+def test_nodes_of_compose_find_each_other(program, pods, digits_digest):
     services = pytest.importorskip("yaml").safe_load((DIGITS.parents[2] / "docker" / "compose.yaml").read_text())[
         "services"
     ]
@@ -180,4 +179,4 @@ def test_nodes_of_compose_find_each_other(program, pods):
             both.append(network.start(index, [*command, str(DIGITS), *ARGUMENTS], environ))
         ends = [one.end(200) for one in both]
     assert [code for code, _ in ends] == [0, 0], "\n".join(output for _, output in ends)
-    assert digest(pods.volume / "runs" / "digits_cnn") == DIGEST
+    assert digest(pods.volume / "runs" / "digits_cnn") == digits_digest
