@@ -29,11 +29,16 @@ _SHOWN = 12  # sample ids in a sentence; the file has all
 Rows = Sequence[Sequence[SupportsFloat]]  # of this rank's shards in a step, the loss first (see StepTally)
 
 
-def start_of_backward(loss: Tensor) -> Tensor:
-    """What backward starts from: exactly one, or NaN where `loss`, a scalar, is not finite."""
-    if loss.device.type != "cpu":
-        return torch.add(_one(loss.dtype, loss.device), loss.detach(), alpha=0)  # without waiting for the device
-    return _filled(1.0 if math.isfinite(loss.item()) else math.nan, loss.dtype, loss.shape)
+def start_of_backward(loss: Tensor, number: float | None = None) -> Tensor:
+    """What backward starts from: exactly one, or NaN where `loss`, a scalar, is not finite, as `number` if it was read.
+
+    Without a number it is read from a CPU and nowhere else: nothing waits for a device.
+    """
+    if number is None:
+        if loss.device.type != "cpu":
+            return torch.add(_one(loss.dtype, loss.device), loss.detach(), alpha=0)
+        number = loss.item()
+    return _filled(1.0 if math.isfinite(number) else math.nan, loss.dtype, loss.shape)
 
 
 @lru_cache(maxsize=16)

@@ -17,10 +17,12 @@ def any_not_finite(gradients: Sequence[Tensor]) -> Tensor:
     """Float32 of shape (1,) on the gradients' device: above 0 if one has a NaN or infinity. They keep their bits."""
     device = gradients[0].device
     if device.type != "cpu":
-        return _look(gradients, next(_flags(device)))
-    found = _look(_suspects(gradients), _clear())
-    if found.item():
-        _clear.cache_clear()
+        return _look(gradients, next(_flags(device)), _one(device))
+    found, one = _on_cpu()
+    if suspects := _suspects(gradients):
+        _look(suspects, found, one)
+        if found.item():
+            _on_cpu.cache_clear()
     return found
 
 
@@ -39,9 +41,9 @@ def _finite_sum(gradients: Sequence[Tensor]) -> bool:
     return cmath.isfinite(sum(gradient.sum().item() for gradient in gradients))
 
 
-def _look(gradients: Sequence[Tensor], found: Tensor) -> Tensor:
-    for same in _by_dtype(gradients) if gradients else ():
-        torch._amp_foreach_non_finite_check_and_unscale_(same, found, _one(found.device))
+def _look(gradients: Sequence[Tensor], found: Tensor, one: Tensor) -> Tensor:
+    for same in _by_dtype(gradients):
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
     return found
 
 
@@ -52,9 +54,9 @@ def _flags(device: torch.device) -> Iterator[Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _clear() -> Tensor:
-    """A flag that stays zero until something is found: to make one for each step takes as long as to look."""
-    return torch.zeros(1)
+def _on_cpu() -> tuple[Tensor, Tensor]:
+    """A flag that stays zero until something is found, and a one: making them in each step takes as long as to look."""
+    return torch.zeros(1), torch.ones(1)
 
 
 @lru_cache(maxsize=16)

@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from samestep.launcher.contract import RefusedStepError
+from samestep.train import direct
 
 # A scale of one spares float16 any harm, and 2**-14, its smallest normal number, is 14 steps in a row below that.
 LEAST_SCALE = 2.0**-14
@@ -50,7 +51,7 @@ class Unscaled:
 
     def update(self, optimizer: Optimizer) -> bool:
         """Always."""
-        optimizer.step()
+        direct.step(optimizer)
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -66,13 +66,13 @@ class OptimizerStep:
                     outcome = weigh(self.components.loss(self.reducer.module(part), inputs), part.samples)
                     target = objective(outcome, plan.samples)
                 require_gradient(target)
-                self.tally.add(outcome, part)
+                total = self.tally.add(outcome, part)
                 if part.last:
                     self.sums.weigh(shard, self.tally.of_shard())
 
                 self.clock.enter("backward")
                 scaled = self.scaling.scale(target)
-                self.reducer.backward(part, scaled, start_of_backward(scaled), partial(self._computed, part))
+                self.reducer.backward(part, scaled, start_of_backward(scaled, total), partial(self._computed, part))
 
         self.clock.enter("sync")
         gradients = self.reducer.finish()

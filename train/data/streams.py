@@ -66,8 +66,8 @@ class TorchStream:
     """The generator of CPU tensors."""
 
     def seed(self, value: int) -> None:
-        """See Stream."""
-        torch.default_generator.manual_seed(value - (1 << 64) if value >> 63 else value)
+        """See Stream; a negative number for the same bits would cost as much again, for torch tries it as unsigned."""
+        torch.default_generator.manual_seed(value)
 
     def save(self) -> Any:
         """See Stream."""

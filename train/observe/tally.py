@@ -58,8 +58,8 @@ class StepTally:
         if not self._expected:
             self._complete([])
 
-    def add(self, outcome: Outcome, part: MicroBatch) -> None:
-        """Take the loss of a shard, or of a part of it.
+    def add(self, outcome: Outcome, part: MicroBatch) -> float | None:
+        """Take the loss of a shard, or of a part of it; its total where that is read at once.
 
         Raises:
             UsageError: it brings weights and others did not, or the other way round; it logs other names.
@@ -93,6 +93,7 @@ class StepTally:
             self._values[-1] = [_plus(*pair, self.device) for pair in zip(self._values[-1], values, strict=alike)]
         if part.last and len(self._values) == self._expected:
             self._complete(names)
+        return total if isinstance(total, float) else None
 
     @property
     def mine(self) -> Values:

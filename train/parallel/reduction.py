@@ -8,13 +8,14 @@ Where some rank has nothing to do in a step, layers begin or end to train, or pa
 known (the first step), all shards take the first way and the exchange follows backward; the bits are the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import GradBucket
 
+from samestep.train import direct
 from samestep.train.parallel.bucket_flights import BucketFlights
 from samestep.train.parallel.exchange import Exchange, present_roots
 from samestep.train.parallel.group import Group
@@ -110,20 +111,20 @@ class GradientReducer:
                 self._train(trained)
                 self._used = [False] * len(self.parameters)
         if self._alone:
-            total.backward(start)
+            direct.backward(total, start)
             done()
             return
         if self._through_ddp(part):
             self._done = done
             if self.replicas.find_unused and self.replicas.called:
                 look_from(self.replicas.current, total)
-            total.backward(start)
+            direct.backward(total, start)
             if self._compress is not None:  # hooks of torch wait by themselves
                 self._done()
             return
         if not self._looked:
             refuse_reentrant_checkpoints(total)
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(total, self.parameters, start, allow_unused=True)
+        gradients = direct.gradients(total, self.parameters, start)
         leaf = []
         for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             self._used[index] |= gradient is not None
