@@ -20,17 +20,23 @@ from torch.overrides import has_torch_function
 
 def backward(total: Tensor, start: Tensor) -> None:
     """`total.backward(start)`, for a `start` of its shape, dtype and device."""
-    if has_torch_function((total,)) or torch._C._are_functorch_transforms_active():
-        total.backward(start)
-    else:
+    as_torch_has_it = _is_of(Tensor.backward, "torch._tensor") and _is_of(torch.autograd.backward, "torch.autograd")
+    if as_torch_has_it and not has_torch_function((total,)) and not torch._C._are_functorch_transforms_active():
         _engine_run_backward((total,), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    else:
+        total.backward(start)
 
 
 def gradients(total: Tensor, parameters: Sequence[Tensor], start: Tensor) -> Sequence[Tensor | None]:
     """`torch.autograd.grad(total, parameters, start, allow_unused=True)`, for such a `start`."""
-    if has_torch_function((total, *parameters)):
-        return torch.autograd.grad(total, parameters, start, allow_unused=True)
-    return _engine_run_backward((total,), (start,), False, False, tuple(parameters), True, accumulate_grad=False)
+    if _is_of(torch.autograd.grad, "torch.autograd") and not has_torch_function((total, *parameters)):
+        return _engine_run_backward((total,), (start,), False, False, tuple(parameters), True, accumulate_grad=False)
+    return torch.autograd.grad(total, parameters, start, allow_unused=True)
+
+
+def _is_of(function: Any, module: str) -> bool:
+    """Whether nobody has put another one in its place."""
+    return getattr(function, "__globals__", {}).get("__name__") == module
 
 
 def _nothing(_: Optimizer) -> None:

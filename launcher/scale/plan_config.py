@@ -101,8 +101,9 @@ def _problem(name: str, value: float) -> str:
     may_be_zero = name in (*_MAY_BE_ZERO, *_SIZES)
     if value != value or value < 0 or (value == 0 and not may_be_zero):
         return "at least 0" if may_be_zero else "more than 0"
-    if 0 < value < _LEAST or value > (_MOST if name != "rank_hours" else sys.float_info.max):
-        return f"from {_LEAST:g} to {_MOST:g}"
+    most = _MOST if name != "rank_hours" else sys.float_info.max
+    if 0 < value < _LEAST or value > most:
+        return f"from {_LEAST:g} to {most:g}"
     return ""
 
 

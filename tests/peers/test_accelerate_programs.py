@@ -32,7 +32,8 @@ def test_accelerates_own_programs_pass(name, tmp_path):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 20])
 def test_hand_written_ddp_script_trains_time_after_time(times, tmp_path):
     for _ in range(times):
         ended = samestep(tmp_path, WORKERS / "ddp_plain.py")

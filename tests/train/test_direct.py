@@ -63,6 +63,25 @@ def adam() -> tuple[nn.Parameter, torch.optim.Adam]:
     return weight, torch.optim.Adam([weight])
 
 
+def test_where_nobody_listens_torchs_entries_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    (weight, optimizer), (_, scheduled) = adam(), adam()
+    StepLR(scheduled, 1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an entry of torch was called")
+
+    monkeypatch.setattr(torch.autograd, "_make_grads", refuse)
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", refuse)
+    direct.backward(weight.sum(), torch.ones(()))
+    direct.gradients(weight.sum(), [weight], torch.ones(()))
+    direct.step(optimizer)
+    direct.step(scheduled)
+    with pytest.raises(AssertionError, match="entry"):
+        weight.sum().backward()
+    with pytest.raises(AssertionError, match="entry"):
+        optimizer.step()
+
+
 def test_hooks_of_an_optimizer_and_of_all_optimizers_are_called() -> None:
     (_, optimizer), called = adam(), []
 
@@ -122,6 +141,24 @@ def test_a_scheduler_knows_that_the_optimizer_stepped_before_it() -> None:
     scheduler = StepLR(idle, 1)
     with pytest.warns(UserWarning, match=r"before `optimizer.step\(\)`"):
         scheduler.step()
+
+
+@pytest.mark.parametrize("place", [(Tensor, "backward"), (torch.autograd, "backward")])
+def test_a_backward_that_somebody_put_around_torchs_is_what_is_called(
+    place: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, inner = [], getattr(*place)
+
+    @functools.wraps(inner)
+    def around(*positional: Any, **named: Any) -> None:
+        called.append("around")
+        inner(*positional, **named)
+
+    monkeypatch.setattr(*place, around)
+    weight = torch.ones(2, requires_grad=True)
+    direct.backward(weight.sum(), torch.ones(()))
+    assert called == ["around"]
+    assert weight.grad is not None
 
 
 class Loud(Tensor):
