@@ -8,6 +8,8 @@ import subprocess
 import pytest
 
 from samestep.launcher import manifest
+from samestep.launcher.contract import RunDir
+from samestep.launcher.lock import Owner
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 OPERATIONS = (
@@ -29,8 +31,10 @@ def test_killed_at_every_file_operation_of_a_save_it_ends_in_the_same_bits(start
     killed = 0
     for operation in range(1, 200):
         run_dir = tmp_path / f"killed-{operation}"
+        run_dir.mkdir()
+        RunDir(run_dir).lock.write_bytes(Owner(generation=6).encode())  # else the number of the first start is random
         saves = run_dir / "checkpoints"
-        folders = [saves, saves / "step-00000008", saves / "step-00000008.tmp-0", saves / "step-00000004"]
+        folders = [saves, saves / "step-00000008", saves / "step-00000008.tmp-0-7", saves / "step-00000004"]
         paths = [*folders, *(folder / name for folder in folders[1:] for name in files)]
         argv = [
             "strace",

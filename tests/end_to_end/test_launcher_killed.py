@@ -76,7 +76,7 @@ def wait_until_gone(pids, ports, run_dir, before):
     while any(map(lives, pids)) or of_the_run(run_dir) or ports & taken() or shared(pids, before):
         left = [pid for pid in pids if lives(pid)], of_the_run(run_dir), ports & taken(), shared(pids, before)
         assert time.monotonic() < end, f"still there: {left}"
-        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=0.05)
+        psutil.wait_procs([process for process in psutil.process_iter() if process.pid in pids], timeout=0.05)
 
 
 def kill_at(command, moment, run_dir, temporary):
