@@ -51,7 +51,8 @@ def step(optimizer: Optimizer) -> None:
     entry: Any = type(optimizer).step
     own: Any = optimizer.__dict__.get("step")
     if own is not None:  # a scheduler's, which notes that it was called
-        entry = entry if hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is entry else None
+        schedulers = hasattr(own, "_wrapped_by_lr_sched") and getattr(own, "__wrapped__", None) is entry
+        entry = entry if schedulers else None
     if getattr(entry, "__code__", None) is not _TORCHS_RANGE or _somebody_listens(optimizer):
         optimizer.step()
         return

@@ -108,9 +108,16 @@ def test_a_profiler_sees_the_update_as_it_does_without_us() -> None:
     assert "Optimizer.step#Adam.step" in [event.key for event in profiler.key_averages()]
 
 
-def test_a_step_that_somebody_put_into_the_optimizer_is_what_is_called() -> None:
+@pytest.mark.parametrize("says_it_is_a_schedulers", [False, True])
+def test_a_step_that_somebody_put_into_the_optimizer_is_what_is_called(says_it_is_a_schedulers: bool) -> None:
     (weight, optimizer), called = adam(), []
-    optimizer.__dict__["step"] = lambda: called.append("own")
+
+    def own() -> None:
+        called.append("own")
+
+    if says_it_is_a_schedulers:
+        own._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.__dict__["step"] = own
     direct.step(optimizer)
     assert called == ["own"]
     assert weight.tolist() == [1.0, 1.0]

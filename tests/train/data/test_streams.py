@@ -67,6 +67,15 @@ def test_pythons_stream_is_seeded_as_by_its_own_function(value: int) -> None:
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("value", [0, 5, 1 << 63, (1 << 63) + 5, (1 << 64) - 1])
+def test_torchs_stream_is_seeded_with_all_64_bits_as_by_a_signed_number(value: int) -> None:
+    STREAMS[2].seed(value)
+    drawn = torch.rand(4)
+    torch.manual_seed(value - (1 << 64) if value >> 63 else value)
+    assert torch.equal(torch.rand(4), drawn)
+    assert torch.initial_seed() % (1 << 64) == value
+
+
 def test_a_second_normal_number_that_numpy_keeps_is_not_drawn_unseen() -> None:
     np.random.seed(5)
     np.random.normal()  # leaves its second number for the next call, which then touches no generator
