@@ -18,11 +18,7 @@ import sys
 import time
 import traceback
 
-import torch._dynamo
-import torch._inductor.config  # noqa: F401
-
-# Imported once for all ranks; an optimizer's first step and deterministic mode would import the last two.
-import samestep.train  # noqa: F401
+import samestep.train  # noqa: F401 (imported once for all ranks)
 
 
 def fork_rank(job: dict, rank: int, listener: socket.socket) -> int:

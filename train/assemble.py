@@ -159,7 +159,6 @@ def _step(
     exchange = _exchange(config.reduction, group, shards, device)
     reducer = GradientReducer(
         components.model,
-        setting.member.accelerator,
         group,
         exchange,
         shards,

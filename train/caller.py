@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from samestep.launcher.contract import UsageError
+from samestep.train import without_compiler
 from samestep.train.data.rng import streams_restored
 from samestep.train.data.shield import kill_the_rest
 
@@ -52,11 +53,15 @@ def _pinned() -> Iterator[None]:
     threads, cudnn, filling = torch.get_num_threads(), torch.backends.cudnn, torch.utils.deterministic
     on, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     before = cudnn.benchmark, cudnn.deterministic, filling.fill_uninitialized_memory  # type: ignore[attr-defined]
+    of_compiler = os.environ.get(without_compiler.DETERMINISTIC)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(on, warn_only=warn)
+        without_compiler.use_deterministic_algorithms(on, warn_only=warn)
+        os.environ.pop(without_compiler.DETERMINISTIC, None)
+        if of_compiler is not None:
+            os.environ[without_compiler.DETERMINISTIC] = of_compiler
         cudnn.benchmark, cudnn.deterministic, filling.fill_uninitialized_memory = before  # type: ignore[attr-defined]
 
 

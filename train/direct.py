@@ -7,7 +7,8 @@ listens, or has put something of their own in place, the entry is what is called
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def _nothing(_: Optimizer) -> None:
 
 
 _TORCHS_RANGE: Any = Optimizer.profile_hook_step(_nothing).__code__
+_GRAD_MODE: Any = torch_optimizer._use_grad_for_differentiable(_nothing).__code__
 
 
 def step(optimizer: Optimizer) -> None:
@@ -53,12 +55,30 @@ def step(optimizer: Optimizer) -> None:
     if own is not None:  # a scheduler's, which notes that it was called
         schedulers = hasattr(own, "_wrapped_by_lr_sched") and getattr(own, "__wrapped__", None) is entry
         entry = entry if schedulers else None
-    if getattr(entry, "__code__", None) is not _TORCHS_RANGE or _somebody_listens(optimizer):
+    if getattr(entry, "__code__", None) is not _TORCHS_RANGE:
         optimizer.step()
         return
     if own is not None:
         optimizer._opt_called = True  # type: ignore[attr-defined]
-    entry.__wrapped__(optimizer)
+    update, heard = _below(entry)
+    (heard if _somebody_listens(optimizer) else update)(optimizer)
+
+
+@functools.cache
+def _below(entry: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The update that torch's entry comes to, and the same with hooks and a profiler's range around it.
+
+    In between torch says to its compiler, which it imports for that, where a trace has to end: there is none here.
+    """
+    update = entry.__wrapped__
+    if getattr(update, "__code__", None) is not _GRAD_MODE:
+        return update, entry
+
+    def lean(optimizer: Optimizer, *arguments: Any, **named: Any) -> Any:
+        with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+            return update.__wrapped__(optimizer, *arguments, **named)
+
+    return lean, Optimizer.profile_hook_step(lean)
 
 
 def _somebody_listens(optimizer: Optimizer) -> bool:

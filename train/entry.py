@@ -36,6 +36,7 @@ from samestep.train import (
     replay,
     rewind,
     start,
+    without_compiler,
 )
 from samestep.train.accelerate_settings import refuse_other_engines
 from samestep.train.announce import announce
@@ -222,6 +223,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
 
     # --- build
     progress(0, "build")
+    without_compiler.keep_unloaded()
     seed_everything(config.seed)
     components = check_components(build(config))
     check_gradient_hooks(components.model, shards, member.env.world_size)

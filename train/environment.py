@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from samestep.launcher.contract import ENV_LAUNCHED
+from samestep.train import without_compiler
 
 CUBLAS_WORKSPACE = ":4096:8"
 
@@ -27,7 +28,7 @@ def pin(threads: int, allow_nondeterministic: bool) -> None:
     """Set thread count and deterministic kernels; has to run before CUDA starts."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=allow_nondeterministic)
+    without_compiler.use_deterministic_algorithms(True, warn_only=allow_nondeterministic)
     # 25 ms for each 100 MB tensor, and no bit depends on it
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch._dynamo
-import torch._inductor.config  # deterministic mode imports it
+import torch
 
 import samestep.train.entry  # noqa: F401 (all that a recipe needs)
 from samestep.launcher.command_line import options

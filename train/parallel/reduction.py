@@ -11,7 +11,6 @@ known (the first step), all shards take the first way and the exchange follows b
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import GradBucket
 
@@ -42,7 +41,6 @@ class GradientReducer:
     def __init__(
         self,
         model: nn.Module,
-        accelerator: Accelerator,
         group: Group,
         exchange: Exchange,
         shards: int,
@@ -56,7 +54,7 @@ class GradientReducer:
         self.shards = shards
         self._every = dict(model.named_parameters())  # also those that are frozen now
         self._compress = compress
-        self.replicas = Replicas(model, accelerator, self, _communication_hook, find_unused=find_unused_parameters)
+        self.replicas = Replicas(model, self, _communication_hook, find_unused=find_unused_parameters)
         self._looked = False  # at the graphs of this rank's first step
         self._done: Callable[[], None] = lambda: None  # told when this rank's gradients are computed
         self.flights = BucketFlights()

@@ -1,14 +1,15 @@
-"""The model as DistributedDataParallel, made by accelerate."""
+"""The model as DistributedDataParallel."""
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any, cast
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from samestep.train import without_compiler
 
 BUCKET_MB = 25.0  # of what DDP sends at once, unless something else is asked for: torch's own default
 
@@ -22,14 +23,11 @@ class Replicas:
         find_unused: what to make the next one with; None until it is known.
     """
 
-    def __init__(
-        self, model: nn.Module, accelerator: Accelerator, state: Any, hook: Any, *, find_unused: bool | None
-    ) -> None:
+    def __init__(self, model: nn.Module, state: Any, hook: Any, *, find_unused: bool | None) -> None:
         self.current: DistributedDataParallel | None = None
         self.called = False
         self.find_unused = find_unused
         self._model = model
-        self._accelerator = accelerator
         self._communicate = state, hook
         self._former: nn.Module | None = None
         self._bucket_mb, self._resized = BUCKET_MB, False
@@ -50,9 +48,7 @@ class Replicas:
     def wrap(self) -> None:
         """Make it. A collective."""
         self._resized = False
-        replica = replicate(
-            self._model, self._accelerator, bucket_mb=self._bucket_mb, find_unused=bool(self.find_unused)
-        )
+        replica = replicate(self._model, bucket_mb=self._bucket_mb, find_unused=bool(self.find_unused))
         replica.register_comm_hook(*self._communicate)
         replica.register_forward_pre_hook(self._note_call)
         self.current = replica
@@ -65,30 +61,26 @@ class Replicas:
         """Let go of what was set aside."""
         if self._former is not None:
             self._former = None
-            self._accelerator.free_memory()  # holds it too, and its hooks would go on
+            gc.collect()  # a part of a cycle, and its hooks would go on
 
     def _note_call(self, *_: Any) -> None:
         self.called = True
 
 
-def replicate(
-    model: nn.Module, accelerator: Accelerator, *, find_unused: bool, bucket_mb: float
-) -> DistributedDataParallel:
-    """Wrap `model`. A collective.
+def replicate(model: nn.Module, *, find_unused: bool, bucket_mb: float) -> DistributedDataParallel:
+    """Wrap `model`, which lies on one device, where its inputs are put too. A collective.
 
     Not with static_graph, which gained nothing where it was measured (1.00 to 1.10 times the time of a step).
     """
-    accelerator.ddp_handler = DistributedDataParallelKwargs(
-        bucket_cap_mb=cast(int, bucket_mb),  # torch takes any number
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=find_unused,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # accelerate passes broadcast_buffers, which torch renames
-        replica = cast(Any, accelerator.prepare_model(model))
-    replica.__class__ = _Replica  # prepare_model makes torch's own class
-    return cast(DistributedDataParallel, replica)
+    with without_compiler.wrapping(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers
+        return _Replica(
+            model,
+            bucket_cap_mb=cast(int, bucket_mb),  # torch takes any number
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=find_unused,
+        )
 
 
 def look_from(replica: Any, loss: Tensor) -> None:

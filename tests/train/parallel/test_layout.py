@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from samestep.train.parallel.exchange import TreeExchange
@@ -57,7 +56,7 @@ def test_elements_lie_as_in_the_parameters_own_memory(name: str) -> None:
 def test_sums_over_shards_on_one_rank_lie_as_their_parameter_does() -> None:
     """As after plain backward and in DDP's buckets: a norm over them adds up in the order of their memory."""
     model = nn.ParameterList([FORMS["channels last"].clone()])
-    reducer = GradientReducer(model, Accelerator(cpu=True), SoloGroup(), TreeExchange(0, 1, 2), 2, None)
+    reducer = GradientReducer(model, SoloGroup(), TreeExchange(0, 1, 2), 2, None)
     plan = StepPlan(0, 0, 0, 4, 2)
     reducer.begin(plan)
     for shard in (0, 1):
