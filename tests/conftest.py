@@ -100,10 +100,10 @@ class Ended:
 class RankServer:
     """See rank_server.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, *words: str) -> None:
         environ = without_ranks(dict(os.environ)) | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "rank_server.py")],
+            [sys.executable, str(HERE / "rank_server.py"), *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -141,6 +141,14 @@ class RankServer:
 def rank_server() -> Iterator[RankServer]:
     """Started once for all tests of this folder."""
     server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def compiler_server() -> Iterator[RankServer]:
+    """For ranks that would each import torch's compiler: for a profile, a GradScaler, a DDP made by hand."""
+    server = RankServer("compiler")
     yield server
     server.close()
 

@@ -20,6 +20,10 @@ import traceback
 
 import samestep.train  # noqa: F401 (imported once for all ranks)
 
+if sys.argv[1:] == ["compiler"]:
+    import torch._dynamo
+    import torch._inductor.config  # noqa: F401
+
 
 def fork_rank(job: dict, rank: int, listener: socket.socket) -> int:
     pid = os.fork()

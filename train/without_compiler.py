@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils import checkpoint
 
 DETERMINISTIC = "TORCHINDUCTOR_DETERMINISTIC"  # read when torch._inductor.config is imported
 _COMPILER = "torch._dynamo"
@@ -35,14 +34,13 @@ def use_deterministic_algorithms(mode: bool, *, warn_only: bool = False) -> None
 
 
 def keep_unloaded() -> None:
-    """From now on optimizers, DDP's forward and checkpointed layers import no compiler."""
+    """From now on optimizers and DDP's forward import no compiler."""
     for entry in (
         Optimizer.add_param_group,
         Optimizer.zero_grad,
         Optimizer.state_dict,
         Optimizer.load_state_dict,
         getattr(DistributedDataParallel._inside_ddp_forward, "__wrapped__", None),  # a context manager
-        checkpoint.checkpoint,
     ):
         function = getattr(entry, "__wrapped__", None)  # torch's own is behind an entry that asks for the compiler
         if function is not None and getattr(function, _KNOWN, None) is None and _COMPILER not in sys.modules:

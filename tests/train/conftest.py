@@ -16,12 +16,14 @@ Runs = Callable[..., Any]  # gives an Ended, see tests/conftest.py
 
 
 @pytest.fixture
-def start(rank_server: Runs, tmp_path: Path) -> Runs:
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Runs:
     """`start(name, *flags, ranks=1, cwd=…)`: run tests/train/recipes/<name>.py, or a path, to its end."""
+    with_compiler = request.node.get_closest_marker("compiler") is not None
+    server = request.getfixturevalue("compiler_server" if with_compiler else "rank_server")
 
     def run(name: str | Path, *flags: object, cwd: str = "job", **more: Any) -> Any:
         script = name if isinstance(name, Path) else HERE / "recipes" / f"{name}.py"
-        return rank_server(tmp_path / cwd, script, *flags, **more)
+        return server(tmp_path / cwd, script, *flags, **more)
 
     return run
 
@@ -97,5 +99,5 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever starts ranks is marked so."""
     for item in items:
-        if "rank_server" in getattr(item, "fixturenames", ()):
+        if {"rank_server", "start"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.processes)

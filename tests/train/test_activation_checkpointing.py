@@ -12,6 +12,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 RECIPE = Path(__file__).resolve().parent / "recipes" / "checkpointed.py"
 
 
+@pytest.mark.compiler
 def test_recomputed_activations_change_no_bit_on_any_number_of_ranks(trained: Any) -> None:
     kept = trained("checkpointed", "--shards", 2, cwd="kept").bits
     for ranks in (1, 2):
@@ -22,6 +23,7 @@ def test_recomputed_activations_change_no_bit_on_any_number_of_ranks(trained: An
     assert again.bits == trained("checkpointed", *parts, cwd="kept parts").bits
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(("shards", "ranks", "parts"), [(2, 1, 1), (2, 2, 1), (1, 2, 1), (3, 2, 2)])
 def test_reentrant_checkpoints_are_refused_where_their_parameters_would_get_no_gradient(
     start: Any, shards: int, ranks: int, parts: int
@@ -37,6 +39,7 @@ def test_reentrant_checkpoints_are_refused_where_their_parameters_would_get_no_g
     assert not ended.events("step")
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("parts", [1, 2])
 def test_with_one_shard_on_one_rank_reentrant_checkpoints_have_the_bits_of_kept_activations(
     trained: Any, parts: int

@@ -43,6 +43,7 @@ def attempt(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
+@pytest.mark.compiler
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("attempt")
 def test_exit_status_and_output_survive_unfinished_collectives(start: Any, tmp_path: Path) -> None:

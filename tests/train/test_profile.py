@@ -27,6 +27,7 @@ def of_rank(found: list[dict[str, Any]], rank: int) -> list[dict[str, Any]]:
     return [e for e in found if e["pid"] == pid and e["ph"] == "X"]
 
 
+@pytest.mark.compiler
 def test_a_profile_holds_steps_and_phases_of_all_ranks_on_one_clock_and_changes_no_bits(trained: Any) -> None:
     plain = trained("small", *FLAGS, ranks=2, cwd="plain")
     run = trained("small", *FLAGS, "--profile", 5, ranks=2, cwd="profiled")
@@ -54,6 +55,7 @@ def test_a_profile_holds_steps_and_phases_of_all_ranks_on_one_clock_and_changes_
     assert "USDT" not in run.stderrs
 
 
+@pytest.mark.compiler
 def test_a_run_that_ends_early_writes_the_steps_there_were_and_a_resumed_one_skips_three_again(trained: Any) -> None:
     first = trained("small", "--max-steps", 5, "--profile", 10)
     assert "Profiled steps 4 to 5" in first.stdout

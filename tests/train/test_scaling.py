@@ -89,6 +89,7 @@ def test_a_state_that_is_loaded_after_steps_replaces_theirs() -> None:
     assert second.state_dict()["scale"] == fresh["scale"] / 2
 
 
+@pytest.mark.compiler
 def test_float16_trains_on_ranks_without_a_sample_in_the_bits_of_one_rank(trained: Any) -> None:
     """Batches of one sample leave rank one idle in every step; a tail of one, in the first step after a resume."""
     one = ("--precision", "fp16", "--shards", 2, "--samples", 5, "--epochs", 1, "--global-batch-size", 1)
@@ -100,6 +101,7 @@ def test_float16_trains_on_ranks_without_a_sample_in_the_bits_of_one_rank(traine
     assert trained("small", *tail, ranks=2, cwd="resumed").bits == alone
 
 
+@pytest.mark.compiler
 def test_a_run_that_had_no_scale_goes_on_in_float16(trained: Any) -> None:
     trained("small", "--max-steps", 4)
     resumed = trained("small", "--precision", "fp16")

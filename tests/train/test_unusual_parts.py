@@ -61,6 +61,7 @@ def test_a_number_of_numpy_can_be_logged(trained: Any) -> None:
     trained("unusual", "--part", "number")
 
 
+@pytest.mark.compiler
 def test_an_optimizer_without_hooks_is_checked_as_far_as_it_goes_and_has_the_bits_of_the_one_inside(
     trained: Any,
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_hook_that_backward_calls_is_called_with_one_shard(trained: Any) -> No
     assert not early["bias"].equal(late["bias"])
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_state_that_can_not_be_saved_is_refused_at_the_first_update_not_at_the_first_save(
     start: Any, ranks: int

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,7 @@ import pytest
 RECIPES = Path(__file__).with_name("recipes")
 
 
-def said_by(text: str, **environ: str) -> str:
-    """What a program prints that begins in a process without the compiler."""
-    start = """
+START = """
 import os, sys, torch
 from torch import nn
 from samestep.train import without_compiler
@@ -25,21 +21,23 @@ def is_there(): return "torch._dynamo" in sys.modules
 model = nn.Linear(2, 1)
 assert not is_there()
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", start + text],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=dict(os.environ) | {"OMP_NUM_THREADS": "1"} | environ,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    ("recipe", "flags"), [("small", ()), ("everything", ("--clip-grad-norm", 1)), ("checkpointed", ())]
-)
+@pytest.fixture
+def said_by(start: Any, tmp_path: Path) -> Callable[..., str]:
+    """`said_by(text)`: what a program prints that begins in a process without the compiler."""
+
+    def run(text: str, **environ: str) -> str:
+        script = tmp_path / "program.py"
+        script.write_text(START + text)
+        ended = start(script, env=environ)
+        assert ended.codes == [0], ended.stderr
+        return str(ended.stdout)
+
+    return run
+
+
+@pytest.mark.parametrize(("recipe", "flags"), [("small", ()), ("everything", ("--clip-grad-norm", 1))])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_and_its_resume_do_not_import_it(
     trained: Any, recipe: str, flags: tuple[object, ...], ranks: int
@@ -51,7 +49,7 @@ def test_a_run_and_its_resume_do_not_import_it(
     assert again.events("run_finished")[-1]["steps"] == 5
 
 
-def test_deterministic_mode_is_on_for_what_is_compiled_later() -> None:
+def test_deterministic_mode_is_on_for_what_is_compiled_later(said_by: Callable[..., str]) -> None:
     text = """
 without_compiler.use_deterministic_algorithms(True, warn_only=True)
 assert torch.is_deterministic_algorithms_warn_only_enabled() and not is_there()
@@ -63,7 +61,7 @@ print(config.deterministic, torch.are_deterministic_algorithms_enabled())
     assert said_by(text).split() == ["True", "False", "False"]
 
 
-def test_a_caller_gets_back_what_the_compiler_would_read() -> None:
+def test_a_caller_gets_back_what_the_compiler_would_read(said_by: Callable[..., str]) -> None:
     text = """
 from samestep.train import caller, environment
 with caller.undisturbed():
@@ -75,7 +73,7 @@ print(os.environ.get("TORCHINDUCTOR_DETERMINISTIC"), torch.are_deterministic_alg
     assert said_by(text, TORCHINDUCTOR_DETERMINISTIC="0").split() == ["0", "False", "False"]
 
 
-def test_once_it_is_there_optimizers_are_torchs_own() -> None:
+def test_once_it_is_there_optimizers_are_torchs_own(said_by: Callable[..., str]) -> None:
     text = """
 without_compiler.keep_unloaded()
 without_compiler.keep_unloaded()
@@ -93,7 +91,7 @@ print(inner.__dynamo_disable.__module__)
     assert said_by(text).split() == ["torch._dynamo.eval_frame"] * 2
 
 
-def test_whoever_asks_for_the_compiler_while_a_model_is_wrapped_gets_it() -> None:
+def test_whoever_asks_for_the_compiler_while_a_model_is_wrapped_gets_it(said_by: Callable[..., str]) -> None:
     text = """
 with without_compiler.wrapping():
     assert torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer" and not is_there()
