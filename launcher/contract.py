@@ -187,8 +187,8 @@ STATE = "state.json"
 
 
 def default_run_dir(recipe: str) -> Path:
-    """`runs/<recipe stem>` below the working directory, for a path or a dotted module name."""
-    stem = Path(recipe).stem if recipe.endswith(".py") else recipe.rsplit(".", 1)[-1]
+    """`runs/<recipe stem>` below the working directory, for the path of a script or notebook, or a module's name."""
+    stem = Path(recipe).stem if recipe.endswith((".py", ".ipynb")) else recipe.rsplit(".", 1)[-1]
     return Path("runs") / (stem or "run")
 
 

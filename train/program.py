@@ -23,9 +23,9 @@ def load(config_type: type[Config], argv: Sequence[str], rank: int) -> Config:
 
 
 def name() -> str:
-    """The recipe as it was started."""
+    """The recipe as it was started; a notebook by its file, where the editor or server tells it."""
     if _in_cell():
-        return "notebook"
+        return _notebook()
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name != "__main__" and not in_notebook():
         return str(spec.name).removesuffix(".__main__")
@@ -49,6 +49,11 @@ def _shell() -> Any:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return None if getattr(shell, "kernel", None) is None else shell
+
+
+def _notebook() -> str:
+    told = _shell().user_module.__dict__.get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "")
+    return told if str(told).endswith(".ipynb") else "notebook"
 
 
 def _in_cell() -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from samestep.launcher.contract import default_run_dir
 from samestep.train import program
 
 KERNELS = {  # as they are started, and what sys.argv is there
@@ -31,6 +32,7 @@ def cell(request: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     shell = SimpleNamespace(kernel=object(), user_module=module)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setitem(sys.modules, "__main__", module)
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     monkeypatch.setattr(sys, "orig_argv", ["python", *started])
     monkeypatch.setattr(sys, "argv", argv)
     return module
@@ -43,6 +45,24 @@ def seen() -> tuple[bool, str, list[str]]:
 def test_the_flags_of_a_kernel_are_none_of_the_recipes(cell: ModuleType) -> None:
     assert seen() == (True, "notebook", [])
     assert program.arguments(["--epochs", "3"]) == ["--epochs", "3"]
+
+
+@pytest.mark.parametrize(
+    ("session", "editor", "run_dir"),
+    [
+        ("/home/me/first.ipynb", None, "runs/first"),
+        ("work/second.try.ipynb", None, "runs/second.try"),
+        ("Console 1", None, "runs/notebook"),
+        ("3f0c-jvsc-7e.ipynb", "/home/me/third.ipynb", "runs/third"),
+    ],
+)
+def test_each_notebook_has_a_run_directory_of_its_own(
+    cell: ModuleType, monkeypatch: pytest.MonkeyPatch, session: str, editor: str | None, run_dir: str
+) -> None:
+    monkeypatch.setenv("JPY_SESSION_NAME", session)
+    if editor is not None:
+        cell.__dict__["__vsc_ipynb_file__"] = editor
+    assert str(default_run_dir(program.name())) == run_dir
 
 
 def test_flags_that_a_cell_puts_into_sys_argv_are(cell: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
