@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -26,8 +29,21 @@ def compile_in_place(model: nn.Module, device: torch.device, group: Group) -> st
         if problem:
             return f"--compile is left out, because torch.compile does not work here (rank {rank}: {problem})"
     torch._dynamo.config.recompile_limit = _SHAPES
-    model.compile(dynamic=False)
+    model._compiled_call_impl = torch.compile(_in_a_frame_of_ours(model._call_impl), dynamic=False)
     return ""
+
+
+def _in_a_frame_of_ours(call: Callable[..., Any]) -> Callable[..., Any]:
+    """What `model.compile()` compiles, in a function that is no file of torch.
+
+    The compiler leaves out frames of torch's own files: `compile()` of a model that is made of torch's modules alone,
+    such as Sequential, does nothing (https://github.com/pytorch/pytorch/issues/132923).
+    """
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        return call(*arguments, **named)
+
+    return forward
 
 
 def _problem(device: torch.device) -> str:

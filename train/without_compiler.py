@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 DETERMINISTIC = "TORCHINDUCTOR_DETERMINISTIC"  # read when torch._inductor.config is imported
@@ -34,13 +33,12 @@ def use_deterministic_algorithms(mode: bool, *, warn_only: bool = False) -> None
 
 
 def keep_unloaded() -> None:
-    """From now on optimizers and DDP's forward import no compiler."""
+    """From now on optimizers import no compiler."""
     for entry in (
         Optimizer.add_param_group,
         Optimizer.zero_grad,
         Optimizer.state_dict,
         Optimizer.load_state_dict,
-        getattr(DistributedDataParallel._inside_ddp_forward, "__wrapped__", None),  # a context manager
     ):
         function = getattr(entry, "__wrapped__", None)  # torch's own is behind an entry that asks for the compiler
         if function is not None and getattr(function, _KNOWN, None) is None and _COMPILER not in sys.modules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,14 +38,64 @@ def test_one_rank_without_a_compiler_is_enough_for_none_to_compile(monkeypatch: 
     assert model._compiled_call_impl is None
 
 
+def test_a_model_of_torchs_own_modules_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=count, **options))
+    model = nn.Sequential(nn.Linear(2, 1), nn.ReLU())
+    assert compile_in_place(model, CPU, SoloGroup()) == ""
+    graphs.clear()  # that of the try
+    for rows in (3, 3, 4):
+        model(torch.ones(rows, 2))
+    assert len(graphs) == 2, "one for each shape"
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
+CUT = """
+import torch, torch.distributed as dist
+from torch import nn
+from samestep.train.parallel.replica import replicate
+
+graphs = []
+
+def count(graph, _):
+    graphs.append(graph)
+    return graph.forward
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = nn.Sequential(*(nn.Linear(600, 600) for _ in range(3)))
+replica = replicate(model, find_unused=False, bucket_mb=1.0)
+compiled = torch.compile(lambda *words: model._call_impl(*words), backend=count)
+model._compiled_call_impl = compiled
+replica(torch.ones(2, 600)).sum().backward()
+print(len(graphs))
+"""
+
+
+@pytest.mark.compiler
+def test_a_graph_is_not_cut_where_buckets_of_gradients_end(start: Any, tmp_path: Path) -> None:
+    script = tmp_path / "cut.py"
+    script.write_text(CUT)
+    ended = start(script)
+    assert ended.codes == [0], ended.stderr
+    assert ended.stdout == "1\n"
+
+
 @pytest.mark.slow
+@pytest.mark.compiler
 @pytest.mark.timeout(600)
 def test_compiled_runs_have_the_same_bits_on_any_world_size_and_over_a_stop(trained: Any) -> None:
     flags = ("--compile", "--shards", 2, "--global-batch-size", 15, "--epochs", 1)
-    one = trained("small", *flags, cwd="one", seconds=300)
-    two = trained("small", *flags, cwd="two", ranks=2, seconds=300)
+    more = {"seconds": 300, "env": {"PROGRAM": str(Path(__file__).with_name("recipes") / "small.py")}}
+    one = trained("compiled", *flags, cwd="one", **more)
+    two = trained("compiled", *flags, cwd="two", ranks=2, **more)
     assert two.bits == one.bits
-    trained("small", *flags, "--max-steps", 3, cwd="stopped", seconds=300)
-    again = trained("small", *flags, cwd="stopped", ranks=2, seconds=300)
+    trained("compiled", *flags, "--max-steps", 3, cwd="stopped", **more)
+    again = trained("compiled", *flags, cwd="stopped", ranks=2, **more)
     assert again.digest == one.digest
-    assert not any("left out" in event["text"] for event in one.events("warning")), "it was really compiled"
+    assert not any("left out" in event["text"] for event in one.events("warning"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 from typing import Any, cast
@@ -90,6 +91,10 @@ def look_from(replica: Any, loss: Tensor) -> None:
 
 class _Replica(DistributedDataParallel):
     """Has the attributes of the model too, so that a loss finds them on any number of ranks."""
+
+    def _inside_ddp_forward(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing: torch's compiler would see DDP here, and cut graphs at its buckets. One rank has none to cut at."""
+        return contextlib.nullcontext()
 
     def __getattr__(self, name: str) -> Any:
         try:
