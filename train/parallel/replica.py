@@ -92,7 +92,7 @@ def look_from(replica: Any, loss: Tensor) -> None:
 class _Replica(DistributedDataParallel):
     """Has the attributes of the model too, so that a loss finds them on any number of ranks."""
 
-    def _inside_ddp_forward(self) -> contextlib.AbstractContextManager[None]:
+    def _inside_ddp_forward(self) -> Any:
         """Nothing: torch's compiler would see DDP here, and cut graphs at its buckets. One rank has none to cut at."""
         return contextlib.nullcontext()
 
