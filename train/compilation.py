@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,18 @@ from torch import nn
 
 from samestep.train.parallel.group import Group
 
-_SHAPES = 64  # graphs a function may have: each shard size of training and evaluation gets its own
+_MANY = 64  # graphs: each shard size of training and evaluation gets its own, and hardly anything else should
+_NO_LIMIT = (
+    1 << 30
+)  # past its own limits torch runs a function uncompiled, in other bits, sooner on a rank of more shards
 
 
-def compile_in_place(model: nn.Module, device: torch.device, group: Group) -> str:
+def compile_in_place(
+    model: nn.Module, device: torch.device, group: Group, warn: Callable[[str], None] = lambda _: None
+) -> str:
     """Compile the model's forward and backward at their first use; names of weights stay. A collective.
+
+    `warn` is told where more and more is compiled.
 
     A graph is made for each shape. A graph for any shape, which torch makes when it has seen two, would make the bits
     depend on the order of shapes, so on the number of ranks and on where a run was resumed.
@@ -28,9 +36,27 @@ def compile_in_place(model: nn.Module, device: torch.device, group: Group) -> st
     for rank, problem in enumerate(problems):
         if problem:
             return f"--compile is left out, because torch.compile does not work here (rank {rank}: {problem})"
-    torch._dynamo.config.recompile_limit = _SHAPES
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _NO_LIMIT
+    torch._dynamo.callback.on_compile_start(_Count(warn))
     model._compiled_call_impl = torch.compile(_in_a_frame_of_ours(model._call_impl), dynamic=False)
     return ""
+
+
+@dataclass(slots=True)
+class _Count:
+    """Called whenever a graph is compiled."""
+
+    warn: Callable[[str], None]
+    graphs: int = 0
+
+    def __call__(self, *_: object) -> None:
+        self.graphs += 1
+        if self.graphs == _MANY:
+            self.warn(
+                f"--compile has compiled {_MANY} graphs so far, and goes on: one for each shape, and for each number that "
+                "the model's code looks at (item(), a counter of its own), which takes seconds each time; "
+                "hint: pad samples to few lengths, keep such numbers in tensors, or leave out --compile"
+            )
 
 
 def _in_a_frame_of_ours(call: Callable[..., Any]) -> Callable[..., Any]:

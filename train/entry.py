@@ -230,11 +230,19 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     if config.weights is not None and found.snapshot is None:
         start.load_weights(components.model, config.weights)
     components.model.to(member.device)
-    uncompiled = compile_in_place(components.model, member.device, member.group) if config.compile else ""
+    uncompiled = ""
+    if config.compile:
+        place = (components.model, member.device, member.group)
+        uncompiled = compile_in_place(*place, warn=lambda text: run.reporter.warning(text))
     facts = _facts(components, joined)
     signals = StopSignals(active=not program.in_notebook())
     progress.pulse = profile.around(
-        progress.pulse, config.profile, member.group, run_dir.path, lambda text: run.reporter.note(text)
+        progress.pulse,
+        config.profile,
+        member.group,
+        run_dir.path,
+        say=lambda text: run.reporter.note(text),
+        skip=lambda: run.step.clock.skip(),
     )
     place = (config, member, run_dir, shards, call.generation)
     setting = Setting(*place, facts, progress.pulse, joined.fence, signals, joined.micro_batches, call.ends)

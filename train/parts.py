@@ -48,7 +48,9 @@ def check_parts(components: Components) -> None:
                 "a name in Components.metrics is expected to be another one than loss, which evaluations have already",
                 "leave it out, or call it after what it measures",
             )
-        if not isinstance(function, StateMetric):
+        if (keeps := StateMetric.of(function)) is not None:
+            keeps.refuse_states_elsewhere(name)
+        else:
             check_loss(f"metric {name}", function)
 
 
@@ -112,6 +114,13 @@ def _check_scheduler(scheduler: Any, optimizer: Optimizer) -> None:
             f"Components.scheduler is expected to be a torch scheduler, but is {kind(scheduler)}",
             "make one from the optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10); several are one SequentialLR",
         )
+    for method in ("state_dict", "load_state_dict"):
+        if not callable(getattr(scheduler, method, None)):
+            raise UsageError(
+                f"Components.scheduler is expected to have {method}, but {type(scheduler).__name__} has none: "
+                "a resumed run would begin its schedule anew",
+                "derive it from torch.optim.lr_scheduler.LRScheduler, or write state_dict() and load_state_dict(state)",
+            )
     other = getattr(scheduler, "optimizer", None)
     if not isinstance(other, Optimizer):
         return

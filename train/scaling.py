@@ -19,6 +19,8 @@ LEAST_SCALE = 2.0**-14
 class Scaling(Protocol):
     """Used as scale, unscale, update in each step."""
 
+    leaves_out: bool  # steps, in which the model's buffers have to be brought back
+
     def scale(self, loss: Tensor) -> Tensor:
         """What backward starts from."""
 
@@ -42,6 +44,8 @@ class Scaling(Protocol):
 class Unscaled:
     """In float32 and bfloat16 a gradient is what it is."""
 
+    leaves_out = False
+
     def scale(self, loss: Tensor) -> Tensor:
         """The loss itself."""
         return loss
@@ -62,11 +66,18 @@ class Unscaled:
         """Nothing."""
 
 
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+
+
 class LossScaling:
     """torch's GradScaler, which follows the gradients' size.
 
     It makes its state when it first scales a loss. A rank without a sample scales none, and unscales all the same.
+    Where a step brings the optimizer no gradient there is nothing to look at, which torch's takes for a mistake.
     """
+
+    leaves_out = True
 
     def __init__(self, device: str) -> None:
         self._scaler = GradScaler(device)
@@ -78,10 +89,14 @@ class LossScaling:
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide by the scale, and note whether all are finite."""
-        self._scaler.unscale_(optimizer)
+        if _has_gradients(optimizer):
+            self._scaler.unscale_(optimizer)
 
     def update(self, optimizer: Optimizer) -> bool:
         """See Scaling; the scale falls where a step is left out."""
+        if not _has_gradients(optimizer):
+            direct.step(optimizer)
+            return True
         before = self._scaler.get_scale()
         self._scaler.step(optimizer)
         self._scaler.update()

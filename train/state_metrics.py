@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.group import Group
@@ -39,6 +39,30 @@ class StateMetric:
             return function
         keeps = all(hasattr(function, name) for name in ("update", "compute", "reset", "metric_state"))
         return cls(function) if keeps else None
+
+    def refuse_states_elsewhere(self, name: str) -> None:
+        """See that the metric's states are its own: those of a metric inside of it would be lost.
+
+        Raises:
+            UsageError: they are not.
+        """
+        what = type(self.metric).__name__
+        if isinstance(self.metric, Mapping | nn.ModuleDict):
+            raise UsageError(
+                f"metric {name} is expected to be one metric, but is a {what} of several",
+                "pass its metrics one by one: metrics=dict(collection.items())",
+            )
+        inside = [type(each).__name__ for each in self._inside() if each is not self.metric]
+        if inside or not getattr(self.metric, "metric_state", None):
+            holds = f"holds {inside[0]} and " if inside else ""
+            raise UsageError(
+                f"metric {name} is expected to have states of its own, but {what} {holds}has its states elsewhere",
+                "pass the metric inside of it, with inputs=… for what is done before it; scale its value yourself",
+            )
+
+    def _inside(self) -> list[Any]:
+        modules = self.metric.modules() if isinstance(self.metric, nn.Module) else ()
+        return [each for each in modules if hasattr(each, "metric_state")]
 
 
 def supervised_inputs(model: Any, batch: Any) -> tuple[Any, ...]:

@@ -48,7 +48,8 @@ class OptimizerStep:
     def __call__(self, plan: StepPlan, batches: Iterator[Any]) -> Values:
         """Take this rank's shards of `plan` from `batches`, which are on the device."""
         self.reducer.begin(plan)
-        self.buffers.begin(plan, keep=self.guard.keeps_buffers or self.tally.own_weights)
+        may_be_left_out = self.guard.keeps_buffers or self.tally.own_weights or self.scaling.leaves_out
+        self.buffers.begin(plan, keep=may_be_left_out)
         self.tally.begin(plan, self.reducer.mine)
         self.sums.begin(plan, self.tally.width, self.buffers.width, self.reducer.sends_after)
 
@@ -80,9 +81,8 @@ class OptimizerStep:
         self.buffers.finish(sums.buffers)
 
         self.clock.enter("optimizer")
-        if self._divide(gradients, sums, plan) and self.guard.admits(plan, gradients, self.tally.mine):
-            self._update()
-        else:
+        usable = self._divide(gradients, sums, plan) and self.guard.admits(plan, gradients, self.tally.mine)
+        if not (usable and self._update()):
             self.buffers.undo()
         return self.tally.mine
 
@@ -104,15 +104,15 @@ class OptimizerStep:
         torch._foreach_div_(gradients, sums.weights[0].float() if alike else sums.weights[0])
         return True
 
-    def _update(self) -> None:
+    def _update(self) -> bool:
         optimizer, scheduler = self.components.optimizer, self.components.scheduler
         self.scaling.unscale(optimizer)
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.reducer.parameters, self.clip_grad_norm)
         if not self.scaling.update(optimizer):
-            return
+            return False
         self.follow(self.components.model)
-        if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
-            return
-        if self.components.scheduler_interval == "step":
+        by_step = scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau)
+        if by_step and self.components.scheduler_interval == "step":
             scheduler.step()
+        return True

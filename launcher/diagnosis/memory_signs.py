@@ -66,6 +66,15 @@ def footprint(pid: int, proc: Path = Path("/proc")) -> Footprint | None:
     return Footprint(1024 * fields["Rss"], 1024 * fields["Pss"]) if {"Rss", "Pss"} <= fields.keys() else None
 
 
+def peak_resident(proc: Path = Path("/proc")) -> int | None:
+    """Bytes that this process has held at most, since its program began; None where the system doesn't tell."""
+    try:
+        fields = _words((proc / "self" / "status").read_text().replace(":", ""))
+    except OSError:
+        return None
+    return 1024 * fields["VmHWM"] if "VmHWM" in fields else None
+
+
 def size(number: int) -> str:
     """`1.5 GiB`."""
     for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20)):

@@ -73,11 +73,14 @@ def workload(config: PlanConfig, found: Measured | None) -> Workload:
 
     weights = pick(config.weights_mb, 1e6, "weights")
     if not weights:
-        raise UsageError("--weights-mb is expected, for the run has no checkpoint that can be read", "--weights-mb 400")
+        why = "is 0" if config.weights_mb is not None else "the run has no checkpoint that can be read"
+        raise UsageError(f"--weights-mb is expected to be more than 0, but {why}", "--weights-mb 400")
     gradients = weights if config.weights_mb is not None else pick(None, 1.0, "gradients", weights)
+    ranks = round(pick(config.measured_ranks, 1, "ranks", 1.0))
     work = Workload(
         batch=round(pick(config.batch, 1, "batch")),
-        ranks=round(pick(config.measured_ranks, 1, "ranks", 1.0)),
+        ranks=ranks,
+        share=1 / ranks if found is None or config.measured_ranks is not None else found.share,
         data=pick(config.data_ms, 1e-3, "data"),
         forward=pick(config.forward_ms, 1e-3, "forward"),
         backward=pick(config.backward_ms, 1e-3, "backward"),

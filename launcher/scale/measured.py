@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ _WARM_UP = 0.1  # share of the first steps, which allocate and choose kernels
 class Measured:
     """What a run says of itself; None where it does not. Times in seconds, of the slowest rank; sizes in bytes.
 
-    `optimizer` includes what the loop does between two steps. `samples` are those of the whole run, also of one that
+    `share` of a batch is what that rank computes: shards may divide unevenly, and surplus ranks idle. `optimizer`
+    includes what the loop does between two steps. `samples` are those of the whole run, also of one that
     has not come to its end.
     """
 
     batch: int
     ranks: int
+    share: float
     data: float
     forward: float
     backward: float
@@ -56,14 +59,15 @@ def measured(run_dir: RunDir) -> Measured:
     steps = [event for event in events if event.get("event") == "step" and isinstance(event.get("seconds"), dict)]
     if not steps:
         raise UsageError(f"{run_dir.path} is expected to have steps, but has none", "let it train for some steps first")
-    ranks, alike = _newest_size(run_dir, events)
+    ranks, shards, alike = _newest_size(run_dir, events)
     warm = alike[int(len(alike) * _WARM_UP) :]
     weights, state = _sizes(run_dir)
-    slow, between = _slowest(warm)
+    worst, slow, between = _slowest(warm)
     batch = round(statistics.median(step["samples"] for step in warm))
     return Measured(
         batch=batch,
         ranks=ranks,
+        share=_share(worst, ranks, shards),
         data=_phase(warm, "data") * slow["data"],
         forward=_phase(warm, "forward") * slow["forward"],
         backward=_phase(warm, "backward") * slow["backward"],
@@ -77,21 +81,31 @@ def measured(run_dir: RunDir) -> Measured:
     )
 
 
-def _newest_size(run_dir: RunDir, events: Sequence[Step]) -> tuple[int, list[Step]]:
-    """The last steps that were made on one and the same number of ranks, and that number."""
+def _newest_size(run_dir: RunDir, events: Sequence[Step]) -> tuple[int, int, list[Step]]:
+    """The last steps that were made on one and the same number of ranks; before them that number, and of shards."""
     found: int | None = None
     started: int | None = None
+    shards = 0
     alike: list[Step] = []
     for event in events:
         if event.get("event") in ("run_started", "restarted"):
             size = event.get("world_size")
             started = size if isinstance(size, int) and size > 0 else started
+            cut = event.get("shards")
+            shards = cut if isinstance(cut, int) else shards
         elif event.get("event") == "step" and isinstance(event.get("seconds"), dict):
             alike, found = alike if started == found else [], started
             alike.append(event)
     if found is None:
         raise UsageError(f"{run_dir.path} is expected to tell its number of ranks, but does not", "let it train anew")
-    return found, alike
+    return found, shards or found, alike
+
+
+def _share(rank: int | None, ranks: int, shards: int) -> float:
+    """Of the batch, as a rank's span of shards has it; of the largest span where the rank is not known."""
+    if rank is None:
+        return math.ceil(shards / ranks) / shards
+    return ((rank + 1) * shards // ranks - rank * shards // ranks) / shards
 
 
 def _left(run_dir: RunDir, last: Step) -> int:
@@ -124,16 +138,16 @@ def _phase(steps: Sequence[Step], name: str) -> float:
     return statistics.median(float(step["seconds"].get(name, {}).get("mean", 0.0)) for step in steps)
 
 
-def _slowest(steps: Sequence[Step]) -> tuple[dict[str, float], float]:
-    """By phase: the time of the rank that is slowest in all, over the ranks' mean; and its seconds between steps."""
+def _slowest(steps: Sequence[Step]) -> tuple[int | None, dict[str, float], float]:
+    """The rank that is slowest in all; by phase its time over the ranks' mean; and its seconds between steps."""
     told = [step["rank_seconds"] for step in steps if isinstance(step.get("rank_seconds"), dict)]
     if not told:
-        return dict.fromkeys(_OWN, 1.0), 0.0
+        return None, dict.fromkeys(_OWN, 1.0), 0.0
     ranks = {phase: [sum(of_rank) for of_rank in zip(*(each[phase] for each in told), strict=True)] for phase in _OWN}
     whole = [sum(of_rank) for of_rank in zip(*ranks.values(), strict=True)]
     worst = whole.index(max(whole))
     ratios = {phase: sums[worst] * len(sums) / sum(sums) if sum(sums) else 1.0 for phase, sums in ranks.items()}
-    return ratios, statistics.median(each["between"][worst] if "between" in each else 0.0 for each in told)
+    return worst, ratios, statistics.median(each["between"][worst] if "between" in each else 0.0 for each in told)
 
 
 def _median(values: list[float]) -> float | None:

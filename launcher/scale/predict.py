@@ -19,6 +19,7 @@ class Workload:
     Attributes:
         batch: samples of a step, over all ranks.
         ranks: on which it was measured.
+        share: of a batch, that the measured rank computes; the same for all if it is 1 / ranks.
         data, forward, backward, optimizer: time of the phases; forward and backward grow with the rank's samples.
         gradients: bytes that are summed over the ranks.
         weights, state, activations: memory of weights, optimizer state, and all else that a step needs.
@@ -27,6 +28,7 @@ class Workload:
 
     batch: int
     ranks: int
+    share: float
     data: float
     forward: float
     backward: float
@@ -101,9 +103,8 @@ def predict(work: Workload, question: Question, ranks: int) -> Prediction:
 
 
 def _step(work: Workload, question: Question, ranks: int) -> tuple[float, float, float, str, int]:
-    measured = work.batch / work.ranks
-    batch = max(1, round(measured * ranks)) if question.scaling == "weak" else work.batch
-    share = math.ceil(batch / ranks) / measured  # the slowest rank's samples, in those of a measured rank
+    batch = max(1, round(work.batch / work.ranks * ranks)) if question.scaling == "weak" else work.batch
+    share = math.ceil(batch / ranks) / (work.batch * work.share)  # the slowest rank's samples, in those of the measured
     backward = share * work.backward
     sent = exposed(ranks, work.gradients, question.bucket, backward, question.machines, exact=question.exact)
     computing = share * (work.data + work.forward) + backward + work.optimizer
@@ -112,7 +113,6 @@ def _step(work: Workload, question: Question, ranks: int) -> tuple[float, float,
 
 def memory(work: Workload, question: Question, ranks: int) -> float:
     """Bytes of one rank, at most: all buckets of an exact sum may be in flight, received and summed, at once."""
-    measured = work.batch / work.ranks
-    share = 1.0 if question.scaling == "weak" else math.ceil(work.batch / ranks) / measured
+    share = 1.0 if question.scaling == "weak" else math.ceil(work.batch / ranks) / (work.batch * work.share)
     copies = 2 if question.exact and ranks > 2 else 0
     return work.weights + work.state + (1 + copies) * work.gradients + share * work.activations

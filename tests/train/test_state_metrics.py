@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchmetrics import CatMetric
-from torchmetrics.classification import MulticlassAUROC
+from torchmetrics import CatMetric, MeanMetric, MetricCollection, MinMaxMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
+from samestep.launcher.contract import UsageError
 from samestep.train.parallel.group import SoloGroup
 from samestep.train.state_metrics import StateMetric, StateMetrics
 
@@ -26,10 +27,28 @@ def test_states_that_are_views_are_gathered_too(shards: int) -> None:
 
 
 def test_a_state_that_is_no_single_number_is_named() -> None:
-    from samestep.launcher.contract import UsageError
-
     states = StateMetrics({"all": StateMetric(CatMetric(), lambda _, b: (b,))}, SoloGroup(), CPU)
     states.begin()
     states.add(None, torch.randn(8, 3).T, 0)
     with pytest.raises(UsageError, match="metric all is expected to compute one number"):
         states.values()
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        (MulticlassAccuracy(3) * 100, "CompositionalMetric holds MulticlassAccuracy and has its states elsewhere"),
+        (MinMaxMetric(MulticlassAccuracy(3)), "MinMaxMetric holds MulticlassAccuracy"),
+        (MetricCollection([MulticlassAccuracy(3), MulticlassAUROC(3)]), "is a MetricCollection of several"),
+    ],
+)
+def test_a_metric_whose_states_are_not_its_own_is_refused(metric: object, said: str) -> None:
+    kept = StateMetric.of(metric)
+    assert kept is not None
+    with pytest.raises(UsageError, match=said):
+        kept.refuse_states_elsewhere("accuracy")
+
+
+def test_a_metric_with_states_of_its_own_is_not() -> None:
+    for metric in (MulticlassAccuracy(3), MulticlassAUROC(3), CatMetric(), MeanMetric()):
+        StateMetric(metric).refuse_states_elsewhere("fine")

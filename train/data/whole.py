@@ -19,17 +19,29 @@ _NUMBERS = "biufc"  # kinds of numpy's dtypes that torch has too
 def whole_batches(dataset: Any) -> FetchBatch | None:
     """How to index `dataset` with all ids of a batch, or None where its samples have to be asked for one by one.
 
-    A subclass with a `__getitem__` of its own may draw random numbers, which are keyed by sample: that is None.
+    A subclass with a `__getitem__` of its own may draw random numbers, which are keyed by sample: that is None. So is
+    one with `__getitems__`, which torch's DataLoader asks first.
     """
     if isinstance(dataset, Tensor):
         return _of_tensor(dataset) if dataset.dim() and dataset.layout == torch.strided else None
     if isinstance(dataset, np.ndarray):
-        return _of_array(dataset) if dataset.ndim and dataset.dtype.kind in _NUMBERS else None
-    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
+        return _of_array(dataset) if dataset.ndim and dataset.dtype.kind in _NUMBERS and _is_torchs(dataset) else None
+    if isinstance(dataset, TensorDataset):
+        if type(dataset).__getitem__ is not TensorDataset.__getitem__ or hasattr(dataset, "__getitems__"):
+            return None
         return _of_tensors(dataset.tensors)
     if type(dataset) is Subset:
         return _of_subset(dataset)
     return None
+
+
+def _is_torchs(array: Any) -> bool:
+    """Whether torch has numbers such as these: none of another byte order, or longer than a double."""
+    try:
+        torch.from_numpy(array[:0])
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _of_tensor(tensor: Tensor) -> FetchBatch:

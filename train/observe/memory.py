@@ -19,7 +19,9 @@ _UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:
     """Bytes of KINDS: resident memory of the process, and what torch has allocated on `device` (0 on a CPU)."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+    host = memory_signs.peak_resident()
+    if host is None:  # on Linux the other answer would be that of whoever has started this process, if that is larger
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
     return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 

@@ -31,9 +31,19 @@ SKIPPED_STEPS = 3  # of each start: they allocate, choose kernels, and are watch
 _QUIET = "6"  # torch 2.13 prints two lines to stderr at each start and stop below it
 
 
-def around(pulse: Pulse, steps: int | None, group: Group, folder: Path, say: Callable[[str], None]) -> Pulse:
-    """A pulse that profiles too; `pulse` itself where no steps are asked for. `say` is told how it ended."""
-    return pulse if steps is None else Profile(pulse, steps, group, folder, say)
+def around(
+    pulse: Pulse,
+    steps: int | None,
+    group: Group,
+    folder: Path,
+    say: Callable[[str], None],
+    skip: Callable[[], None] = lambda: None,
+) -> Pulse:
+    """A pulse that profiles too; `pulse` itself where no steps are asked for.
+
+    `say` is told how it ended; `skip` is called when time has passed that no step has taken.
+    """
+    return pulse if steps is None else Profile(pulse, steps, group, folder, say, skip)
 
 
 @dataclass(slots=True)
@@ -59,6 +69,7 @@ class Profile:
     group: Group
     folder: Path
     say: Callable[[str], None]
+    skip: Callable[[], None]
     now: Callable[[], int] = time.time_ns
     _first: int | None = None
     _window: _Window | None = None
@@ -79,6 +90,7 @@ class Profile:
         elif self._window is not None and (step >= self._window.begin + self.steps or phase == "closing"):
             self.inner.at(step, "profile")
             self._close(self._window, step)
+            self.skip()
         elif phase == "closing" and not self._done:
             self.say(f"Nothing was profiled: --profile leaves out the first {SKIPPED_STEPS} steps, and no more came")
         elif phase == "step":
@@ -86,6 +98,7 @@ class Profile:
             if self._window is None and not self._done and step >= self._first + SKIPPED_STEPS:
                 self.inner.at(step, "profile")
                 self._open(step)
+                self.skip()
         self.inner.at(step, phase)
         self._mark(0, f"step {step + 1}" if phase == "step" else phase)
 

@@ -1,7 +1,7 @@
 """Which rank keeps the others waiting, step after step: pure arithmetic on the phase times of all ranks.
 
-A rank's own work is what it does in data, forward and backward; in sync it waits for others.
-Ranks that run more shards may take as much longer. A rank is slow where it takes
+A rank's own work is what it does in data, forward, backward and the optimizer's step; in sync it waits for others.
+Ranks that run more shards may take as much longer, not for the optimizer's step. A rank is slow where it takes
 clearly longer than the median of the others in nearly every step, and the step gets noticeably longer by it: chance,
 samples of different length and a busy moment do not look like that.
 """
@@ -18,7 +18,7 @@ from samestep.train.observe.phases import PHASES
 
 Table = npt.NDArray[np.float64]
 
-OWN_WORK = ("data", "forward", "backward")
+OWN_WORK = ("data", "forward", "backward", "optimizer")
 LEAST_STEPS, LEAST_SECONDS = 20, 2.0  # that are looked at together
 LONGER = 1.25  # than the others' median, at least
 NEARLY_ALWAYS = 0.8  # of the steps
@@ -53,9 +53,9 @@ def slowest(seconds: Table, shards: Sequence[int]) -> Straggler | None:
     if len(ranks) < 2:
         return None
     step = float(np.median(seconds.sum(2).max(0)))
-    load = np.array([shards[rank] for rank in ranks], dtype=np.float64)
     found: list[tuple[float, Straggler]] = []
     for phase in OWN_WORK:
+        load = np.array([1 if phase == "optimizer" else shards[rank] for rank in ranks], dtype=np.float64)
         a_shard = seconds[ranks, :, PHASES.index(phase)] / load[:, None]
         for row, rank in enumerate(ranks):
             others = np.median(np.delete(a_shard, row, axis=0), axis=0)

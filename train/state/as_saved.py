@@ -32,10 +32,10 @@ def laid_out(tensors: Mapping[str, Tensor], strides: Mapping[str, list[int]]) ->
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict(saved)`, with the dtypes of `saved`.
+    """`optimizer.load_state_dict(saved)`, with the dtypes of `saved`, also of optimizers inside of it.
 
     Raises:
-        ValueError: it has other parameters or groups (from torch), or is of another kind.
+        ValueError: it has other parameters or groups (from torch), is of another kind, or has lost what was saved.
     """
     options = [
         group.keys() & getattr(optimizer, "defaults", {}).keys() for group in getattr(optimizer, "param_groups", [])
@@ -44,14 +44,34 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     for names, group in zip(options, getattr(optimizer, "param_groups", []), strict=False):
         if gone := sorted(names - group.keys()):
             raise ValueError(f"{type(optimizer).__name__} needs {gone[0]}, which the saved optimizer did not have")
-    loaded = optimizer.state_dict().get("state")  # its inner dicts are those of the optimizer
-    for key, values in saved.get("state", {}).items():
-        if not isinstance(loaded, dict) or not isinstance(values, dict) or not isinstance(loaded.get(key), dict):
-            continue
-        for name, value in values.items():
-            now = loaded[key].get(name)
-            if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
-                loaded[key][name] = value.to(now.device)
+    for holder, key, value in _other(optimizer.state_dict(), saved):
+        holder[key] = value.to(holder[key].device)  # the dicts that hold a parameter's state are the optimizer's own
+    for _, key, _ in _other(optimizer.state_dict(), saved):
+        raise ValueError(f"{type(optimizer).__name__}.load_state_dict does not bring back what was saved as {key!r}")
+
+
+def _other(now: Any, saved: Any) -> list[tuple[Any, Any, Tensor]]:
+    """Tensors of `saved` that are other bits in `now`: what holds them there, under which key, and as saved."""
+    if isinstance(saved, Mapping) and isinstance(now, dict):
+        pairs = [(now, key, value) for key, value in saved.items() if key in now]
+    elif isinstance(saved, list | tuple) and isinstance(now, list) and len(saved) == len(now):
+        pairs = [(now, index, value) for index, value in enumerate(saved)]
+    else:
+        return []
+    found = []
+    for holder, key, value in pairs:
+        if not isinstance(value, Tensor):
+            found += _other(holder[key], value)
+        elif type(holder[key]) in (Tensor, nn.Parameter) and not _same_bits(holder[key], value):
+            found.append((holder, key, value))
+    return found
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = (each.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(one, other)
 
 
 def make_writable(model: nn.Module, names: Collection[str]) -> None:

@@ -14,7 +14,7 @@ from samestep.launcher.scale.network import Link, Machines, all_reduce, exchange
 from samestep.launcher.scale.predict import Question, Workload, predict
 
 HOUR = 3600.0
-WORK = Workload(512, 8, 0.001, 0.04, 0.08, 0.008, 2.6e9, 2.6e9, 5.2e9, 4e9, 10**9)
+WORK = Workload(512, 8, 1 / 8, 0.001, 0.04, 0.08, 0.008, 2.6e9, 2.6e9, 5.2e9, 4e9, 10**9)
 ASKED = Question(Machines(8, Link(2e-6, 370e9), Link(5e-6, 50e9)), "weak", False, 25e6, LLAMA3_RANK_HOURS, 1.0, 60.0)
 
 

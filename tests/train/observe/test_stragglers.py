@@ -18,12 +18,12 @@ def times(*ranks, steps=100, noise=0.1, seed=0):
     draw = np.random.default_rng(seed)
     table = np.array([[[{**BASE, **rank}[phase] for phase in PHASES]] * steps for rank in ranks])
     table = table * draw.uniform(1 - noise, 1 + noise, table.shape)
-    work = table[:, :, :3].sum(2)
+    work = table[:, :, :3].sum(2)  # the optimizer's step comes after the waiting
     table[:, :, PHASES.index("sync")] += work.max(0) - work
     return table
 
 
-@pytest.mark.parametrize("phase", ["data", "forward", "backward"])
+@pytest.mark.parametrize("phase", ["data", "forward", "backward", "optimizer"])
 @pytest.mark.parametrize(("world_size", "rank"), [(2, 0), (2, 1), (3, 2), (8, 5)])
 def test_a_rank_that_takes_longer_in_every_step_is_named_with_its_phase(world_size, rank, phase):
     others: list[dict[str, float]] = [{} for _ in range(world_size)]
@@ -43,9 +43,10 @@ def test_a_rank_that_takes_longer_in_every_step_is_named_with_its_phase(world_si
         ([{"forward": 0.08, "backward": 0.08, "data": 0.02}, {}, {}], [2, 1, 1]),
         # nothing to do
         ([{}, {"data": 0.0, "forward": 0.0, "backward": 0.0}], [1, 0]),
-        # waiting, and what rank zero does between steps
-        ([{"optimizer": 0.5}, {}], [1, 1]),
+        # waiting
         ([{"sync": 0.5}, {}], [1, 1]),
+        # with twice the shards the optimizer's step takes as long as ever
+        ([{"forward": 0.08, "backward": 0.08, "data": 0.02, "optimizer": 0.05}, {"optimizer": 0.05}], [2, 1]),
         # longer, but not noticeably
         ([{"data": 0.015}, {}], [1, 1]),
     ],
