@@ -16,8 +16,11 @@ def check(path: Path, *, logs: bool = False) -> None:
         UsageError: it is a file, or can't be created or written to.
     """
     nearest = path.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
+    try:
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+    except OSError as error:  # a name that is too long
+        raise _unusable(path, (error.strerror or str(error)).lower(), logs=logs) from None
     if not nearest.is_dir():
         raise _unusable(path, f"{nearest} is not a directory", logs=logs)
     if not os.access(nearest, os.W_OK | os.X_OK):

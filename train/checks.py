@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from samestep.launcher.contract import UsageError
-from samestep.train.data.fingerprint import dataset_fingerprint
+from samestep.train.data.fingerprint import Look, look_at
 from samestep.train.data.map_style import require_map_style
 from samestep.train.parallel.shards import smallest_shard
 from samestep.train.parts import check_parts
@@ -110,12 +110,14 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
-def check_gradient_hooks(model: nn.Module, shards: int, world_size: int) -> None:
-    """Refuse hooks that only plain backward calls, on one rank with one shard: elsewhere shards' gradients are summed.
+def check_among_ranks(model: nn.Module, shards: int, world_size: int) -> None:
+    """Refuse what only one rank with one shard can do: hooks that only plain backward calls, and SyncBatchNorm.
 
     Raises:
-        UsageError: a parameter has one, and it would never be called or change the sums on one rank alone.
+        UsageError: a parameter has a hook that would never be called or change the sums on one rank alone, or a layer
+            would wait for other ranks in forward, though ranks run their shards one after the other.
     """
+    _check_synchronised(model, shards, world_size)
     hooked = [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
     if hooked and (shards > 1 or world_size > 1):
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
@@ -128,18 +130,35 @@ def check_gradient_hooks(model: nn.Module, shards: int, world_size: int) -> None
         )
 
 
-def check_samples_repeat(dataset: Any, seed: int, seen: str) -> None:
-    """Read a few samples again; `seen` is the dataset's fingerprint from the first time.
+def _check_synchronised(model: nn.Module, shards: int, world_size: int) -> None:
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if found and (shards > 1 or world_size > 1):
+        raise UsageError(
+            f"the model is expected to have no SyncBatchNorm with {shards} shards, but has one at {found[0]!r}: ranks "
+            "run different numbers of shards, so it would wait for others for ever, or see another batch on each",
+            "leave convert_sync_batchnorm out: each shard has statistics of its own, and running statistics are those "
+            "of all; a layer such as GroupNorm has none of the batch",
+        )
+
+
+def check_samples_repeat(dataset: Any, seed: int, seen: Look) -> None:
+    """Read a few samples again; `seen` is how they were the first time.
 
     Raises:
-        UsageError: a sample has other content now.
+        UsageError: a sample has other content now, or random numbers of the first time in it.
     """
-    if dataset_fingerprint(dataset, seed) != seen:
+    now, kind = look_at(dataset, seed), type(dataset).__name__
+    if now.fingerprint != seen.fingerprint:
         raise UsageError(
-            f"a sample of train_data is expected to be the same each time it is read, but "
-            f"{type(dataset).__name__} gave another one",
+            f"a sample of train_data is expected to be the same each time it is read, but {kind} gave another one",
             "__getitem__(index) has to depend on index alone, and to draw from torch's, numpy's or Python's global "
             "random numbers, which are seeded for each sample; --check never goes on without this look",
+        )
+    if any(first and not again for first, again in zip(seen.drawn, now.drawn, strict=True)):
+        raise UsageError(
+            f"a sample of train_data is expected to draw random numbers each time it is read, but {kind} drew some the "
+            "first time only: what it keeps of them depends on which rank read the sample first, and in which epoch",
+            "keep what was read or decoded, and draw after that; --check never goes on without this look",
         )
 
 

@@ -53,8 +53,8 @@ class _Count:
         self.graphs += 1
         if self.graphs == _MANY:
             self.warn(
-                f"--compile has compiled {_MANY} graphs so far, and goes on: one for each shape, and for each number that "
-                "the model's code looks at (item(), a counter of its own), which takes seconds each time; "
+                f"--compile has compiled {_MANY} graphs so far, and goes on: one for each shape, and for each number "
+                "that the model's code looks at (item(), a counter of its own), which takes seconds each time; "
                 "hint: pad samples to few lengths, keep such numbers in tensors, or leave out --compile"
             )
 

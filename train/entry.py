@@ -42,10 +42,10 @@ from samestep.train.accelerate_settings import refuse_other_engines
 from samestep.train.announce import announce
 from samestep.train.assemble import Setting, assemble
 from samestep.train.called import check_call
-from samestep.train.checks import check_components, check_gradient_hooks, check_samples_repeat, without_use
+from samestep.train.checks import check_among_ranks, check_components, check_samples_repeat, without_use
 from samestep.train.compilation import compile_in_place
 from samestep.train.config import TrainConfig
-from samestep.train.data.fingerprint import dataset_fingerprint
+from samestep.train.data.fingerprint import look_at
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.data.shield import kill_the_rest
@@ -219,31 +219,21 @@ class _Joined:
 def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result:
     call, member, shards = joined.call, joined.member, joined.shards
     config, run_dir, progress = call.config, call.run_dir, call.progress
+    run: Run
     found = start.find_state(run_dir, config, member)
 
     # --- build
     progress(0, "build")
-    without_compiler.keep_unloaded()
-    seed_everything(config.seed)
-    components = check_components(build(config))
-    check_gradient_hooks(components.model, shards, member.env.world_size)
+    components = _built(build, config, member, shards)
     if config.weights is not None and found.snapshot is None:
         start.load_weights(components.model, config.weights)
     components.model.to(member.device)
-    uncompiled = ""
-    if config.compile:
-        place = (components.model, member.device, member.group)
-        uncompiled = compile_in_place(*place, warn=lambda text: run.reporter.warning(text))
+    compiled = (components.model, member.device, member.group, lambda text: run.reporter.warning(text))
+    uncompiled = compile_in_place(*compiled) if config.compile else ""
     facts = _facts(components, joined)
     signals = StopSignals(active=not program.in_notebook())
-    progress.pulse = profile.around(
-        progress.pulse,
-        config.profile,
-        member.group,
-        run_dir.path,
-        say=lambda text: run.reporter.note(text),
-        skip=lambda: run.step.clock.skip(),
-    )
+    say, skip = (lambda text: run.reporter.note(text)), (lambda: run.step.clock.skip())
+    progress.pulse = profile.around(progress.pulse, config.profile, member.group, run_dir.path, say, skip)
     place = (config, member, run_dir, shards, call.generation)
     setting = Setting(*place, facts, progress.pulse, joined.fence, signals, joined.micro_batches, call.ends)
     run = assemble(components, setting, progress)
@@ -273,6 +263,14 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)
 
 
+def _built(build: Callable[[Any], Components], config: Any, member: Membership, shards: int) -> Components:
+    without_compiler.keep_unloaded()
+    seed_everything(config.seed)
+    components = check_components(build(config))
+    check_among_ranks(components.model, shards, member.env.world_size)
+    return components
+
+
 def _to_the_end(run: Run, member: Membership, run_dir: RunDir, progress: Progress) -> str:
     """Train, save, export. Who asks to stop after the last step waits for the rest, and finds it done. A collective."""
     with environment.long_lived_objects_set_aside():
@@ -288,9 +286,9 @@ def _to_the_end(run: Run, member: Membership, run_dir: RunDir, progress: Progres
 def _facts(components: Components, joined: _Joined) -> dict[str, Any]:
     """What is kept in every checkpoint; the samples, of which it tells, have to come out twice alike."""
     seed = joined.call.config.seed
-    dataset = dataset_fingerprint(components.train_data, seed)
+    look = look_at(components.train_data, seed)
     if joined.call.config.check != "never":
-        check_samples_repeat(components.train_data, seed, dataset)
-    known = {"seed": seed, "shards": joined.shards, "order": SPEC, "dataset": dataset}
+        check_samples_repeat(components.train_data, seed, look)
+    known = {"seed": seed, "shards": joined.shards, "order": SPEC, "dataset": look.fingerprint}
     known["micro_batches"] = joined.micro_batches.count
     return known | environment.record(joined.member.device)

@@ -164,7 +164,7 @@ def is_to_tell(record: ErrorRecord, env: WorkerEnv, run_dir: RunDir) -> bool:
     Without a run directory, which no mistake makes, there is nowhere to ask what rank zero says; below one agent all
     ranks have the same words and variables, and so the same mistake.
     """
-    if not run_dir.path.is_dir():
+    if not os.path.isdir(run_dir.path):  # noqa: PTH112 (which raises for a name that is too long)
         elastic_error.write(record, os.environ)
         return env.local_rank == 0 or not elastic_error.below_agent(os.environ)
     write_record(record, run_dir)

@@ -112,7 +112,8 @@ class OptimizerStep:
         if not self.scaling.update(optimizer):
             return False
         self.follow(self.components.model)
-        by_step = scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau)
-        if by_step and self.components.scheduler_interval == "step":
+        if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
+            return True
+        if self.components.scheduler_interval == "step":
             scheduler.step()
         return True

@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sized
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from samestep.train.data.rng import seed_sample, streams_restored
+from samestep.train.data.streams import STREAMS
 
 _LOOKED_AT = 8
 
 
-def dataset_fingerprint(dataset: Any, seed: int) -> str:
-    """Length, type and sha256 of a few evenly spaced samples, drawn as in epoch 0; equal datasets give equal text."""
+class Look(NamedTuple):
+    """A few evenly spaced samples of a dataset.
+
+    Attributes:
+        fingerprint: length, type and sha256 of the samples, drawn as in epoch 0; equal datasets give equal text.
+        drawn: whether random numbers were drawn for each.
+    """
+
+    fingerprint: str
+    drawn: tuple[bool, ...]
+
+
+def look_at(dataset: Any, seed: int) -> Look:
+    """Read them."""
     samples = len(cast(Sized, dataset))
-    sha = hashlib.sha256()
+    sha, drawn = hashlib.sha256(), []
     with streams_restored():
         for number in range(min(_LOOKED_AT, samples)):
             index = number * (samples - 1) // max(1, min(_LOOKED_AT, samples) - 1)
             seed_sample(seed, 0, index)
+            before = [stream.mark() for stream in STREAMS]
             for leaf in pytree.tree_leaves(dataset[index]):
                 sha.update(_content(leaf))
-    return f"{samples} samples of {type(dataset).__name__}, sha256 {sha.hexdigest()[:16]}"
+            drawn.append(before != [stream.mark() for stream in STREAMS])
+    text = f"{samples} samples of {type(dataset).__name__}, sha256 {sha.hexdigest()[:16]}"
+    return Look(text, tuple(drawn))
 
 
 def _content(leaf: Any) -> bytes:
     if isinstance(leaf, Tensor):
         leaf = leaf.detach().cpu()
+        if leaf.layout != torch.strided:
+            leaf = leaf.to_dense()
         if leaf.dtype.is_floating_point:
             leaf = leaf.double()
         leaf = leaf.numpy()

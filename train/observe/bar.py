@@ -89,9 +89,10 @@ class LiveView:
         self._live.update(Group(*lines), refresh=True)
 
 
-def bar(stream: TextIO, total_steps: int, epochs: int) -> Bar:
+def bar(stream: TextIO | None, total_steps: int, epochs: int) -> Bar:
     """The view on a terminal or in a notebook, else plain lines, also where a debugger needs the terminal."""
     if is_of_notebook(stream):
         return NotebookView(total_steps, epochs)
-    drawn = stream.isatty() and ENV_PDB not in os.environ
-    return LiveView(stream, total_steps, epochs) if drawn else PlainLines()
+    if stream is None or not stream.isatty() or ENV_PDB in os.environ:  # None: it was closed before the program began
+        return PlainLines()
+    return LiveView(stream, total_steps, epochs)

@@ -13,7 +13,7 @@ _REDRAW_SECONDS = 0.25  # each one is a message to the browser
 _WIDTH = 100  # cells; a cell of a notebook does not tell how wide it is
 
 
-def is_of_notebook(stream: TextIO) -> bool:
+def is_of_notebook(stream: TextIO | None) -> bool:
     """Whether `stream` ends in a cell, as sys.stdout does in a kernel unless somebody redirects it."""
     return type(stream).__module__ == "ipykernel.iostream"
 

@@ -7,6 +7,7 @@ import gc
 import warnings
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,6 +92,12 @@ def look_from(replica: Any, loss: Tensor) -> None:
 
 class _Replica(DistributedDataParallel):
     """Has the attributes of the model too, so that a loss finds them on any number of ranks."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The model's; inside of torch.func's transforms without what DDP does before, which can't look into them."""
+        if torch._C._are_functorch_transforms_active():
+            return self.module(*inputs, **kwargs)
+        return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
 
     def _inside_ddp_forward(self) -> Any:
         """Nothing: torch's compiler would see DDP here, and cut graphs at its buckets. One rank has none to cut at."""

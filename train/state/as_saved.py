@@ -52,6 +52,7 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 def _other(now: Any, saved: Any) -> list[tuple[Any, Any, Tensor]]:
     """Tensors of `saved` that are other bits in `now`: what holds them there, under which key, and as saved."""
+    pairs: list[tuple[Any, Any, Any]]
     if isinstance(saved, Mapping) and isinstance(now, dict):
         pairs = [(now, key, value) for key, value in saved.items() if key in now]
     elif isinstance(saved, list | tuple) and isinstance(now, list) and len(saved) == len(now):

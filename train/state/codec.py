@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from samestep.launcher.contract import UsageError
+
+_STORED = frozenset(safetensors.torch._TYPES.values())
 
 
 def encode(tree: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -33,6 +36,13 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:  # noqa: 
     if isinstance(value, Tensor):
         while path in tensors:  # {"a": {"b": …}, "a.b": …} and {1: …, "1": …} are different places
             path += "'"
+        if value.dtype not in _STORED:
+            raise UsageError(
+                f"{path} is expected to have a dtype that safetensors stores, but is {value.dtype}",
+                "keep real and imaginary part in tensors of their own (torch.view_as_real)"
+                if value.is_complex()
+                else "",
+            )
         tensors[path] = value.detach()
         return {"$tensor": path}
     if value is None or isinstance(value, bool | str):
