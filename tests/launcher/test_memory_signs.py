@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from samestep.launcher.diagnosis import memory_signs
-from samestep.launcher.diagnosis.memory_signs import MemorySigns, footprint, read, size
+from samestep.launcher.diagnosis.memory_signs import MemorySigns, footprint, peak_resident, read, size
 
 ACTOR = Path(__file__).parent.parent / "workers" / "actor.py"
 V1 = Path("/sys/fs/cgroup/memory")
@@ -139,3 +139,18 @@ def test_what_a_container_has_left_is_less_than_what_the_machine_has(own, files,
 def test_without_a_limit_nothing_is_told_of_what_is_left(tmp_path):
     (tmp_path / "own").write_text("0::/\n")
     assert memory_signs.left(tmp_path, tmp_path / "own") >= 1 << 60
+
+
+def test_the_peak_is_that_of_this_program_not_of_whoever_has_started_it():
+    child = "from samestep.launcher.diagnosis.memory_signs import peak_resident; print(peak_resident())"
+    parent = f"import subprocess, sys; held = b'x' * (400 << 20); subprocess.run([sys.executable, '-c', {child!r}])"
+    said = subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True, text=True, timeout=60)
+    assert 1 << 20 < int(said.stdout) < 200 << 20
+
+
+def test_where_the_system_does_not_tell_there_is_no_peak(tmp_path):
+    assert peak_resident(tmp_path) is None
+    tree(tmp_path, {"self/status": "Name:\tx\nVmRSS:\t  10 kB\n"})
+    assert peak_resident(tmp_path) is None
+    tree(tmp_path, {"self/status": "Name:\tx\nVmHWM:\t  10 kB\n"})
+    assert peak_resident(tmp_path) == 10240

@@ -13,6 +13,7 @@ from torch import nn
 from samestep.launcher.contract import UsageError
 from samestep.train import Components, TrainConfig
 from samestep.train.called import check_call
+from samestep.train.observe.bar import PlainLines, bar
 
 
 def build(config: TrainConfig) -> Components:
@@ -88,3 +89,14 @@ def test_a_mistake_in_the_call_is_named_with_its_fix(arguments: tuple[Any, Any],
 )
 def test_whatever_can_be_called_with_a_configuration_is_fine(arguments: tuple[Any, Any]) -> None:
     check_call(*arguments)
+
+
+def test_a_run_directory_whose_name_is_too_long_is_a_sentence(start: Any) -> None:
+    ended = start("small", "--run-dir", "x" * 300)
+    assert ended.codes == [2]
+    assert ended.stderr.count("\n") == 2, ended.stderr
+    assert "File name too long" in ended.stderr
+
+
+def test_a_stdout_that_was_closed_before_gets_plain_lines() -> None:
+    assert isinstance(bar(None, 10, 1), PlainLines)

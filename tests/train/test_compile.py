@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from samestep.train import compilation
 from samestep.train.compilation import compile_in_place
 from samestep.train.parallel.group import SoloGroup
 
@@ -99,3 +100,30 @@ def test_compiled_runs_have_the_same_bits_on_any_world_size_and_over_a_stop(trai
     again = trained("compiled", *flags, cwd="stopped", ranks=2, **more)
     assert again.digest == one.digest
     assert not any("left out" in event["text"] for event in one.events("warning"))
+
+
+def test_past_torchs_limit_everything_is_compiled_still_and_that_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, said = [], list[str]()
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    class Looks(nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x * self.calls
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=count, **options))
+    monkeypatch.setattr(compilation, "_MANY", 9)
+    model = Looks()
+    assert compile_in_place(model, CPU, SoloGroup(), said.append) == ""
+    graphs.clear()
+    limit = 8  # of torch, by default
+    for call in range(1, 2 * limit):
+        assert model(torch.ones(2)).tolist() == [call, call]
+    assert len(graphs) == 2 * limit - 1
+    assert [text.partition(" graphs")[0] for text in said] == ["--compile has compiled 9"]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from samestep.launcher.contract import UsageError
 from samestep.train import Components, Weighted, supervised
-from samestep.train.checks import check_components, without_use
+from samestep.train.checks import check_among_ranks, check_components, without_use
 
 X, Y = torch.zeros(6, 3), torch.zeros(6, 1)
 
@@ -41,6 +41,11 @@ def step_of(parameters: Any) -> Any:
     return lr_scheduler.StepLR(SGD(parameters, lr=0.1), 1)
 
 
+class Endless:
+    def step(self) -> None:
+        """Nothing."""
+
+
 MISTAKES: dict[str, tuple[str, Callable[[Components], Any], str, str]] = {
     "no optimizer": ("optimizer", lambda _: None, "optimizer.*is None", r"model\.parameters\(\)"),
     "class of optimizers": ("optimizer", lambda _: SGD, "optimizer.*class SGD", r"model\.parameters\(\)"),
@@ -48,6 +53,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Components], Any], str, str]] = {
     "another's scheduler": ("scheduler", lambda c: step_of(c.model.parameters()), "StepLR.*another SGD", "Components"),
     "class of schedulers": ("scheduler", lambda _: lr_scheduler.StepLR, "scheduler.*class StepLR", r"StepLR\(opt"),
     "schedulers": ("scheduler", lambda c: [lr_scheduler.StepLR(c.optimizer, 1)], "scheduler.*list", "SequentialLR"),
+    "scheduler without state": ("scheduler", lambda _: Endless(), "state_dict, but Endless has none", "LRScheduler"),
     "criterion": ("loss", lambda _: nn.MSELoss(), r"criterion MSELoss\(\)", r"supervised\(MSELoss\(\)\)"),
     "functional criterion": ("loss", lambda _: F.mse_loss, "criterion mse_loss", r"supervised\(mse_loss\)"),
     "class of criteria": ("loss", lambda _: nn.MSELoss, "class MSELoss", r"supervised\(nn\.MSELoss\(\)\)"),
@@ -154,3 +160,11 @@ def test_supervised_wants_pairs(batch: Any, words: str) -> None:
 def test_supervised_takes_pairs_of_any_kind() -> None:
     results = [supervised(F.mse_loss)(nn.Identity(), pair) for pair in ((X, X), [X, X])]
     assert not any(isinstance(result, Weighted) for result in results)
+
+
+def test_layers_that_wait_for_other_ranks_are_refused_where_there_are_shards() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    check_among_ranks(model, 1, 1)
+    for shards, world_size in ((2, 1), (2, 2), (1, 2)):
+        with pytest.raises(UsageError, match="has one at '1'"):
+            check_among_ranks(model, shards, world_size)

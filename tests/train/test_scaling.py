@@ -106,3 +106,22 @@ def test_a_run_that_had_no_scale_goes_on_in_float16(trained: Any) -> None:
     trained("small", "--max-steps", 4)
     resumed = trained("small", "--precision", "fp16")
     assert "--precision changed from no to fp16" in resumed.stderr
+
+
+def test_with_float16_a_step_without_any_gradient_is_one_all_the_same() -> None:
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    loss_scaling = LossScaling("cpu")
+    optimizer = torch.optim.SGD([unused], lr=0.5)
+    for _ in range(2):
+        loss_scaling.scale(used.sum()).backward()
+        loss_scaling.unscale(optimizer)
+        assert loss_scaling.update(optimizer)
+    assert unused.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_float16_a_step_that_is_left_out_leaves_no_trace_in_buffers(trained: Any, ranks: int) -> None:
+    ended = trained("overflowing", "--precision", "fp16", "--shards", 2, ranks=ranks)
+    assert ended.weights["1.num_batches_tracked"].item() < 3, "steps"
+    assert all(torch.isfinite(tensor).all() for tensor in ended.weights.values())

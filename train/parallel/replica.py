@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.parallel import DistributedDataParallel
 
 from samestep.train import without_compiler
@@ -94,8 +95,12 @@ class _Replica(DistributedDataParallel):
     """Has the attributes of the model too, so that a loss finds them on any number of ranks."""
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """The model's; inside of torch.func's transforms without what DDP does before, which can't look into them."""
+        """The model's. DDP's own begin of a forward is not made for tensors inside of torch.func's transforms."""
         if torch._C._are_functorch_transforms_active():
+            with temporarily_clear_interpreter_stack():
+                if torch.is_grad_enabled():
+                    self.reducer._rebuild_buckets()
+                    self.reducer.prepare_for_backward([])
             return self.module(*inputs, **kwargs)
         return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
 

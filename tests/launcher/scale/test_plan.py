@@ -219,3 +219,26 @@ def test_a_run_without_steps_is_refused(tmp_path):
 def test_durations(seconds, text):
     assert duration(seconds) == text
     assert duration(float("inf")) == "never"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shards", "seconds"),
+    [
+        (1, 3, [1.2]),
+        (2, 3, [0.4, 0.8]),  # one shard, and two
+        (3, 3, [0.4, 0.4, 0.4]),
+        (3, 2, [0.0, 0.6, 0.6]),  # one idles
+    ],
+)
+def test_uneven_shards_and_idle_ranks_give_the_same_prediction_for_one_rank(tmp_path, ranks, shards, seconds):
+    mean = sum(seconds) / ranks
+    step = {"event": "step", "time": 1.0, "samples": 12, "seconds": phases(data=mean)}
+    nothing = [0.0] * ranks
+    step["rank_seconds"] = dict.fromkeys(("forward", "backward", "optimizer", "sync", "between"), nothing) | {
+        "data": seconds
+    }
+    events = [{"event": "run_started", "world_size": ranks, "shards": shards}, *[step] * 20]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    words = ("--ranks", "1", "--scaling", "strong", "--weights-mb", "1")
+    (row,) = rows_of(str(tmp_path), *words)["rows"]
+    assert row["step"] == pytest.approx(1.2, rel=1e-3)

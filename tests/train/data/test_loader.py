@@ -15,6 +15,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from samestep.launcher.contract import UsageError
 from samestep.train import SameOrderSampler
+from samestep.train.checks import check_samples_repeat
+from samestep.train.data.fingerprint import look_at
 from samestep.train.data.loader import build_loader
 from samestep.train.data.map_style import require_map_style
 from samestep.train.data.shield import kill_the_rest
@@ -258,3 +260,51 @@ def test_an_empty_dataset_is_refused(dataset: Any) -> None:
 def test_anything_with_len_and_getitem_is_a_dataset() -> None:
     assert require_map_style([1, 2, 3], "train_data") == 3
     assert require_map_style(np.zeros((4, 2)), "train_data") == 4
+
+
+class BatchesOfTheirOwn(TensorDataset):
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
+        return [(self.tensors[0][index] * 2,) for index in indices]
+
+
+@pytest.mark.parametrize("part", [lambda whole: whole, lambda whole: Subset(whole, range(8))])
+def test_a_tensor_dataset_that_makes_batches_of_its_own_is_asked_for_them(part: Any) -> None:
+    dataset = part(BatchesOfTheirOwn(torch.ones(N, 3)))
+    assert whole_batches(dataset) is None
+    assert all(batch[0].eq(2).all() for batch in batches(dataset))
+
+
+@pytest.mark.parametrize("kind", [">f4", "longdouble"])
+def test_an_array_that_torch_does_not_have_is_not_indexed_at_once(kind: str) -> None:
+    assert whole_batches(np.zeros((4, 2), kind)) is None
+    assert whole_batches(np.zeros((4, 2), "<f4")) is not None
+
+
+class Kept(Dataset[Any]):
+    """What it drew once it gives for ever; `fresh`: it keeps what it read, and draws each time."""
+
+    def __init__(self, *, fresh: bool) -> None:
+        self.fresh = fresh
+        self.kept: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> float:
+        if index not in self.kept:
+            self.kept[index] = index + (0.0 if self.fresh else random.random())
+        return self.kept[index] + (random.random() if self.fresh else 0.0)
+
+
+def test_a_dataset_that_keeps_what_it_drew_is_refused() -> None:
+    fresh, stale = Kept(fresh=True), Kept(fresh=False)
+    check_samples_repeat(fresh, 3, look_at(fresh, 3))
+    look = look_at(stale, 3)
+    with pytest.raises(UsageError, match="Kept drew some the first time only"):
+        check_samples_repeat(stale, 3, look)
+
+
+def test_sparse_samples_are_looked_at() -> None:
+    look = look_at(torch.eye(3).to_sparse(), 0)
+    assert look == look_at(torch.eye(3).to_sparse(), 0)
+    assert look.fingerprint != look_at(2 * torch.eye(3).to_sparse(), 0).fingerprint

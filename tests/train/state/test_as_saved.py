@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, AdamW, NAdam, Optimizer
 from torch.utils.data import TensorDataset
 
-from samestep.launcher.contract import RunDir
+from samestep.launcher.contract import RunDir, UsageError
 from samestep.train import Components, supervised
 from samestep.train.scaling import Unscaled
 from samestep.train.state import checkpoint
+from samestep.train.state.as_saved import load_optimizer
+from samestep.train.state.first_update import with_savable_state
 from samestep.train.state.train_state import TrainState
 
 Make = Callable[[Any], Optimizer]
@@ -123,3 +126,62 @@ def test_a_buffer_of_two_modules_is_loaded_into_both_where_one_has_put_it_anew(t
     saved_and_loaded(first, resumed, tmp_path)
     assert resumed.components.model.get_buffer("scale").tolist() == [0.0, 0.0]
     assert resumed.components.model.get_buffer("inner.scale").tolist() == [1.0, 1.0]
+
+
+class Two:
+    """Optimizers in one, as for two kinds of parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.inner: list[Optimizer] = [NAdam([each], lr=0.1) for each in parameters]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": [each.state_dict() for each in self.inner]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for each, own in zip(self.inner, state["inner"], strict=True):
+            each.load_state_dict(own)
+
+
+def stepped(two: Two) -> Two:
+    for each in two.inner:
+        for parameter in each.param_groups[0]["params"]:
+            parameter.grad = torch.full_like(parameter, 0.3)
+        each.step()
+    return two
+
+
+def test_optimizers_inside_of_another_keep_their_dtypes_too() -> None:
+    first, other = (Two([nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(2)]) for _ in range(2))
+    saved = copy.deepcopy(stepped(first).state_dict())
+    load_optimizer(other, saved)  # type: ignore[arg-type]
+    for mine, theirs in zip(other.inner, first.inner, strict=True):
+        for now, before in zip(mine.state_dict()["state"].values(), theirs.state_dict()["state"].values(), strict=True):
+            assert now["mu_product"].dtype == torch.float32
+            assert all(torch.equal(now[name], before[name]) for name in before)
+
+
+def test_an_optimizer_that_does_not_bring_back_what_it_saved_is_refused() -> None:
+    saved = copy.deepcopy(stepped(Two([nn.Parameter(torch.ones(2))])).state_dict())
+    with_other_bits = Two([nn.Parameter(torch.ones(2))])
+
+    class Halved(Two):
+        def state_dict(self) -> dict[str, Any]:
+            state = copy.deepcopy(super().state_dict())
+            for values in state["inner"][0]["state"].values():
+                values["exp_avg"] = values["exp_avg"] / 2
+            return state
+
+    load_optimizer(with_other_bits, saved)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Halved\.load_state_dict does not bring back what was saved as 'exp_avg'"):
+        load_optimizer(Halved([nn.Parameter(torch.ones(2))]), saved)  # type: ignore[arg-type]
+
+
+def test_a_group_that_is_added_while_it_trains_is_refused_at_once() -> None:
+    model = nn.Linear(2, 1)
+    optimizer, told = SGD([model.weight], lr=0.1), list[nn.Module]()
+    follow = with_savable_state(optimizer, told.append)
+    follow(model)
+    optimizer.add_param_group({"params": [model.bias]})
+    with pytest.raises(UsageError, match="keep the 1 parameter groups of build, but has 2 now"):
+        follow(model)
+    assert told == [model]

@@ -124,6 +124,12 @@ def test_what_needs_pickle_is_refused_where_it_is(value: Any, word: str) -> None
         encode({"groups": [{"extra": value}]}, "optimizer")
 
 
+def test_a_dtype_that_can_not_be_stored_is_refused_where_it_is() -> None:
+    encode({"w": torch.zeros(1, dtype=torch.complex64)}, "model")
+    with pytest.raises(UsageError, match=r"model\.w is expected to have a dtype that safetensors stores, but is torch"):
+        encode({"w": torch.zeros(1, dtype=torch.complex128)}, "model")
+
+
 def test_an_unknown_kind_is_an_error_and_never_guessed() -> None:
     with pytest.raises(ValueError, match=r"\$object"):
         decode({"$object": "os.system"}, {})
