@@ -17,8 +17,8 @@ def with_savable_state(optimizer: Optimizer, follow: Follow) -> Follow:
     """As `follow`, which is told of each update; the first time it looks at the optimizer's state.
 
     Raises:
-        UsageError: from that call, on every rank: some of it could only be saved with pickle; and from any, where groups
-            of parameters were added, which those that `build` makes anew could not be given back.
+        UsageError: from that call, on every rank: some of it could only be saved with pickle; and from any, where
+            groups of parameters were added, which those that `build` makes anew could not be given back.
     """
     looked = False
     groups = _groups(optimizer)
@@ -30,8 +30,8 @@ def with_savable_state(optimizer: Optimizer, follow: Follow) -> Follow:
             looked = True
         if _groups(optimizer) != groups:
             raise UsageError(
-                f"the optimizer is expected to keep the {groups} parameter groups of build, but has {_groups(optimizer)} "
-                "now: no checkpoint of it could be loaded",
+                f"the optimizer is expected to keep the {groups} parameter groups of build, but has "
+                f"{_groups(optimizer)} now: no checkpoint of it could be loaded",
                 "make all groups in build, and freeze with requires_grad_(False) what is to train later",
             )
         follow(model)
