@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from samestep.launcher.contract import UsageError
+from samestep.launcher.heartbeat import NoPulse
 from samestep.train import TrainConfig
+from samestep.train.observe import profile
+from samestep.train.parallel.group import SoloGroup
 
 pytestmark = pytest.mark.timeout(120)
 FLAGS = ("--shards", 4, "--max-steps", 9)
@@ -81,3 +84,12 @@ def test_what_makes_no_sense_is_refused() -> None:
         TrainConfig(profile=0)
     with pytest.raises(UsageError, match="without --replay"):
         TrainConfig(profile=1, replay=3)
+
+
+def test_the_time_of_the_profiler_itself_is_skipped_when_it_begins_and_ends(tmp_path: Path) -> None:
+    said, skipped = list[str](), list[int]()
+    pulse = profile.around(NoPulse(), 2, SoloGroup(), tmp_path, said.append, lambda: skipped.append(step))
+    for step in range(8):
+        pulse.at(step, "step")
+    assert skipped == [3, 5]
+    assert [text.partition(":")[0] for text in said] == ["Profiled steps 4 to 5"]
