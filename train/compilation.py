@@ -12,9 +12,8 @@ from torch import nn
 from samestep.train.parallel.group import Group
 
 _MANY = 64  # graphs: each shard size of training and evaluation gets its own, and hardly anything else should
-_NO_LIMIT = (
-    1 << 30
-)  # past its own limits torch runs a function uncompiled, in other bits, sooner on a rank of more shards
+# Past its own limits torch runs a function uncompiled, in other bits, and sooner on a rank of more shards.
+_NO_LIMIT = 1 << 30
 
 
 def compile_in_place(
@@ -37,17 +36,25 @@ def compile_in_place(
         if problem:
             return f"--compile is left out, because torch.compile does not work here (rank {rank}: {problem})"
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _NO_LIMIT
-    torch._dynamo.callback.on_compile_start(_Count(warn))
+    _count.begin(warn)
     model._compiled_call_impl = torch.compile(_in_a_frame_of_ours(model._call_impl), dynamic=False)
     return ""
 
 
 @dataclass(slots=True)
 class _Count:
-    """Called whenever a graph is compiled."""
+    """Called whenever a graph is compiled, for the run that goes on: a process has one at a time."""
 
-    warn: Callable[[str], None]
+    warn: Callable[[str], None] = lambda _: None
     graphs: int = 0
+    registered: bool = False
+
+    def begin(self, warn: Callable[[str], None]) -> None:
+        """Count anew, and tell this run."""
+        self.warn, self.graphs = warn, 0
+        if not self.registered:
+            torch._dynamo.callback.on_compile_start(self)
+            self.registered = True
 
     def __call__(self, *_: object) -> None:
         self.graphs += 1
@@ -57,6 +64,9 @@ class _Count:
                 "that the model's code looks at (item(), a counter of its own), which takes seconds each time; "
                 "hint: pad samples to few lengths, keep such numbers in tensors, or leave out --compile"
             )
+
+
+_count = _Count()
 
 
 def _in_a_frame_of_ours(call: Callable[..., Any]) -> Callable[..., Any]:

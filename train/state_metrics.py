@@ -47,7 +47,7 @@ class StateMetric:
             UsageError: they are not.
         """
         what = type(self.metric).__name__
-        if isinstance(self.metric, Mapping | nn.ModuleDict):
+        if isinstance(self.metric, nn.ModuleDict):
             raise UsageError(
                 f"metric {name} is expected to be one metric, but is a {what} of several",
                 "pass its metrics one by one: metrics=dict(collection.items())",

@@ -102,7 +102,7 @@ def _newest_size(run_dir: RunDir, events: Sequence[Step]) -> tuple[int, int, lis
 
 
 def _share(rank: int | None, ranks: int, shards: int) -> float:
-    """Of the batch, as a rank's span of shards has it; of the largest span where the rank is not known."""
+    """Of the batch, as the span of shards that a rank owns has it; the largest one where the rank is not known."""
     if rank is None:
         return math.ceil(shards / ranks) / shards
     return ((rank + 1) * shards // ranks - rank * shards // ranks) / shards

@@ -120,6 +120,7 @@ def test_past_torchs_limit_everything_is_compiled_still_and_that_is_told_once(mo
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=count, **options))
     monkeypatch.setattr(compilation, "_MANY", 9)
     model = Looks()
+    compile_in_place(nn.Linear(2, 1), CPU, SoloGroup(), lambda _: pytest.fail("told a run before"))
     assert compile_in_place(model, CPU, SoloGroup(), said.append) == ""
     graphs.clear()
     limit = 8  # of torch, by default

@@ -30,7 +30,7 @@ class Look(NamedTuple):
 
 
 def look_at(dataset: Any, seed: int) -> Look:
-    """Read them."""
+    """Read a few samples, seeded as in epoch 0; the caller's streams are as before."""
     samples = len(cast(Sized, dataset))
     sha, drawn = hashlib.sha256(), []
     with streams_restored():

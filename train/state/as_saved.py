@@ -44,9 +44,10 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     for names, group in zip(options, getattr(optimizer, "param_groups", []), strict=False):
         if gone := sorted(names - group.keys()):
             raise ValueError(f"{type(optimizer).__name__} needs {gone[0]}, which the saved optimizer did not have")
-    for holder, key, value in _other(optimizer.state_dict(), saved):
+    others = _other(optimizer.state_dict(), saved)
+    for holder, key, value in others:
         holder[key] = value.to(holder[key].device)  # the dicts that hold a parameter's state are the optimizer's own
-    for _, key, _ in _other(optimizer.state_dict(), saved):
+    for _, key, _ in _other(optimizer.state_dict(), saved) if others else ():
         raise ValueError(f"{type(optimizer).__name__}.load_state_dict does not bring back what was saved as {key!r}")
 
 
