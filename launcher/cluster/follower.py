@@ -116,7 +116,7 @@ class Follower:
             while not self._inbox and not self._lost:
                 signum = supervisor.pause(60.0, until=lambda: bool(self._inbox or self._lost))
                 if signum is not None:
-                    return policy.after_stop(signum, (), forced=False, saves=True, committed=False)
+                    return policy.after_stop(signum, (), forced=False, saves=True, committed=self._kept)
             if not self._inbox:
                 return self._without_head()
             message = self._inbox.pop(0)
@@ -188,16 +188,20 @@ class Follower:
             [self._meant(end) for end in ended.ends],
             forced=ended.forced,
             saves=self._facts.resumes,
-            committed=bool(manifest.committed(self._job.directory.checkpoints)),
+            committed=self._kept,
             trained=self._generation > 0 or any(end.step for end in ended.ends),
         )
 
     def _meant(self, end: RankEnd) -> int:
         return policy.meant(end.returncode, ours=self._facts.resumes or holds_training(self._job.directory))
 
+    @property
+    def _kept(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return bool(manifest.committed(self._job.directory.checkpoints))
+
     def _without_head(self) -> int:
-        kept = bool(manifest.committed(self._job.directory.checkpoints))
-        code = ExitCode.PREEMPTED_KEPT if kept else ExitCode.FAILED
+        code = ExitCode.PREEMPTED_KEPT if self._kept else ExitCode.FAILED
         self._job.console.say(
             f"samestep: the head of the run is gone ({self._lost}); the ranks of this machine are ended, "
             f"exit code {int(code)}"

@@ -176,7 +176,8 @@ class Head:
             callers = len(self._callers)
             signum = self._supervisor.pause(0.5, until=lambda: len(self._callers) != callers)  # noqa: B023 (called now)
             if signum is not None:
-                code = policy.after_stop(signum, (), forced=False, saves=facts.resumes, committed=False)
+                committed = _committed(self._run_dir) >= 0
+                code = policy.after_stop(signum, (), forced=False, saves=facts.resumes, committed=committed)
                 raise NotStartedError("stopped while waiting for other machines", code)
 
     def _ask_for_stacks(self) -> None:

@@ -107,14 +107,15 @@ def after_stop(
     """
     without_saving = ExitCode.INTERRUPTED if signum == signal.SIGINT else ExitCode.TERMINATED
     spoken = PREEMPTED & set(codes)
-    if forced or not (codes or trained):
+    if forced:
         return without_saving
     if spoken and (spoken == set(codes) or committed):  # all ranks know that it was saved before one says so
         return ExitCode(max(spoken))
     if saves and codes and not any(codes):
         return ExitCode.DONE  # it came to its end meanwhile
-    if _NEVER_BEGAN.issuperset(codes) and not trained:
-        return without_saving
+    began = trained or not _NEVER_BEGAN.issuperset(codes)
+    if not began and signum == signal.SIGINT:
+        return without_saving  # a person changed their mind; a scheduler that preempts a start wants it again
     return ExitCode.PREEMPTED_KEPT if saves and committed else without_saving
 
 

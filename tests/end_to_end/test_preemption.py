@@ -235,6 +235,19 @@ def test_before_the_first_step_there_is_nothing_to_save(job, signum, status):
     assert time.monotonic() - since < 20  # far below the grace time
 
 
+def test_preempted_while_it_starts_a_resumed_run_is_to_be_run_again(job, reference):
+    process = job.begin("samestep", 2)
+    job.until("step-3-0", process)
+    process.terminate()
+    job.end(process, 75)
+    (job.cwd / "marks" / "build-1").unlink()
+    process = job.begin("samestep", 2, mode="build")
+    job.until("build-1", process)
+    process.terminate()
+    assert "last periodic checkpoint kept, run again" in job.end(process, 76)
+    assert_no_step_lost(job.again(), reference)
+
+
 @pytest.mark.parametrize(
     ("rank", "flags", "status"),
     [

@@ -58,7 +58,10 @@ def test_what_follows_a_generation(failure_code, stopped, restarts_left, verdict
     [
         (INT, [], False, True, 130, 130),  # before a rank was started
         (TERM, [], False, False, 143, 143),
+        (TERM, [], False, True, 76, 143),  # an earlier launch had saved: the scheduler wants it again
         (INT, [-15, -15], False, True, 130, 130),  # joining or building: SIGTERM ends a rank by itself
+        (TERM, [-15, -15], False, True, 76, 143),
+        (USR1, [143, -15], False, True, 76, 143),
         (TERM, [-15, -15], False, False, 143, 143),
         (HUP, [143, -15], False, False, 143, 143),
         (TERM, [75, 75], False, True, 75, 75),
