@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from samestep.launcher import manifest, who_started
+from samestep.launcher.command_line import options
 from samestep.launcher.contract import (
     ENV_GENERATION,
     ENV_LAUNCHED,
@@ -241,7 +242,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     if member.env.distributed:
         leave.end_hard(run)
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
-    warnings = [*without_use(components), *found.warnings]
+    warnings = [*options.misspelt(type(config), os.environ), *without_use(components), *found.warnings]
     warnings += micro_batches.warnings(joined.micro_batches, joined.stored, components.model)
     if found.snapshot is not None:
         warnings += start.restore(run, found.snapshot, found.source)

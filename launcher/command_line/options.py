@@ -223,6 +223,14 @@ def _from_environ(config_type: type[Any], environ: Mapping[str, str], prefixes: 
     return values
 
 
+def misspelt(config_type: type[Any], environ: Mapping[str, str], prefix: str = "SAMESTEP_") -> list[str]:
+    """A sentence for each variable that sets nothing, but is nearly called like one that sets an option."""
+    known = {prefix + name.upper() for name in _names(config_type)}
+    strange = (name for name in environ.keys() - NOT_OPTIONS - known if name.startswith(prefix))
+    hints = {name: nearest_hint(name, known, 0.9) for name in sorted(strange)}
+    return [f"{name} in the environment sets nothing: {hint}" for name, hint in hints.items() if hint]
+
+
 def _config_path(tokens: Sequence[str], environ: Mapping[str, str], prefixes: Sequence[str]) -> Path | None:
     found = peek(tokens, "config")
     if found is None:
@@ -259,11 +267,11 @@ def _from_toml(config_type: type[Any], path: Path) -> dict[str, Any]:
     return values
 
 
-def nearest_hint(word: str, known: set[str]) -> str:
-    """`did you mean …` for the known word nearest to `word`, or an empty string."""
+def nearest_hint(word: str, known: set[str], alike: float = 0.6) -> str:
+    """`did you mean …` for the known word nearest to `word`, or an empty string; `alike` is at most 1."""
     import difflib
 
-    close = difflib.get_close_matches(word, sorted(known), n=1)
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=alike)
     return f"did you mean {close[0]}?" if close else ""
 
 

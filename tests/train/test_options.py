@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from samestep.launcher import contract
-from samestep.launcher.command_line.options import Option, load, peek, table
+from samestep.launcher.command_line.options import Option, load, misspelt, peek, table
 from samestep.launcher.contract import UsageError
 from samestep.train import TrainConfig
 
@@ -41,6 +41,24 @@ def test_each_source_wins_over_the_next(tmp_path: Path) -> None:
     environ = {"SAMESTEP_WIDTH": "2", "SAMESTEP_GLOBAL_BATCH_SIZE": "4"}
     config = given("--width", "1", "--config", str(file), environ=environ)
     assert (config.width, config.global_batch_size, config.seed, config.epochs) == (1, 4, 9, 3)
+
+
+def test_a_variable_that_is_nearly_an_option_is_named_and_others_are_left_alone() -> None:
+    fine = [
+        "SAMESTEP_WIDTH",
+        "SAMESTEP_FENCE",
+        "SAMESTEP_PORT_80_TCP",
+        "SAMESTEP_SERVICE_HOST",
+        "SAMESTEP_CLUSTER",
+        "EPOCH",
+    ]
+    wrong = ["SAMESTEP_EPOCH", "SAMESTEP_GLOBAL_BATCHSIZE", "SAMESTEP_WITDH"]
+    told = misspelt(MyConfig, dict.fromkeys([*fine, *wrong], "1"))
+    assert told == [
+        "SAMESTEP_EPOCH in the environment sets nothing: did you mean SAMESTEP_EPOCHS?",
+        "SAMESTEP_GLOBAL_BATCHSIZE in the environment sets nothing: did you mean SAMESTEP_GLOBAL_BATCH_SIZE?",
+        "SAMESTEP_WITDH in the environment sets nothing: did you mean SAMESTEP_WIDTH?",
+    ]
 
 
 def test_the_file_may_be_named_in_the_environment(tmp_path: Path) -> None:
