@@ -156,7 +156,6 @@ def _run(argv: Sequence[str]) -> int:
     from samestep.launcher.command_line.argv import Kind, Recipe, split
     from samestep.launcher.command_line.options import load, question
     from samestep.launcher.command_line.recipe_options import answer
-    from samestep.launcher.command_line.result import as_json
     from samestep.launcher.config import LaunchConfig
     from samestep.launcher.launch import dry_run, launch
     from samestep.launcher.recipe_file import trains
@@ -193,6 +192,8 @@ def _run(argv: Sequence[str]) -> int:
         return ExitCode.DONE
     result = launch(config, recipe, os.environ)
     if config.json:
+        from samestep.launcher.command_line.result import as_json
+
         print(as_json(result), flush=True)
     return result.exit_code
 

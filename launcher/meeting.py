@@ -15,6 +15,7 @@ from samestep.launcher.contract import UsageError
 from samestep.launcher.host import port_holder
 from samestep.launcher.plan import Meeting
 
+LOOPBACK = "127.0.0.1"
 _LOWEST_PORT = 20000
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _ATTEMPTS = 100
@@ -39,7 +40,7 @@ def open_store(master_addr: str, master_port: int | None, listen_on: str = "") -
     """
     port = _master_port(master_port)
     family = socket.AF_INET6 if ":" in listen_on else socket.AF_INET
-    listener = socket.create_server((listen_on or "127.0.0.1", 0), family=family, backlog=1024)
+    listener = socket.create_server((listen_on or LOOPBACK, 0), family=family, backlog=1024)
     return Meeting(master_addr, port, listener.getsockname()[1], listener.fileno(), store_addr=listen_on), listener
 
 
@@ -64,7 +65,7 @@ def _free_port() -> int:
         port = _LOWEST_PORT + secrets.randbelow(highest - _LOWEST_PORT)
         if _is_free(port):
             return port
-    with socket.create_server(("127.0.0.1", 0)) as probe:
+    with socket.create_server((LOOPBACK, 0)) as probe:
         return int(probe.getsockname()[1])
 
 

@@ -145,9 +145,19 @@ def test_launcher_imports_neither_torch_nor_the_worker(path):
 
 
 def test_launcher_brings_no_torch_into_its_process():
-    code = "import json, sys, samestep.launcher.cli, samestep.launcher.launch; print(json.dumps(sorted(sys.modules)))"
+    code = (
+        "import json, sys, samestep.launcher.cli, samestep.launcher.generations; print(json.dumps(sorted(sys.modules)))"
+    )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert {"torch", "numpy", "accelerate", "samestep.train"} & set(json.loads(shown.stdout)) == set()
+
+
+def test_torch_begins_to_be_imported_before_what_supervises_is():
+    code = "import json, sys, samestep.launcher.launch; print(json.dumps(sorted(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = {name.removeprefix("samestep.launcher.") for name in json.loads(shown.stdout)}
+    assert "supervise.starter" in loaded
+    assert {"generations", "supervise.supervisor", "supervise.hang_watch", "diagnosis", "cluster.head"} & loaded == set()
 
 
 @in_train

@@ -26,6 +26,7 @@ from samestep.launcher.supervise import policy
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.peers import Halt
+from samestep.launcher.supervise.starter import Starter
 from samestep.launcher.supervise.supervisor import Supervisor
 
 _CALL_SECONDS = 5.0
@@ -42,6 +43,7 @@ class FollowerJob:
     directory: RunDir
     environ: Mapping[str, str]
     supervisor: Supervisor
+    starter: Starter
     console: Console
     reporting: Reporting | None  # None: a script that publishes nothing
 
@@ -112,7 +114,7 @@ class Follower:
         supervisor = self._job.supervisor
         while True:
             if self._facts.forks:
-                supervisor.prepare_forks(self._facts.python, fork_server_environment(self._facts))
+                self._job.starter.prepare_forks(self._facts.python, fork_server_environment(self._facts))
             while not self._inbox and not self._lost:
                 signum = supervisor.pause(60.0, until=lambda: bool(self._inbox or self._lost))
                 if signum is not None:

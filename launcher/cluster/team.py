@@ -13,8 +13,6 @@ from samestep.launcher.diagnosis.diagnose import Failure
 from samestep.launcher.plan import Facts, Meeting
 from samestep.launcher.supervise.outcome import Generation
 
-LOOPBACK = "127.0.0.1"
-
 
 class NotStartedError(Exception):
     """No generation can be started; the text is for people, `exit_code` ends the run."""
@@ -67,7 +65,7 @@ class Alone:
 
     def assemble(self, facts: Facts) -> Assembled:
         """Fresh ports on loopback."""
-        place, store = meeting.open_store(self.config.master_addr or LOOPBACK, self.config.master_port)
+        place, store = meeting.open_store(self.config.master_addr or meeting.LOOPBACK, self.config.master_port)
         return Assembled(facts, place, store)
 
     def failed(self, exit_code: int, *, is_victim: bool) -> None:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from samestep.launcher.contract import RunDir
-from samestep.launcher.launch import LaunchResult
+from samestep.launcher.generations import LaunchResult
 
 
 def as_json(result: LaunchResult) -> str:

@@ -60,9 +60,14 @@ class ForkServer:
         return self._socket.fileno()
 
     @property
+    def lives(self) -> bool:
+        """Whether it is ready, or may still become so."""
+        return self._popen.poll() is None
+
+    @property
     def is_ready(self) -> bool:
         """Whether it has said so and still lives."""
-        return self._ready and self._popen.poll() is None
+        return self._ready and self.lives
 
     def greet(self) -> bool:
         """Take its first words; False if it has ended instead."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -11,24 +10,27 @@ from samestep.launcher.config import LaunchConfig
 from samestep.launcher.contract import RunDir
 from samestep.launcher.diagnosis import memory_signs
 from samestep.launcher.diagnosis.memory_signs import NOTHING_COUNTED
-from samestep.launcher.liveness import adopt_orphans
 from samestep.launcher.plan import Command
 from samestep.launcher.run_dir import holds_training
 from samestep.launcher.supervise import policy, process
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.events import Due, Event, EventSource, Exited, Output, ServerSpoke, Signalled
-from samestep.launcher.supervise.fork_server import ForkServer, NoForkError
 from samestep.launcher.supervise.hang_watch import TICK_SECONDS, Watch
 from samestep.launcher.supervise.listening import Listening
 from samestep.launcher.supervise.logs import RankLog, routes
 from samestep.launcher.supervise.outcome import Generation, Hang, RankEnd
 from samestep.launcher.supervise.peers import Halt, Peers
 from samestep.launcher.supervise.policy import Patience
-from samestep.launcher.supervise.process import Program, Worker
+from samestep.launcher.supervise.process import Worker
 from samestep.launcher.supervise.progress import REFRESH_SECONDS, Progress
 from samestep.launcher.supervise.signals import SignalSocket
+from samestep.launcher.supervise.starter import Starter
 
 _ABANDON_SECONDS = 10.0  # after SIGKILL, only a process stuck in the kernel is still there
+
+
+def _told_already(text: str) -> None:
+    """What one rank tells is true of all of them."""
 
 
 class Supervisor:
@@ -41,11 +43,13 @@ class Supervisor:
         console: Console,
         signals: SignalSocket,
         watch: Watch,
+        starter: Starter,
         grace: float,
         *,
         saves: bool,
     ) -> None:
         self._config, self._run_dir, self._console, self._watch = config, run_dir, console, watch
+        self._starter = starter
         self._grace, self._saves = grace, saves
         self._hang: Hang | None = None
         self._progress = Progress(run_dir) if console.has_bar and not config.quiet and config.pdb is None else None
@@ -66,9 +70,6 @@ class Supervisor:
             "server": partial(self._server_spoke, late=True),
         }
         self._memory, self._patience = NOTHING_COUNTED, Patience(0.0, 0.0)
-        self._liveness, self._life = os.pipe()  # the kernel closes the second one with us: ranks die then
-        self._adopts, self._inherited = adopt_orphans(), process.below_us()
-        self._server: ForkServer | None = None
         self._waiting: Callable[[], None] | None = None  # starts the ranks, once the fork server is ready
 
     def run(
@@ -93,11 +94,12 @@ class Supervisor:
         self._memory = memory_signs.read()
         try:
             start = partial(self._start_all, generation, commands, environ, started)
-            if self._server is None or self._server.is_ready or not all(command.recipe for command in commands):
+            server = self._starter.server
+            if server is None or server.is_ready or not all(command.recipe for command in commands):
                 start()
             else:
                 self._waiting = start
-                self._source.watch_server(self._server.fileno())
+                self._source.watch_server(server.fileno())
                 self._source.start_timer("server", self._config.join_timeout)
             while self._waiting is not None or self._running():
                 for event in self._source.wait():
@@ -122,38 +124,26 @@ class Supervisor:
         """Listen to the launchers of other machines, from now on and in every generation."""
         self._source.watch_peers(peers, interval)
 
-    def prepare_forks(self, python: str, environ: Mapping[str, str]) -> None:
-        """Start a fork server, or another one if it has ended; until it is ready, forked ranks wait."""
-        if not self._adopts or (self._server is not None and self._server.is_ready):
-            return
-        if self._server is not None:
-            self._server.close()
-        self._server = ForkServer(python, environ, self._liveness)
-
     def close(self) -> None:
         """Release what the last generation used."""
-        if self._server is not None:
-            self._server.close()
         self._source.close()
-        os.close(self._liveness)
-        os.close(self._life)
 
     def _await_no_more(self) -> Callable[[], None] | None:
         """What was to follow once the fork server is ready; None where that was not waited for, or no more."""
         start, self._waiting = self._waiting, None
-        if start is not None and self._server is not None:
-            self._source.forget(self._server.fileno())
+        if start is not None and self._starter.server is not None:
+            self._source.forget(self._starter.server.fileno())
         return start
 
     def _server_spoke(self, *, late: bool = False) -> None:
-        start = self._await_no_more()
-        if start is None or self._server is None:
+        start, server = self._await_no_more(), self._starter.server
+        if start is None or server is None:
             return
         if late:
-            self._server.close()
+            server.close()
             self._console.say("samestep: ranks are not forked, which only starts slower: their server is not ready")
         else:
-            self._server.greet()  # where it has ended, ranks are programs of their own and tell why it could not live
+            server.greet()  # where it has ended, ranks are programs of their own and tell why it could not live
         start()
 
     def _start_all(
@@ -167,22 +157,17 @@ class Supervisor:
         if self._watch.begin(generation, {rank: worker.pid for rank, worker in self._workers.items()}):
             self._source.start_timer("watch", TICK_SECONDS)
 
-    def _new_worker(self, command: Command, environ: Mapping[str, str]) -> Worker:
-        if command.recipe is not None and self._server is not None and self._server.is_ready:
-            try:
-                return self._server.fork(command, environ)
-            except NoForkError as error:
-                if command.rank == 0 and not self._config.quiet:
-                    self._console.say(f"samestep: ranks are not forked, which only starts slower: {error}")
-        return Program(command, environ, self._liveness)
-
     def _start(self, generation: int, command: Command, environ: Mapping[str, str]) -> None:
-        worker = self._new_worker(command, environ)
         rank = command.rank
+        worker = self._starter.start(command, environ, self._complain if rank == 0 else _told_already)
         self._workers[rank] = worker
         self._source.watch_exit(rank, worker.pid)
         log = RankLog(rank, command.log, routes(self._config, command.local_rank), self._console)
         self._listening.begin(generation, worker, log)
+
+    def _complain(self, text: str) -> None:
+        if not self._config.quiet:
+            self._console.say(f"samestep: {text}")
 
     def _running(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if worker.returncode is None]
@@ -295,7 +280,7 @@ class Supervisor:
         if undisturbed:
             process.reap_adopted()  # a service that detached itself from a successful rank is none of our business
         else:
-            process.sweep(keep=self._server.pid if self._server else None, inherited=self._inherited)
+            self._starter.sweep()
         self._listening.end()
         temporary.sweep()
         self._workers = {}

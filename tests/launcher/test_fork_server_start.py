@@ -122,6 +122,7 @@ from samestep.launcher.plan import Command
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.hang_watch import NoWatch
 from samestep.launcher.supervise.signals import SignalSocket
+from samestep.launcher.supervise.starter import Starter
 from samestep.launcher.supervise.supervisor import Supervisor
 
 
@@ -142,13 +143,15 @@ argv = (sys.executable, "-c", "print('a program')")
 command = Command(0, 0, argv, {}, (), Path("log"), Path("error"), recipe=Recipe("recipe.py"))
 with SignalSocket() as signals:
     config = LaunchConfig(join_timeout=0.05)
-    supervisor = Supervisor(config, RunDir(Path()), Console(), signals, NoWatch(), 1.0, saves=True)
-    supervisor._server = Server()
+    starter = Starter()
+    starter.server = Server()
+    supervisor = Supervisor(config, RunDir(Path()), Console(), signals, NoWatch(), starter, 1.0, saves=True)
     if sys.argv[1] == "asked":
-        supervisor._server.theirs.send(b"ready")
+        starter.server.theirs.send(b"ready")
         os.kill(os.getpid(), signal.SIGTERM)
     ended = supervisor.run(0, [command], os.environ, started=bool, is_victim=bool)
     supervisor.close()
+    starter.__exit__(None, None, None)
 print([end.returncode for end in ended.ends], ended.stopped_by)
 """
 
