@@ -74,8 +74,7 @@ def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does: TIME_WAIT is no obstacle
         try:
-            probe.bind(("", port))
-            probe.listen(1)
+            probe.bind(("", port))  # which fails where somebody listens; we ourselves never do, on all addresses
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 return False
