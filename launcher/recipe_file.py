@@ -120,8 +120,11 @@ def _check_file(path: Path, program: str) -> None:
 
 def _check_module(name: str) -> None:
     spec = _find(name)
-    if spec is not None and spec.submodule_search_locations is not None:
-        spec = _find(f"{name}.__main__")
+    if spec is not None and spec.submodule_search_locations is not None and _find(f"{name}.__main__") is None:
+        raise UsageError(
+            f"the module {name} is expected to be one that runs, but is a package without __main__.py",
+            f"name a module in it: {name}.train",
+        )
     if spec is None:
         raise UsageError(
             f"the module {name} is expected to be importable, but is not found",
