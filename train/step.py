@@ -64,7 +64,7 @@ class OptimizerStep:
                 self.buffers.before(part)
                 inputs = self.micro_batches.cut(batch, part, plan.size(shard))
                 with self.autocast:
-                    outcome = weigh(self.components.loss(self.reducer.module(part), inputs), part.samples)
+                    outcome = weigh(self.components.loss(self.components.model, inputs), part.samples)
                     target = objective(outcome, plan.samples)
                 require_gradient(target)
                 total = self.tally.add(outcome, part)

@@ -116,18 +116,6 @@ def test_all_ranks_stop_and_rank_zero_alone_speaks(start: Any, mistake: str) -> 
     assert (ended.cwd / "rank-1.err").read_text() == ""
 
 
-def test_a_loss_that_does_not_call_its_model_is_named_by_one_of_several_ranks(start: Any) -> None:
-    ended = start("mistaken", "--run-dir", "run", "--mistake", "outside", "--shards", 2, ranks=2)
-    assert ended.codes == [2, 2], ended.stderrs
-    said, _, hint = ended.stderr.partition("\nhint: ")
-    assert (
-        said.splitlines()[-1]
-        == "error: the loss is expected to call the model that it is given, but in step 2 it did not"
-    )
-    assert "first argument" in hint
-    assert (ended.cwd / "rank-1.err").read_text() == ""
-
-
 @pytest.mark.parametrize(
     ("flags", "words", "hint"),
     [

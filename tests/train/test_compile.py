@@ -73,7 +73,7 @@ model = nn.Sequential(*(nn.Linear(600, 600) for _ in range(3)))
 replica = replicate(model, find_unused=False, bucket_mb=1.0)
 compiled = torch.compile(lambda *words: model._call_impl(*words), backend=count)
 model._compiled_call_impl = compiled
-replica(torch.ones(2, 600)).sum().backward()
+model(torch.ones(2, 600)).sum().backward()
 print(len(graphs))
 """
 

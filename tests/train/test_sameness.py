@@ -205,3 +205,10 @@ def test_a_loss_that_transforms_the_model_has_the_same_bits_on_any_number_of_ran
     flags = ("--shards", 3, "--global-batch-size", 6, "--epochs", 2)
     one, two, three = (trained("transformed", *flags, ranks=ranks, cwd=f"of {ranks}") for ranks in (1, 2, 3))
     assert one.bits == two.bits == three.bits
+
+
+@pytest.mark.parametrize("way", ["names", "modules", "attribute", "sets", "outside", "layers"])
+def test_a_loss_gets_the_model_itself_on_any_number_of_ranks(trained, way):
+    alone, *others = (trained("looking", "--way", way, "--shards", 3, ranks=n, cwd=f"{n}") for n in (1, 2, 3))
+    assert [other.bits for other in others] == [alone.bits] * 2
+    assert alone.bits != trained("looking", "--shards", 3, cwd="plain").bits or way in ("outside", "layers")

@@ -50,14 +50,8 @@ def require_some(gradients: Sequence[Tensor], step: int) -> None:
         )
 
 
-def incomplete_backward(step: int, *, called: bool, missing: Sequence[str]) -> UsageError:
-    """Why backward has not been through all buckets of DDP, whose forward was `called` in that step or not."""
-    if not called:
-        return UsageError(
-            f"the loss is expected to call the model that it is given, but in step {step + 1} it did not",
-            "use the first argument of loss(model, batch) as model(x): neither the model from outside the "
-            "function nor its layers, since with several ranks it is a DistributedDataParallel",
-        )
+def incomplete_backward(step: int, missing: Sequence[str]) -> UsageError:
+    """Why backward has not been through all buckets of DDP, in a step that is counted from 0."""
     return UsageError(
         f"every parameter is expected to be used in each step as in the first one, but in step {step + 1} "
         f"this rank did not use {', '.join(missing[:3]) or 'some of them'}",

@@ -1,8 +1,8 @@
 """From the shards' gradients to `p.grad`, the same on every rank: sum over the tree, not yet divided by the weight.
 
-Earlier shards of a rank run on the raw module through `torch.autograd.grad`, which leaves `p.grad` alone and DDP
-asleep. The last one runs through DistributedDataParallel, whose communication hook adds the pending partial sums and
-exchanges bucket by bucket while backward goes on. Where one shard is all there is, its gradient is the sum and plain
+Backward of earlier shards of a rank is `torch.autograd.grad`, which leaves `p.grad` alone and DDP asleep. That of the
+last one wakes DistributedDataParallel, whose communication hook adds the pending partial sums and exchanges bucket by
+bucket while backward goes on. Where one shard is all there is, its gradient is the sum and plain
 backward leaves it. A shard that runs in several parts adds up their gradients from left to right, in the same ways.
 Where some rank has nothing to do in a step, layers begin or end to train, or parameters may stay unused for all that is
 known (the first step), all shards take the first way and the exchange follows backward; the bits are the same.
@@ -21,7 +21,7 @@ from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import CompressionHook
 from samestep.train.parallel.layout import dense, flat, like, numbers, views
 from samestep.train.parallel.missing_gradients import incomplete_backward, refuse_reentrant_checkpoints, require_some
-from samestep.train.parallel.replica import Replicas, look_from
+from samestep.train.parallel.replica import Replicas
 from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
 from samestep.train.parallel.used import anywhere
 
@@ -33,7 +33,7 @@ def _add(left: Gradients, right: Gradients) -> Gradients:
 
 
 class GradientReducer:
-    """Sums gradients of all shards of a step; used as begin, (module, backward) for each part of each shard, finish.
+    """Sums gradients of all shards of a step; used as begin, backward for each part of each shard, finish.
 
     After `finish`, `p.grad` of every trainable parameter is the sum over all shards, or None where no shard used it.
     """
@@ -47,7 +47,6 @@ class GradientReducer:
         find_unused_parameters: bool | None,
         compress: CompressionHook | None = None,
     ) -> None:
-        self.raw = model
         self.group = group
         self.exchange = exchange
         self.owned = owned_span(group.rank, group.world_size, shards)
@@ -70,7 +69,7 @@ class GradientReducer:
             self.replicas.set_aside()
             self.overlaps = False
 
-    # One step: begin, then for each owned shard module and backward, then finish.
+    # One step: begin, then for each owned shard backward, then finish.
 
     def begin(self, plan: StepPlan) -> None:
         """Prepare for the shards of one step: no gradient is left of the one before, whoever holds the parameter."""
@@ -82,6 +81,8 @@ class GradientReducer:
         self._step = plan.step
         self._alone = self.group.world_size == 1 and self.present == 1
         self.overlaps = self.replicas.current is not None and plan.everyone_works(self.group.world_size)
+        if self.overlaps:
+            self.replicas.begin_forward()
         self.sends_after = self.mine[-1] if self.overlaps or self.group.world_size == 1 else None  # see StepSums
         if self._alone:
             return
@@ -91,11 +92,6 @@ class GradientReducer:
         self._skipped = False  # some shard of this rank left a parameter unused
         self._results: list[tuple[list[Tensor], Tensor]] = []
         self._leaf: Gradients | None = None  # of the parts so far of the shard that runs
-
-    def module(self, part: MicroBatch) -> nn.Module:
-        """What the loss of `part` has to call: DDP for the last one where all ranks work, else the raw module."""
-        replica = self.replicas.current
-        return replica if replica is not None and self._through_ddp(part) else self.raw
 
     def backward(self, part: MicroBatch, total: Tensor, start: Tensor, done: Callable[[], None]) -> None:
         """Take the gradient of one part's unnormalised loss; backward starts from `start`.
@@ -114,8 +110,7 @@ class GradientReducer:
             return
         if self._through_ddp(part):
             self._done = done
-            if self.replicas.find_unused and self.replicas.called:
-                look_from(self.replicas.current, total)
+            self.replicas.begin_backward(total)
             direct.backward(total, start)
             if self._compress is not None:  # hooks of torch wait by themselves
                 self._done()
@@ -243,7 +238,7 @@ class GradientReducer:
         if not self._results or self.flights.sent:
             self.flights.sent.clear()
             missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
-            raise incomplete_backward(self._step, called=self.replicas.called, missing=missing)
+            raise incomplete_backward(self._step, missing)
         if not self.replicas.find_unused:
             return
         for parameters, total in self._results:

@@ -1,15 +1,16 @@
-"""The model as DistributedDataParallel."""
+"""The model's DistributedDataParallel, which sends gradients while backward goes on, and does nothing else.
+
+It has hooks on the model's parameters. Its own forward is never run: a loss gets the model itself, on any number of
+ranks, for names of parameters, attributes, indexing and `isinstance` tell the wrapper from the model.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import warnings
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.parallel import DistributedDataParallel
 
 from samestep.train import without_compiler
@@ -22,13 +23,11 @@ class Replicas:
 
     Attributes:
         current: DDP, None until one was made.
-        called: whether its forward ran in this step.
         find_unused: what to make the next one with; None until it is known.
     """
 
     def __init__(self, model: nn.Module, state: Any, hook: Any, *, find_unused: bool | None) -> None:
         self.current: DistributedDataParallel | None = None
-        self.called = False
         self.find_unused = find_unused
         self._model = model
         self._communicate = state, hook
@@ -42,7 +41,6 @@ class Replicas:
 
     def begin(self) -> None:
         """A step begins, and no gradient is left of the one before. A collective where buckets got another size."""
-        self.called = False
         if self._resized and self.current is not None:
             self.set_aside()
             self.release()
@@ -53,11 +51,24 @@ class Replicas:
         self._resized = False
         replica = replicate(self._model, bucket_mb=self._bucket_mb, find_unused=bool(self.find_unused))
         replica.register_comm_hook(*self._communicate)
-        replica.register_forward_pre_hook(self._note_call)
         self.current = replica
 
+    def begin_forward(self) -> None:
+        """Before the forwards of a step whose last backward it takes. A collective, as DDP's own forward is.
+
+        The buckets are laid out anew in the order of the first gradients, once, while there are no activations.
+        """
+        assert self.current is not None
+        self.current.reducer.prepare_for_forward()
+        self.current.reducer._rebuild_buckets()
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """Take the gradients of the backward that follows, that of `loss`: unused parameters are not in its graph."""
+        assert self.current is not None
+        self.current.reducer.prepare_for_backward([loss] if self.find_unused else [])
+
     def set_aside(self) -> None:
-        """Have none from now on, and keep what there is until `release`: a forward may have been through it."""
+        """Have none from now on, and keep what there is until `release`: its hooks may be on the graph of a forward."""
         self._former, self.current = self.current, None
 
     def release(self) -> None:
@@ -66,50 +77,18 @@ class Replicas:
             self._former = None
             gc.collect()  # a part of a cycle, and its hooks would go on
 
-    def _note_call(self, *_: Any) -> None:
-        self.called = True
-
 
 def replicate(model: nn.Module, *, find_unused: bool, bucket_mb: float) -> DistributedDataParallel:
-    """Wrap `model`, which lies on one device, where its inputs are put too. A collective.
+    """Wrap `model`, which lies on one device. A collective.
 
     Not with static_graph, which gained nothing where it was measured (1.00 to 1.10 times the time of a step).
     """
     with without_compiler.wrapping(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers
-        return _Replica(
+        return DistributedDataParallel(
             model,
             bucket_cap_mb=cast(int, bucket_mb),  # torch takes any number
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
             find_unused_parameters=find_unused,
         )
-
-
-def look_from(replica: Any, loss: Tensor) -> None:
-    """Have DDP look for what is unused in the graph of the loss: it has looked from the outputs of the last forward."""
-    replica.reducer.prepare_for_backward([loss])
-
-
-class _Replica(DistributedDataParallel):
-    """Has the attributes of the model too, so that a loss finds them on any number of ranks."""
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """The model's. DDP's own begin of a forward is not made for tensors inside of torch.func's transforms."""
-        if torch._C._are_functorch_transforms_active():
-            with temporarily_clear_interpreter_stack():
-                if torch.is_grad_enabled():
-                    self.reducer._rebuild_buckets()
-                    self.reducer.prepare_for_backward([])
-            return self.module(*inputs, **kwargs)
-        return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _inside_ddp_forward(self) -> Any:
-        """Nothing: torch's compiler would see DDP here, and cut graphs at its buckets. One rank has none to cut at."""
-        return contextlib.nullcontext()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)

@@ -56,7 +56,6 @@ def build(config: MistakenConfig) -> Any:  # noqa: C901 (one case a mistake)
         "shape": lambda m, b: m(b[0]),
         "total": lambda m, b: Weighted(m(b[0]), len(b[0])),
         "not callable": 3,
-        "outside": lambda _, b: (model(b[0]) - b[1]).square().mean(1),
     }
     loss = losses.get(mistake, loss)
     if mistake.endswith(" weights"):
