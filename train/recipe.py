@@ -73,7 +73,8 @@ class Components:
 
     Attributes:
         model: on any device; it is moved, and wrapped in DistributedDataParallel.
-        loss: `loss(model, batch)` returns per-sample losses `(n,)`, a scalar mean over the batch, or `Weighted`.
+        loss: `loss(model, batch)` gets the model itself, on any number of ranks, and returns per-sample losses
+            `(n,)`, a scalar mean over the batch, or `Weighted`.
         optimizer: any torch optimizer over parameters of `model`, used as written.
         train_data: a map-style dataset (`__len__` and `__getitem__`), or a tensor or numpy array.
         eval_data: the same, for evaluation; every sample counts exactly once.

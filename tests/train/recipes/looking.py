@@ -1,6 +1,7 @@
 """The loss looks at the model that it gets, or at the one from outside, in ways that tell a wrapper from it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ class Config(TrainConfig):
 class Net(nn.Sequential):
     dim = 3.0  # DistributedDataParallel has one of its own, as it has a device and a logger
     device = "mine"
-    scale: object = 1.0
+    scale: Tensor | float = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
+        out: Tensor = super().forward(x)
+        return out * self.scale
 
 
 def of_names(model: nn.Module) -> Tensor:
@@ -45,9 +47,10 @@ def build(config: Config) -> Components:
         x, y = batch
         if config.way == "sets":
             given.scale = y.mean()
-        used = {"outside": model, "layers": lambda x: given[2](given[1](given[0](x)))}.get(config.way, given)
-        further = {"names": of_names, "modules": of_modules, "attribute": of_attribute}.get(config.way)
-        return (used(x) - y).square().mean(1) + (further(given) if further else 0.0)
+        used: Any = {"outside": model, "layers": lambda x: given[2](given[1](given[0](x)))}.get(config.way, given)
+        further: Any = {"names": of_names, "modules": of_modules, "attribute": of_attribute}.get(config.way)
+        loss: Tensor = (used(x) - y).square().mean(1) + (further(given) if further else 0.0)
+        return loss
 
     return Components(
         model=model,
