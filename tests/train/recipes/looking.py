@@ -36,8 +36,9 @@ def of_modules(model: nn.Module) -> Tensor:
     return sum((p.square().sum() for c in (*model.children(), named) if c for p in c.parameters()), torch.zeros(()))
 
 
-def of_attribute(model: Net) -> Tensor:
-    return model.dim * model[0].weight.abs().sum() * (model.device == "mine") * (type(model) is Net)
+def of_attribute(model: Any) -> Tensor:
+    size: Tensor = model[0].weight.abs().sum()
+    return size * model.dim * (model.device == "mine") * (type(model) is Net)
 
 
 def build(config: Config) -> Components:
