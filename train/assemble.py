@@ -224,7 +224,8 @@ def _evaluator(
 
 
 def _guards(components: Components, setting: Setting, reporter: Reporter) -> Guards:
-    subject = Subject(components.model, components.optimizer, components.scheduler, components.scheduler_interval)
+    steps = components.scheduler, components.scheduler_interval
+    subject = Subject(components.model, components.optimizer, components.loss, *steps)
     return guards_for(
         setting.config.check, subject, setting.member.group, setting.shards, setting.device, reporter.warning
     )

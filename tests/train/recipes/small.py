@@ -1,5 +1,6 @@
 """A regression small enough for dozens of runs; FAULT and friends make it misbehave."""
 
+import itertools
 import os
 import resource
 import signal
@@ -40,26 +41,25 @@ def build(config: SmallConfig) -> Components:
     if FAULT == "initial-weights" and RANK == 1:
         with torch.no_grad():
             last.bias.add_(1)
-    calls = 0
+    calls = itertools.count(1)
     if FAULT.startswith("disk-"):  # like one that is full: no file gets larger, up to step 20
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(FAULT[5:]), resource.RLIM_INFINITY))
 
     def loss(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
+        call = next(calls)
         value = supervised(nn.MSELoss())(net, batch)
         assert isinstance(value, torch.Tensor)
-        if FAULT.startswith("disk-") and calls == 20:
+        if FAULT.startswith("disk-") and call == 20:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if FAULT == "superseded":
             lock = Path(config.run_dir or "run") / "lock"
             owner = Owner.of(lock.read_bytes())
             with lock.open("r+b") as file:  # over what is there, as a launcher does: nobody reads half of it
                 file.write(replace(owner, generation=owner.generation + 1).encode())
-        if FAULT == "raise" and calls > 4:
+        if FAULT == "raise" and call > 4:
             raise ValueError("boom")
-        if FAULT == "nan" and calls > 4:
+        if FAULT == "nan" and call > 4:
             value = value * float("nan")
         return value
 

@@ -1,66 +1,114 @@
-"""Numbers and flags that a forward keeps in plain attributes: no checkpoint has them, and a rank counts for itself."""
+"""State that a loss keeps outside of parameters and buffers: no checkpoint has it, and each rank has one for itself."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
-
-from torch import nn
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from samestep.train.observe.guards.check import Check, Finding, Subject, listed
+from samestep.train.observe.guards.kept import Drawn, of_loss, of_model
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # `training` has a check of its own
 _TWICE = 2  # a number that changes once is what was cached, such as a length
+_WATCHED = 3  # losses; what is no number and changes in each of so many is no cache
+_HINT = "no checkpoint has them, and a rank changes them once a shard: keep them by register_buffer"
 
 
 class PlainAttributes(Check):
-    """Compares int, float and bool attributes of all modules before and after each loss."""
+    """Compares what the modules and the loss keep, before and after each loss."""
 
     def __init__(self, subject: Subject) -> None:
-        self._model = subject.model
-        self._before: dict[str, Any] = {}
-        self._changes: Counter[str] = Counter()
-        self._told: set[str] = set()
+        self._model = _Kept(lambda: dict(of_model(subject.model)))
+        self._loss = _Kept(lambda: dict(of_loss(subject.loss, subject.model)))
 
-    def before_loss(self, batch: Any, samples: int) -> tuple[()]:  # noqa: ARG002
-        """Remember them."""
-        self._before = dict(_attributes(self._model))
+    def before_loss(self, batch: object, samples: int) -> tuple[()]:  # noqa: ARG002
+        """Remember all."""
+        self._model.begin()
+        self._loss.begin()
         return ()
 
     def after_loss(self) -> tuple[()]:
-        """Count who changed; a flag once is enough."""
-        for name, value in _attributes(self._model):
-            if not _same(self._before.get(name), value):
-                self._changes[name] += _TWICE if isinstance(value, bool) else 1
+        """Count who changed."""
+        self._model.end()
+        self._loss.end()
         return ()
 
     def forget(self) -> None:
         """What was counted belongs to steps that are done again."""
-        self._changes.clear()
+        self._model.forget()
+        self._loss.forget()
 
     def conclude(self) -> Iterator[Finding]:
         """Name them."""
-        kept = [name for name, times in self._changes.items() if times >= _TWICE and name not in self._told]
-        self._changes.clear()
-        self._told.update(kept)
-        if kept:
+        of_model_, of_loss_ = self._model.conclude(), self._loss.conclude()
+        if of_model_.state:
             yield Finding(
-                f"the loss changes plain attributes of the model: {listed(kept)}",
-                "no checkpoint has them, and a rank changes them once a shard: keep them by register_buffer, or derive "
-                "them from the batch; fine where forward sets them before it reads them",
+                f"the loss changes plain attributes of the model: {listed(of_model_.state)}",
+                f"{_HINT}, or derive them from the batch; fine where forward sets them before it reads them",
+            )
+        if of_loss_.state:
+            yield Finding(
+                f"the loss changes what it keeps outside of the model: {listed(of_loss_.state)}",
+                f"{_HINT} of the model, a criterion as one of its modules, or derive them from the batch; fine where "
+                "no loss depends on them",
+            )
+        if drawn := of_model_.generators + of_loss_.generators:
+            yield Finding(
+                f"the loss draws from random numbers of its own: {listed(drawn)}",
+                "each rank would go on in them where it stands: draw from those of torch, numpy or random themselves, "
+                "which are seeded for each shard",
             )
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[str, int | float | bool]]:
-    """By path; torch's own modules may keep what they like in private ones."""
-    for path, module in model.named_modules():
-        of_torch = type(module).__module__.startswith("torch.")
-        for key, value in vars(module).items():
-            if not isinstance(value, int | float) or key in _OF_EVERY_MODULE or (of_torch and key.startswith("_")):
-                continue
-            yield f"{path or type(model).__name__}.{key}", value
+class _Names(NamedTuple):
+    """Who changed."""
+
+    state: list[str]
+    generators: list[str]
 
 
-def _same(one: Any, other: int | float) -> bool:
-    return bool(one == other) or (one != one and other != other)  # NaN is no change
+@dataclass(slots=True)
+class _Kept:
+    """Counts changes of what `now` gives, by name."""
+
+    now: Callable[[], dict[str, Hashable]]
+    losses: int = 0
+    before: dict[str, Hashable] = field(default_factory=dict)
+    numbers: Counter[str] = field(default_factory=Counter)
+    things: Counter[str] = field(default_factory=Counter)
+    generators: Counter[str] = field(default_factory=Counter)
+    told: set[str] = field(default_factory=set)
+
+    def begin(self) -> None:
+        self.before = self.now()
+
+    def end(self) -> None:
+        """A flag that changes once is enough."""
+        self.losses += 1
+        for name, value in self.now().items():
+            if name not in self.before or self.before[name] != value:
+                self._of(value)[name] += _TWICE if isinstance(value, bool) else 1
+
+    def forget(self) -> None:
+        self.losses = 0
+        for changes in (self.numbers, self.things, self.generators):
+            changes.clear()
+
+    def conclude(self) -> _Names:
+        """Those that were not told before; what changed in all losses but the first may have been set up there."""
+        enough = max(_WATCHED, self.losses) - 1
+        numbers = self._fresh(self.numbers, _TWICE)
+        found = _Names(numbers + self._fresh(self.things, enough), self._fresh(self.generators, enough))
+        self.forget()
+        return found
+
+    def _of(self, value: Hashable) -> Counter[str]:
+        if isinstance(value, Drawn):
+            return self.generators
+        return self.numbers if isinstance(value, int | float | str) else self.things
+
+    def _fresh(self, changes: Counter[str], least: int) -> list[str]:
+        fresh = [name for name, times in changes.items() if times >= least and name not in self.told]
+        self.told.update(fresh)
+        return fresh

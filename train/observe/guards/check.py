@@ -33,6 +33,7 @@ class Subject:
 
     model: nn.Module
     optimizer: Optimizer
+    loss: Any = None
     scheduler: Any = None
     scheduler_interval: str = "step"
 

@@ -1,0 +1,157 @@
+"""What a loss keeps outside of parameters and buffers is named where it changes, and only there."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections import deque
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samestep.train import supervised
+from samestep.train.observe.guards.attributes import PlainAttributes
+from samestep.train.observe.guards.check import Subject
+
+STATE, LOSS, DRAWN = "plain attributes of the model: ", "keeps outside of the model: ", "random numbers of its own: "
+number_of_losses = 0
+X = torch.arange(6.0).reshape(3, 2)
+
+
+def told(model: nn.Module, loss: Any, losses: int = 3) -> list[str]:
+    check = PlainAttributes(Subject(model, torch.optim.SGD(model.parameters(), lr=0.1), loss))
+    for _ in range(losses):
+        check.before_loss(None, 3)
+        loss(model, (X, X))
+        check.after_loss()
+    return [finding.text for finding in check.conclude()]
+
+
+class Keeps(nn.Module):
+    def __init__(self, **kept: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        for name, value in kept.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+
+class Centered(nn.Module):
+    """A criterion with a buffer, as that of DINO."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.center: Tensor
+        self.register_buffer("center", torch.zeros(2))
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        self.center = 0.9 * self.center + 0.1 * output.detach().mean(0)
+        return (output - self.center - y).square().mean()
+
+
+class Counting:
+    def __init__(self) -> None:
+        self.calls, self.quiet = 0, itertools.count()
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        self.calls += 1
+        return model(batch[0]).mean() * next(self.quiet)
+
+    def method(self, model: Any, batch: Any) -> Any:
+        return self(model, batch)
+
+
+CHANGES = {
+    "tensor": (torch.zeros(2), lambda model: model.kept.add_(1), STATE),
+    "list": ([], lambda model: model.kept.append(1.0), STATE),
+    "full queue": (deque([1, 2], maxlen=2), lambda model: model.kept.append(model.kept[0] + 2), STATE),
+    "nested": ({"seen": {"n": 0}}, lambda model: model.kept["seen"].update(n=model.kept["seen"]["n"] + 1), STATE),
+    "array": (np.zeros(2), lambda model: model.kept.__iadd__(1), STATE),
+    "generator of torch": (torch.Generator().manual_seed(1), lambda model: torch.rand(1, generator=model.kept), DRAWN),
+    "generator of numpy": (np.random.default_rng(1), lambda model: model.kept.random(), DRAWN),
+    "generator of old": (np.random.RandomState(1), lambda model: model.kept.rand(), DRAWN),
+    "generator of Python": (random.Random(1), lambda model: model.kept.random(), DRAWN),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_changes_in_each_loss_is_named(kind: str) -> None:
+    kept, change, text = CHANGES[kind]
+    model = Keeps(kept=kept)
+
+    def loss(model: Any, batch: Any) -> Any:
+        change(model)
+        return model(batch[0]).mean()
+
+    (found,) = told(model, loss)
+    assert text in found
+    assert "Keeps.kept" in found
+
+
+def test_a_loss_is_looked_into() -> None:
+    calls, centers = 0, {"center": torch.zeros(2)}
+
+    def closes_over(model: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        centers["center"] += 1
+        return model(batch[0]).mean()
+
+    def names_a_global(model: Any, batch: Any) -> Any:
+        global number_of_losses
+        number_of_losses += 1
+        return model(batch[0]).mean()
+
+    def has_a_default(model: Any, batch: Any, seen: list[int] = []) -> Any:  # noqa: B006 (what is looked for)
+        seen.append(1)
+        return model(batch[0]).mean()
+
+    def adds(seen: list[int], model: Any, batch: Any) -> Any:
+        seen.append(1)
+        return model(batch[0]).mean()
+
+    teacher = nn.BatchNorm1d(2)
+    for loss, name in (
+        (closes_over, "calls, centers"),
+        (names_a_global, "number_of_losses"),
+        (has_a_default, "a default"),
+        (functools.partial(adds, []), "argument 0"),
+        (Counting(), "Counting.calls"),
+        (Counting().method, "Counting.calls"),
+        (supervised(Centered()), "supervised.criterion.center"),
+        (lambda model, batch: teacher(model(batch[0])).mean(), "teacher.running_mean, teacher.running_var"),
+    ):
+        (found,) = told(Keeps(), loss)
+        assert found.partition(LOSS)[2].startswith(name), found
+
+
+def test_what_stays_or_was_set_up_once_or_belongs_to_the_step_is_no_state() -> None:
+    model = Keeps(mask=None, output=None, sizes={}, shape=None, table=torch.ones(3))
+    constants = [1, 2, torch.ones(2)]
+
+    def loss(model: Any, batch: Any) -> Any:
+        if model.mask is None:
+            model.mask, model.sizes[len(batch[0])] = torch.ones(2), 1.0
+        model.shape = batch[0].shape
+        model.table = torch.ones(3)
+        model.output = model(batch[0])  # with its graph
+        return model.output.mean() * constants[0]
+
+    assert told(model, loss) == []
+
+
+def test_one_loss_tells_nothing() -> None:
+    model = Keeps(kept=[], count=0)
+
+    def loss(model: Any, batch: Any) -> Any:
+        model.kept.append(1)
+        model.count += 1
+        return model(batch[0]).mean()
+
+    assert told(model, loss, losses=1) == []

@@ -1,0 +1,142 @@
+"""What a model or a loss keeps beside parameters and buffers, as marks that are equal while nothing has changed.
+
+Numbers, tensors without a graph, arrays, generators, and containers of these, in attributes of modules; of a loss also
+in what its function closes over, in its defaults and in the globals that it names.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import types
+import zlib
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from samestep.train.parallel.fingerprint import sum_of_bits
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # `training` has a check of its own
+_MOST_BYTES = 1 << 22  # of a tensor or array that is looked at: a larger one is data rather than a state
+_MOST_ITEMS = 64  # of a container, further ones count by their number
+_DEPTH = 3  # of containers in containers
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Where a generator stands."""
+
+    state: int
+
+
+def of_model(model: nn.Module) -> Iterator[tuple[str, Hashable]]:
+    """Attributes by path; torch's own modules may keep what they like in private ones."""
+    for path, module in model.named_modules():
+        of_torch = type(module).__module__.startswith("torch.")
+        for key, value in vars(module).items():
+            if key in _OF_EVERY_MODULE or (of_torch and key.startswith("_")):
+                continue
+            if (marked := mark(value)) is not None:
+                yield f"{path or type(model).__name__}.{key}", marked
+
+
+def of_loss(loss: Any, model: nn.Module) -> Iterator[tuple[str, Hashable]]:
+    """By the names that the code has for them; the model and its parts are left out, other modules are looked into."""
+    inside = {id(module) for module in model.modules()}
+    for name, value in _held(loss):
+        if isinstance(value, nn.Module) and id(value) not in inside:
+            state = (*value.named_buffers(), *value.named_parameters())
+            yield from ((f"{name}.{key}", marked) for key, part in state if (marked := mark(part)) is not None)
+            yield from ((f"{name}: {key}", marked) for key, marked in of_model(value))
+        elif (marked := mark(value)) is not None:
+            yield name, marked
+
+
+def _held(loss: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(loss, functools.partial):
+        yield from _held(loss.func)
+        yield from ((str(name), value) for name, value in loss.keywords.items())
+        yield from ((f"argument {number}", value) for number, value in enumerate(loss.args))
+    elif isinstance(loss, types.MethodType):
+        yield from _attributes(loss.__self__)
+        yield from _held(loss.__func__)
+    elif isinstance(loss, types.FunctionType):
+        yield from _of_function(loss)
+    else:
+        yield from _attributes(loss)
+
+
+def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
+    """Of an object; a module among them is looked into by the caller."""
+    if isinstance(thing, nn.Module):
+        yield type(thing).__name__, thing
+    else:
+        yield from ((f"{type(thing).__name__}.{key}", value) for key, value in getattr(thing, "__dict__", {}).items())
+
+
+def _of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    yield from ((name, function.__globals__[name]) for name in code.co_names if name in function.__globals__)
+    yield from (("a default", value) for value in function.__defaults__ or ())
+    yield from (function.__kwdefaults__ or {}).items()
+
+
+def mark(value: Any, depth: int = _DEPTH) -> Hashable | None:
+    """Equal for equal values; None for what is no state, or can't be told."""
+    if isinstance(value, int | float):
+        return "NaN" if value != value else value
+    if isinstance(value, Tensor):
+        return _of_tensor(value)
+    if isinstance(value, np.ndarray | np.generic):
+        known = value.dtype.kind in "biufc" and value.nbytes <= _MOST_BYTES
+        return (value.shape, zlib.crc32(np.ascontiguousarray(value).tobytes())) if known else None
+    state = _of_generator(value)
+    if state is not None:
+        return Drawn(zlib.crc32(state))
+    return _of_container(value, depth) if depth else None
+
+
+def _of_generator(value: Any) -> bytes | None:
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, np.random.Generator):
+        return str(value.bit_generator.state).encode()
+    if isinstance(value, np.random.RandomState):
+        return str(value.get_state(legacy=False)).encode()
+    return repr(value.getstate()).encode() if isinstance(value, random.Random) else None
+
+
+def _of_tensor(tensor: Tensor) -> Hashable | None:
+    """One with a graph is this step's: whoever keeps that is told by another check."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_conj()
+    if (
+        not plain
+        or tensor.is_meta
+        or tensor.grad_fn is not None
+        or tensor.numel() * tensor.element_size() > _MOST_BYTES
+    ):
+        return None
+    return tuple(tensor.shape), int(sum_of_bits(tensor.detach()))
+
+
+def _of_container(value: Any, depth: int) -> Hashable | None:
+    if isinstance(value, Mapping):
+        items = [*value.values()]
+    elif isinstance(value, list | tuple | deque | set):
+        items = [*value]
+    else:
+        return None
+    first = items[:_MOST_ITEMS]
+    if any(isinstance(item, Tensor) and item.grad_fn is not None for item in first):
+        return None
+    return len(items), *(mark(item, depth - 1) for item in first)
