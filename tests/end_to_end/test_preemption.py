@@ -30,6 +30,7 @@ FLAGS = (
 )
 RECIPE = """
 import os, signal, time
+from itertools import count
 from pathlib import Path
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ from samestep.train import Components, finish, supervised, train
 
 RANK, MODE, HERE = os.environ.get("RANK", "0"), os.environ.get("MODE", ""), Path(__file__).parent
 PACE = float(os.environ.get("PACE", "0"))
-calls = 0
+calls = count(1)
 if MODE == "closing":
     export = finish.export_weights
     finish.export_weights = lambda *what: (os.kill(os.getpid(), signal.SIGTERM), export(*what))
@@ -59,12 +60,11 @@ def mark(name):
 
 
 def loss(model, batch):
-    global calls
-    calls += model.training
-    mark(f"step-{calls}" if model.training else "evaluation")
-    if MODE == f"hang-{RANK}" and calls == 9:
+    call = next(calls) if model.training else 0
+    mark(f"step-{call}" if call else "evaluation")
+    if MODE == f"hang-{RANK}" and call == 9:
         time.sleep(600)
-    if MODE == f"die-{RANK}" and calls == 9:
+    if MODE == f"die-{RANK}" and call == 9:
         while not (HERE / "die").exists():
             time.sleep(0.01)
         os._exit(9)
