@@ -50,6 +50,7 @@ from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling, scaling
 from samestep.train.signals import StopSignals
 from samestep.train.state.first_update import with_savable_state
+from samestep.train.state.held import HeldParts
 from samestep.train.state.saver import Clock, Saver, Schedule, WritingSaver
 from samestep.train.state.train_state import TrainState
 from samestep.train.state_metrics import StateMetric, StateMetrics
@@ -118,6 +119,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
         buckets=bucket_trial(gradient_bytes(components.model), group.world_size, resize, exact=exact),
         reporter=reporter,
         guards=guards,
+        held=HeldParts(components.model),
         progress=progress,
     )
 
@@ -226,9 +228,8 @@ def _evaluator(
 def _guards(components: Components, setting: Setting, reporter: Reporter) -> Guards:
     steps = components.scheduler, components.scheduler_interval
     subject = Subject(components.model, components.optimizer, components.loss, *steps)
-    return guards_for(
-        setting.config.check, subject, setting.member.group, setting.shards, setting.device, reporter.warning
-    )
+    place = setting.member.group, setting.shards, setting.device
+    return guards_for(setting.config.check, subject, *place, reporter.warning)
 
 
 def _nobody(model: nn.Module) -> None:

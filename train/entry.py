@@ -242,6 +242,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     if member.env.distributed:
         leave.end_hard(run)
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
+    run.held.require_loadable()
     warnings = [*options.misspelt(type(config), os.environ), *without_use(components), *found.warnings]
     warnings += micro_batches.warnings(joined.micro_batches, joined.stored, components.model)
     if found.snapshot is not None:

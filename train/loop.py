@@ -23,6 +23,7 @@ from samestep.train.observe.reporter import Reporter
 from samestep.train.parallel.agreement import Agreement
 from samestep.train.parallel.bucket_trial import Buckets
 from samestep.train.recipe import Components
+from samestep.train.state.held import HeldParts
 from samestep.train.state.saver import Saver
 from samestep.train.state.train_state import TrainState
 from samestep.train.step import OptimizerStep
@@ -46,6 +47,7 @@ class Run:
     buckets: Buckets
     reporter: Reporter
     guards: Guards
+    held: HeldParts
     progress: Callable[[int, str], None]  # told step and phase, for error records
 
     @property
@@ -88,6 +90,7 @@ def _rest_of_epoch(run: Run) -> None:
         run.guards.before_step(plan)
         rows = run.step(plan, batches)
         run.guards.after_step(plan)
+        run.held.after_step()
         run.ledger.add(plan, rows, run.step.clock.take())
         state.advance(plan)
 
@@ -109,6 +112,7 @@ def _rest_of_epoch(run: Run) -> None:
 
 
 def _report(run: Run) -> None:
+    run.held.require_same()
     run.step.guard.settle()
     run.step.buffers.settle()
     run.ledger.epoch = run.state.sums

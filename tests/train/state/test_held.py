@@ -1,0 +1,38 @@
+"""A model that changes what it holds is named before a checkpoint is written that nothing could go on from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.timeout(90)
+CHANGES = {
+    "buffer": ("mean is new", "persistent=False"),
+    "parameter": ("head.bias is another one", "copy into it"),
+    "gone": ("head.bias is gone", "build"),
+    "layer, later": ("late.weight is new", "build"),
+    "adapters": ('load its own state_dict, but does not: Missing key(s) in state_dict: "body.weight"', "fits it"),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("way", CHANGES)
+def test_what_a_forward_makes_of_the_model_is_refused_on_any_number_of_ranks(start: Any, way: str, ranks: int) -> None:
+    text, fix = CHANGES[way]
+    flags = ("--way", way, "--shards", 2, "--check", "never")
+    ended = start("changing", "--run-dir", "run", *flags, ranks=ranks)
+    assert ended.codes == [2] * ranks, ended.stderrs
+    said, _, hint = ended.stderr.partition("\nhint: ")
+    assert text in said
+    assert fix in hint
+    assert ended.stderrs.count("error: ") == 1
+    assert "Traceback" not in ended.stderrs
+    assert not [*(ended.run_dir / "checkpoints").glob("step-*")]
+
+
+@pytest.mark.parametrize("way", ["cache", "renamed"])
+def test_a_cache_that_is_not_saved_and_a_pair_that_fits_are_fine(trained: Any, way: str) -> None:
+    whole = trained("changing", "--way", way, "--shards", 2, ranks=2, cwd="whole")
+    trained("changing", "--way", way, "--shards", 2, "--max-steps", 3, cwd="resumed")
+    assert trained("changing", "--way", way, "--shards", 2, cwd="resumed").bits == whole.bits

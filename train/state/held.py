@@ -1,0 +1,94 @@
+"""Whether the model holds the parameters and buffers that it was built with: others are neither summed nor saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from samestep.launcher.contract import UsageError
+
+_EXTRA = "_extra_state"  # torch's name for what get_extra_state returns (torch/nn/modules/module.py)
+
+
+@dataclass(slots=True)
+class HeldParts:
+    """Remembers `model` as it is when training begins."""
+
+    model: nn.Module
+    _parameters: dict[str, nn.Parameter] = field(init=False)
+    _saved: frozenset[str] = field(init=False)
+    _looked: bool = False
+
+    def __post_init__(self) -> None:
+        self._parameters = dict(self.model.named_parameters())
+        self._saved = frozenset(_saved(self.model))
+
+    def require_loadable(self) -> None:
+        """Judge before the first step whether the model takes its own state_dict back.
+
+        Raises:
+            UsageError: it does not, so nothing could go on from a checkpoint.
+        """
+        state = self.model.state_dict()
+        if state.keys() == self._saved:
+            return
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
+            raise UsageError(
+                f"Components.model is expected to load its own state_dict, but does not: {reason[:300]}",
+                "a checkpoint has what state_dict returns: leave your own state_dict out, or write a load_state_dict "
+                "that fits it; a file of some weights alone can be written after train()",
+            ) from None
+
+    def after_step(self) -> None:
+        """Look after the first step, in which most of what a forward changes is changed.
+
+        Raises:
+            UsageError: as `require_same`.
+        """
+        if not self._looked:
+            self._looked = True
+            self.require_same()
+
+    def require_same(self) -> None:
+        """Compare.
+
+        Raises:
+            UsageError: a parameter is another one, or one or a saved buffer came or went.
+        """
+        now = dict(self.model.named_parameters())
+        for name in (*self._parameters, *now):
+            if now.get(name) is not self._parameters.get(name):
+                raise UsageError(
+                    "the model is expected to keep the parameters that it was built with, but "
+                    f"{name} is {_what(name in self._parameters, name in now)} since training began",
+                    "make all of them in build; to change one that is there, copy into it, in the optimizer",
+                )
+        saved = frozenset(_saved(self.model))
+        if saved != self._saved:
+            name = min(saved ^ self._saved)
+            raise UsageError(
+                "the model is expected to keep the buffers that it was built with, but "
+                f"{name} is {_what(name in self._saved, name in saved)} since training began",
+                "register_buffer with its values in build, for a checkpoint is loaded into what build makes; or "
+                "persistent=False for what is the same however often it is made",
+            )
+
+
+def _what(was_there: bool, is_there: bool) -> str:
+    return "another one" if was_there and is_there else "gone" if was_there else "new"
+
+
+def _saved(model: nn.Module) -> Iterator[str]:
+    """Keys of nn.Module's own state_dict."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        yield from (prefix + name for name, parameter in module._parameters.items() if parameter is not None)
+        kept = (name for name, buffer in module._buffers.items() if buffer is not None)
+        yield from (prefix + name for name in kept if name not in module._non_persistent_buffers_set)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield prefix + _EXTRA
