@@ -1,5 +1,6 @@
 """A model that a forward makes into another one, or whose state_dict can't be loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,10 @@ class Renamed(Net):
     def state_dict(self, *words: Any, **named: Any) -> Any:
         return {name.replace("body", "stem"): value for name, value in super().state_dict(*words, **named).items()}
 
-    def load_state_dict(self, state: Any, *words: Any, **named: Any) -> Any:
-        return super().load_state_dict({name.replace("stem", "body"): v for name, v in state.items()}, *words, **named)
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(
+            {name.replace("stem", "body"): v for name, v in state_dict.items()}, strict, assign
+        )
 
 
 def build(config: Config) -> Components:

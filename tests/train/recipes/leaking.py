@@ -160,7 +160,7 @@ class Elsewhere(Leaks):
     def __call__(self, model: Any, batch: Any) -> Tensor:
         loss = super().__call__(model, batch)
         if not hasattr(self.net, "mask"):
-            self.net.register_buffer("mask", torch.zeros(2, device="meta"))
+            self.net.register_buffer("mask", torch.zeros(2, device="meta"), persistent=False)
         return loss
 
 
