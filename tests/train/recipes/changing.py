@@ -23,8 +23,10 @@ class Net(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
-        self.way, self.late = way, nn.Identity()
+        self.way = way
+        self.late: Any = nn.Identity()
         self.mean: Tensor | None
+        self.calls: Tensor
         self.register_buffer("mean", None)
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
@@ -39,7 +41,7 @@ class Net(nn.Module):
         if self.way == "layer, later" and int(self.calls) > 6:
             self.late = nn.Linear(3, 3)
         if self.way == "gone":
-            self.head.bias = None
+            self.head.register_parameter("bias", None)
         return self.head(self.late(self.body(x)))
 
 
