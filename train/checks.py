@@ -141,8 +141,8 @@ def _check_embeddings(model: nn.Module, shards: int) -> None:
             f"embeddings are expected to have no max_norm with {shards} shards, but {found[0] or 'the model'} has one"
             + (f", as have {len(found) - 1} more" if len(found) > 1 else "")
             + ": forward then changes weights, and each rank sees other rows",
-            "bound the norm in the optimizer's register_step_post_hook or in a parametrization, or train on one rank with "
-            "--shards 1",
+            "bound the norm in the optimizer's register_step_post_hook or in a parametrization, or train on one rank "
+            "with --shards 1",
         )
 
 
