@@ -132,7 +132,7 @@ def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say
         rows = plan_rows(config, folder, config.steps)
         _refuse_old_runs(rows)
         shards = config.shards or max(size for row in rows for size, _ in row.legs)
-        results = []
+        results: list[dict[str, str]] = []
         liveness, _life = os.pipe()  # open until this process ends
         while len(results) < len(rows):
             row = rows[len(results)]

@@ -85,8 +85,9 @@ def _sum_form(criterion: Any) -> nn.Module | None:
 
     A subclass with a forward of its own need not heed `reduction`, nor divide as torch does: its mean is over samples.
     """
-    own = getattr(getattr(criterion, "forward", None), "__func__", None) not in _OF_TORCH
-    if own or criterion.reduction != "mean":
+    if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or criterion.reduction != "mean":
+        return None
+    if getattr(criterion.forward, "__func__", None) not in _OF_TORCH:
         return None
     summed = copy.copy(criterion)
     summed.reduction = "sum"

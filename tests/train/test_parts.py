@@ -177,5 +177,5 @@ def test_embeddings_that_bound_their_norm_in_forward_are_refused_where_there_are
     for shards, world_size in ((2, 1), (2, 2), (1, 2)):
         with pytest.raises(UsageError, match=r"no max_norm with . shards, but 0.0 has one, as have 1 more") as raised:
             check_among_ranks(model, shards, world_size)
-    assert "on one rank with --shards 1" in raised.value.hint
+        assert "on one rank with --shards 1" in raised.value.hint
     check_among_ranks(nn.Sequential(kind(4, 2)), 2, 2)

@@ -25,7 +25,7 @@ class Net(nn.Module):
         self.slope: Tensor
         self.hook = hook
         if hook == "module":
-            self.first.register_full_backward_hook(lambda _module, inputs, _outputs: self.note(inputs[0]))
+            self.first.register_full_backward_hook(self.note_of_module)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.hook != "none":
@@ -39,6 +39,9 @@ class Net(nn.Module):
             hidden.register_hook(self.note)
         output: Tensor = self.last(hidden) / self.slope
         return output
+
+    def note_of_module(self, _module: nn.Module, inputs: Any, _outputs: Any) -> None:
+        self.note(inputs[0])
 
     def note(self, gradient: Tensor) -> None:
         self.slope.mul_(0.9).add_(0.1 + gradient.norm())
