@@ -25,6 +25,9 @@ from samestep.launcher.digest import file_digest, tensor_digests
 from samestep.launcher.supervise.process import end, start_in_session
 from samestep.launcher.tidy import ends_tidily
 
+# The first step of a start sums gradients after backward, the second in DDP, which then lays out its buckets anew.
+STEPS_OF_A_START = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
@@ -42,7 +45,7 @@ class VerifyConfig:
         """Judge the lists.
 
         Raises:
-            UsageError: not numbers of ranks, or fewer steps than legs of the stopped run.
+            UsageError: not numbers of ranks, or too few steps for the legs of the stopped run.
         """
         sizes, stops = ranks_of("--world-sizes", self.world_sizes), ranks_of("--stops", self.stops)
         if not sizes:
@@ -51,8 +54,15 @@ class VerifyConfig:
             raise UsageError(f"--world-sizes is expected to name each number once, but is {self.world_sizes}")
         if self.shards is not None and self.shards < 1:
             raise UsageError(f"--shards is expected to be at least 1, but is {self.shards}")
-        if self.steps < max(1, len(stops)):
-            raise UsageError(f"--steps is expected to be at least {max(1, len(stops))}, but is {self.steps}")
+        if self.steps < 1:
+            raise UsageError(f"--steps is expected to be at least 1, but is {self.steps}")
+        if len(legs_of(stops, self.steps)) < len(stops):
+            least = STEPS_OF_A_START * len(stops)
+            raise UsageError(
+                f"--steps is expected to be at least {least}, {STEPS_OF_A_START} for each start of --stops {self.stops}"
+                f", but is {self.steps}",
+                "the first step of a start takes another way than later ones; or name fewer --stops",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +91,38 @@ def ranks_of(flag: str, text: str) -> tuple[int, ...]:
 
 
 def plan_rows(config: VerifyConfig, folder: Path, steps: int) -> list[Row]:
-    """The runs to compare: one a world size, and one that stops after equal parts of at least a step. Pure."""
+    """The runs to compare: one a world size, and one that stops in between where there are steps for that. Pure."""
     rows = [
         Row(((size, steps),), RunDir(folder / f"w{size}")) for size in ranks_of("--world-sizes", config.world_sizes)
     ]
-    stops = ranks_of("--stops", config.stops)
-    ends = [steps * leg // max(1, len(stops)) for leg in range(len(stops) + 1)]
-    legs = tuple((size, ends[leg + 1]) for leg, size in enumerate(stops) if ends[leg] < ends[leg + 1])
+    legs = legs_of(ranks_of("--stops", config.stops), steps)
     if legs:
         rows.append(Row(legs, RunDir(folder / "stopped")))
     return rows
+
+
+def legs_of(stops: Sequence[int], steps: int) -> tuple[tuple[int, int], ...]:
+    """(world size, step at which it ends) of equal parts that show how such a start goes on; fewer where steps are few.
+
+    None where the run would not be stopped at all.
+    """
+    count = min(len(stops), max(steps // STEPS_OF_A_START, min(steps, 1)))
+    if count < min(len(stops), 2):
+        return ()
+    return tuple((size, steps * (leg + 1) // count) for leg, size in enumerate(stops[:count]))
+
+
+def too_short(stops: Sequence[int], steps: int) -> str:
+    """A sentence about stops for which a recipe has too few steps; empty if it has enough. Pure."""
+    legs = legs_of(stops, steps)
+    if len(legs) == len(stops):
+        return ""
+    wanted, done = (" -> ".join(map(str, sizes)) for sizes in (stops, [size for size, _ in legs]))
+    ends = "1 step" if steps == 1 else f"{steps} steps"
+    return (
+        f"the recipe is too short to be stopped as {wanted}: it ends after {ends}, and each start needs "
+        f"{STEPS_OF_A_START}; {f'it was stopped as {done}' if legs else 'it was not stopped'}"
+    )
 
 
 def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say: Callable[[str], None]) -> int:
@@ -100,24 +132,27 @@ def verify(config: VerifyConfig, recipe: Recipe, environ: Mapping[str, str], say
         rows = plan_rows(config, folder, config.steps)
         _refuse_old_runs(rows)
         shards = config.shards or max(size for row in rows for size, _ in row.legs)
-        results = []
+        results: list[dict[str, str]] = []
         liveness, _life = os.pipe()  # open until this process ends
-        for number in range(len(rows)):
-            row = rows[number]
+        while len(results) < len(rows):
+            row = rows[len(results)]
             if not (config.json or config.quiet):
                 print(f"ranks {row.name}: {row.legs[-1][1]} steps ...", file=sys.stderr, flush=True)
             status = _run_row(row, recipe, shards, environ, liveness)
             if status:
                 return status
             results.append(_result(row))
-            if not number:  # the recipe may end earlier: then the stops lie before that
+            if len(results) == 1:  # the recipe may end earlier: then the stops lie before that
                 rows[1:] = plan_rows(config, folder, len(losses(row)))[1:]
+        short = too_short(ranks_of("--stops", config.stops), len(losses(rows[0])))
         differing = {row.name: first_difference(rows[0], row) for row in rows[1:]}
         if config.json:
             say(json.dumps([result | {"difference": differing.get(result["ranks"], "")} for result in results]))
         else:
             for line in table(results, differing, shards):
                 say(line)
+        if short:
+            print(f"note: {short}", file=sys.stderr)
         return ExitCode.FAILED if any(differing.values()) else ExitCode.DONE
 
 

@@ -111,15 +111,18 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def check_among_ranks(model: nn.Module, shards: int, world_size: int) -> None:
-    """Refuse what only one rank with one shard can do: hooks that only plain backward calls, and SyncBatchNorm.
+    """Refuse what only one rank with one shard can do: hooks that only plain backward calls, and some layers.
 
     Raises:
         UsageError: a parameter has a hook that would never be called or change the sums on one rank alone, or a layer
-            would wait for other ranks in forward, though ranks run their shards one after the other.
+            would wait for other ranks in forward, though ranks run their shards one after the other, or change weights.
     """
-    _check_synchronised(model, shards, world_size)
+    if shards == 1 and world_size == 1:
+        return
+    _check_synchronised(model, shards)
+    _check_embeddings(model, shards)
     hooked = [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
-    if hooked and (shards > 1 or world_size > 1):
+    if hooked:
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
         raise UsageError(
             f"parameters are expected to have no hook of register_post_accumulate_grad_hook with {shards} shards on "
@@ -130,9 +133,22 @@ def check_among_ranks(model: nn.Module, shards: int, world_size: int) -> None:
         )
 
 
-def _check_synchronised(model: nn.Module, shards: int, world_size: int) -> None:
+def _check_embeddings(model: nn.Module, shards: int) -> None:
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    found = [n for n, module in model.named_modules() if isinstance(module, kinds) and module.max_norm is not None]
+    if found:
+        raise UsageError(
+            f"embeddings are expected to have no max_norm with {shards} shards, but {found[0] or 'the model'} has one"
+            + (f", as have {len(found) - 1} more" if len(found) > 1 else "")
+            + ": forward then changes weights, and each rank sees other rows",
+            "bound the norm in the optimizer's register_step_post_hook or in a parametrization, or train on one rank "
+            "with --shards 1",
+        )
+
+
+def _check_synchronised(model: nn.Module, shards: int) -> None:
     found = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
-    if found and (shards > 1 or world_size > 1):
+    if found:
         raise UsageError(
             f"the model is expected to have no SyncBatchNorm with {shards} shards, but has one at {found[0]!r}: ranks "
             "run different numbers of shards, so it would wait for others for ever, or see another batch on each",

@@ -6,6 +6,7 @@ therefore returns its unnormalised total together with its weight, or something 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -27,7 +28,8 @@ class Weighted:
 
     Attributes:
         total: scalar tensor with gradient, sum of w_i * l_i over the batch.
-        weight: sum of w_i: a number, or an int, bool or float scalar tensor; 0 for a batch without anything to learn.
+        weight: sum of w_i: a number, or an int, bool or float scalar tensor; 0 for a batch without anything to learn,
+            never below. A tensor is judged where losses are read (see Ledger), so that no step waits for it.
         log: extra scalars to report, averaged over the global batch with the same weights.
     """
 
@@ -107,7 +109,8 @@ def weigh(output: LossOutput, samples: int, name: str = "loss") -> Outcome:
     """Bring what a loss or metric returned for a batch of `samples` into the form total and weight.
 
     Raises:
-        UsageError: it is no tensor, has the wrong shape, is complex, or holds more than numbers in its `log`.
+        UsageError: it is no tensor, has the wrong shape, is complex, holds more than numbers in its `log`, or weighs
+            less than nothing.
     """
     if isinstance(output, Tensor):
         _require_real(output, name)
@@ -142,14 +145,26 @@ def _way_back(output: object) -> str:
 
 def _weight(weight: object, name: str) -> Tensor | Number:
     """The same; a number of numpy as Python's."""
-    if isinstance(weight, Tensor | int | float):
+    if isinstance(weight, Tensor):
+        return weight
+    if isinstance(weight, int | float):
+        if not 0 <= weight < math.inf:
+            raise unusable_weight(weight, name)
         return weight
     if not isinstance(weight, Real):
         raise UsageError(
             f"{name}: Weighted.weight is expected to be a number or a tensor, but is {type(weight).__name__}",
             "it is what the mean divides by, such as the number of samples or tokens",
         )
-    return float(weight)
+    return _weight(float(weight), name)
+
+
+def unusable_weight(weight: float, name: str) -> UsageError:
+    """What the mean can't divide by: the run would maximise, or stand still."""
+    return UsageError(
+        f"{name}: Weighted.weight is expected to be 0 or more and finite, but is {weight}",
+        "it is what the mean divides by, such as the number of samples or tokens; to maximise, negate the total",
+    )
 
 
 def _scalars(log: Mapping[str, Any], name: str) -> dict[str, Tensor | Number]:

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from samestep.launcher.contract import UsageError
 from samestep.train.recipe import LossOutput, Weighted
 
+_OF_TORCH = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
+
 
 class supervised:  # noqa: N801 (used like a function)
     """`loss(model, batch)` for batches `(x, y)` and a criterion of torch, a module or its functional form.
 
     Reduction `mean` weighs a batch by its samples, or by the criterion's true denominator where class weights or
-    `ignore_index` make that another number; `none` averages the other dimensions of each sample.
+    `ignore_index` make that another number; `none` averages the other dimensions of each sample. A criterion with a
+    forward of its own has a mean over samples, whatever class it is derived from.
 
     Raises:
         UsageError: the criterion sums, so the weight of a batch can't be known, or it is none; a batch is no pair.
@@ -78,8 +81,13 @@ def _as_module(criterion: Any) -> Any:
 
 
 def _sum_form(criterion: Any) -> nn.Module | None:
-    """Criteria whose mean is not over samples are summed instead: 0/0 has no mean, but a sum and a weight of zero."""
+    """Criteria whose mean is not over samples are summed instead: 0/0 has no mean, but a sum and a weight of zero.
+
+    A subclass with a forward of its own need not heed `reduction`, nor divide as torch does: its mean is over samples.
+    """
     if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or criterion.reduction != "mean":
+        return None
+    if getattr(criterion.forward, "__func__", None) not in _OF_TORCH:
         return None
     summed = copy.copy(criterion)
     summed.reduction = "sum"

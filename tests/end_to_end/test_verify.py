@@ -1,5 +1,6 @@
 """`samestep verify` says yes only where the bits are equal, and where they part if they are not."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from samestep.launcher.contract import RunDir, UsageError
-from samestep.launcher.verify import VerifyConfig, plan_rows, table
+from samestep.launcher.verify import VerifyConfig, legs_of, plan_rows, table, too_short
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 DEPENDS_ON_RANKS = """
@@ -76,12 +77,44 @@ def test_rows_are_one_a_world_size_and_one_with_stops_at_equal_parts(tmp_path):
     rows = plan_rows(config, tmp_path, 24)
     assert [row.legs for row in rows] == [((1, 24),), ((3, 24),), ((4, 8), (2, 16), (3, 24))]
     assert rows[-1].run_dir == RunDir(tmp_path / "stopped")
-    assert plan_rows(config, tmp_path, 2)[-1].legs == ((2, 1), (3, 2)), "no number of ranks is named that did no step"
     assert (
         len(plan_rows(config, tmp_path, 0))
         == len(plan_rows(VerifyConfig(world_sizes="1,3", stops=""), tmp_path, 9))
         == 2
     )
+
+
+@pytest.mark.parametrize(
+    ("stops", "steps", "legs", "short"),
+    [
+        ((4, 2, 3), 24, ((4, 8), (2, 16), (3, 24)), ""),
+        ((4, 2, 3), 9, ((4, 3), (2, 6), (3, 9)), ""),
+        ((4, 2, 3), 8, ((4, 4), (2, 8)), "after 8 steps, and each start needs 3; it was stopped as 4 -> 2"),
+        ((4, 2, 3), 6, ((4, 3), (2, 6)), "stopped as 4 -> 2 -> 3: it ends after 6 steps"),
+        ((4, 2, 3), 5, (), "after 5 steps, and each start needs 3; it was not stopped"),
+        ((2, 1), 1, (), "after 1 step, and each start needs 3; it was not stopped"),
+        ((2, 1), 7, ((2, 3), (1, 7)), ""),
+        ((2,), 1, ((2, 1),), ""),
+        ((2,), 7, ((2, 7),), ""),
+        ((), 7, (), ""),
+    ],
+)
+def test_each_start_of_a_stopped_run_has_steps_of_every_kind_or_the_recipe_is_called_too_short(
+    stops, steps, legs, short
+):
+    assert legs_of(stops, steps) == legs
+    assert all(end - begin >= 3 for (_, begin), (_, end) in itertools.pairwise(((0, 0), *legs)) if len(legs) > 1)
+    assert short in too_short(stops, steps)
+    assert bool(short) == bool(too_short(stops, steps))
+
+
+@pytest.mark.processes
+def test_a_recipe_that_is_too_short_to_be_stopped_is_told_so(tmp_path):
+    recipe = RECIPES / "seed_linear.py"
+    done = verify(tmp_path, "--world-sizes", "1", "--stops", "2,1", recipe, "--global-batch-size", 5000, "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1 runs at 2 shards: all end in the same bits"
+    assert "note: the recipe is too short to be stopped as 2 -> 1: it ends after 2 steps" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -92,6 +125,7 @@ def test_rows_are_one_a_world_size_and_one_with_stops_at_equal_parts(tmp_path):
         {"world_sizes": "2,2"},
         {"stops": "0"},
         {"steps": 2},
+        {"steps": 8},
         {"steps": 0, "stops": ""},
         {"shards": 0},
     ],

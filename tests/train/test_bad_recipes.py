@@ -39,6 +39,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "no parameter": (("trainable parameter", "step 1", "gradient"), "model returns"),
     "shape": (("(4,)", "(4, 2)"), "Weighted"),
     "total": (("Weighted.total", "(4, 2)"), None),
+    "negative weight": (("loss: Weighted.weight", "0 or more", "is -4"), "negate the total"),
+    "negative tensor": (("loss in step 1: Weighted.weight", "is -1.0"), "negate the total"),
     "not callable": (("loss", "int"), "supervised"),
     "frozen": (("trainable parameter",), "requires_grad"),
     "foreign": (("optimizer", "2 of 2", "(2, 3)"), "model.parameters()"),
@@ -60,6 +62,12 @@ def test_a_mistake_in_build_is_named_with_its_fix(start: Any, mistake: str) -> N
     words, hint = MISTAKES[mistake]
     ended = start("mistaken", "--run-dir", "run", "--mistake", mistake)
     expect(ended, *words, hint=hint)
+    assert not list(ended.run_dir.glob("checkpoints/*")), "nothing was saved"
+
+
+def test_a_tensor_of_infinite_weight_is_named_where_losses_are_read(start: Any) -> None:
+    ended = start("mistaken", "--run-dir", "run", "--mistake", "infinite tensor", "--check", "never")
+    expect(ended, "loss in step 1: Weighted.weight", "is inf", hint="samples or tokens")
     assert not list(ended.run_dir.glob("checkpoints/*")), "nothing was saved"
 
 
@@ -108,7 +116,7 @@ def test_batchnorm_with_two_samples_a_shard_is_fine(trained: Any) -> None:
     trained("mistaken", "--mistake", "norm", "--shards", 1)
 
 
-@pytest.mark.parametrize("mistake", ["empty", "shape", "norm", "no parameter"])
+@pytest.mark.parametrize("mistake", ["empty", "shape", "norm", "no parameter", "negative weight", "negative tensor"])
 def test_all_ranks_stop_and_rank_zero_alone_speaks(start: Any, mistake: str) -> None:
     ended = start("mistaken", "--run-dir", "run", "--mistake", mistake, "--shards", 2, ranks=2)
     assert ended.codes == [2, 2], ended.stderrs

@@ -97,6 +97,27 @@ def test_a_leak_on_one_rank_ends_all_ranks_with_the_same_sentence(start: Any) ->
     assert (ended.cwd / "rank-1.err").read_text() == ""
 
 
+@pytest.mark.parametrize(("ranks", "shards"), [(1, 2), (2, 2), (2, 1)])
+def test_a_loss_that_changes_weights_is_no_warning_where_ranks_would_change_them_differently(
+    start: Any, ranks: int, shards: int
+) -> None:
+    ended = start("leaking", "--run-dir", "run", "--leak", "clamp", "--shards", shards, ranks=ranks)
+    assert ended.codes == [2] * ranks, ended.stderrs
+    said, _, fix = ended.stderr.partition("\nhint: ")
+    assert "the loss changes weights of the model itself: first.weight" in said
+    assert "register_buffer" in fix
+    assert not list(ended.run_dir.glob("checkpoints/*")), "nothing was saved"
+
+
+def test_weights_that_a_loss_changes_later_are_named_as_one_reason_why_ranks_differ(start: Any) -> None:
+    flags = ("--leak", "late clamp", "--shards", 3, "--global-batch-size", 6, "--epochs", 4)
+    ended = start("leaking", "--run-dir", "run", *flags, ranks=2)
+    assert ended.codes == [1, 1], ended.stderrs
+    said, _, fix = ended.stderr.partition("\nhint: ")
+    assert "rank 1 differs in its weights (first first.weight)" in said
+    assert "a forward that changes weights itself" in fix
+
+
 @pytest.mark.parametrize(("ranks", "check"), [(1, "first"), (2, "first"), (2, "always")])
 def test_a_recipe_without_leaks_raises_no_alarm(trained: Any, ranks: int, check: str) -> None:
     flags = ("--shards", 2, "--epochs", 2, "--check", check, "--eval-every", 2)

@@ -168,3 +168,14 @@ def test_layers_that_wait_for_other_ranks_are_refused_where_there_are_shards() -
     for shards, world_size in ((2, 1), (2, 2), (1, 2)):
         with pytest.raises(UsageError, match="has one at '1'"):
             check_among_ranks(model, shards, world_size)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_that_bound_their_norm_in_forward_are_refused_where_there_are_shards(kind: Any) -> None:
+    model = nn.Sequential(nn.Sequential(kind(4, 2, max_norm=1.0)), kind(4, 2), kind(4, 2, max_norm=2.0))
+    check_among_ranks(model, 1, 1)
+    for shards, world_size in ((2, 1), (2, 2), (1, 2)):
+        with pytest.raises(UsageError, match=r"no max_norm with . shards, but 0.0 has one, as have 1 more") as raised:
+            check_among_ranks(model, shards, world_size)
+        assert "on one rank with --shards 1" in raised.value.hint
+    check_among_ranks(nn.Sequential(kind(4, 2)), 2, 2)

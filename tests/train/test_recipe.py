@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,8 @@ def test_integer_and_bool_results_of_metrics_are_counted_exactly() -> None:
         (Weighted(0.5, 1), "total.*float"),  # type: ignore[arg-type]
         (Weighted(torch.zeros(()), "3"), "weight.*str"),  # type: ignore[arg-type]
         (Weighted(torch.zeros(()), None), "weight.*NoneType"),  # type: ignore[arg-type]
+        *((Weighted(torch.zeros(()), bad), f"weight.*0 or more.*is {bad}") for bad in (-3, -0.5, math.nan, math.inf)),
+        (Weighted(torch.zeros(()), np.float32(-2)), "weight.*0 or more.*is -2.0"),  # type: ignore[arg-type]
         (Weighted(torch.zeros(()), 1, [2.0]), "log.*dict.*list"),  # type: ignore[arg-type]
     ],
 )
@@ -117,6 +120,29 @@ def combined(criterion: Any, x: Tensor, y: Tensor, cut: tuple[int, ...]) -> tupl
     return total / weight, gradient / (1 if isinstance(parts[0], SampleWeighted) else weight)
 
 
+class Focal(nn.CrossEntropyLoss):
+    """A mean of its own, whatever `reduction` says."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        each = F.cross_entropy(input, target, reduction="none")
+        return ((1 - torch.exp(-each)).square() * each).mean()
+
+
+class FocalOfLogarithms(nn.NLLLoss):
+    forward = Focal.forward
+
+
+def patched() -> nn.CrossEntropyLoss:
+    """Its class has torch's forward, it itself has not."""
+    criterion = nn.CrossEntropyLoss()
+    criterion.forward = Focal().forward  # type: ignore[method-assign]
+    return criterion
+
+
+class Renamed(nn.CrossEntropyLoss):
+    """Sums as its base class does."""
+
+
 def with_some_ignored(labels: Tensor, value: int = -100) -> Tensor:
     labels = labels.clone()
     labels[[1, 4, 5, 11]] = value
@@ -128,6 +154,10 @@ CRITERIA: dict[str, tuple[Any, Tensor, Tensor]] = {
     "ignored labels": (nn.CrossEntropyLoss(), LOGITS, with_some_ignored(LABELS)),
     "ignored class": (nn.CrossEntropyLoss(ignore_index=0), LOGITS, LABELS),
     "class weights": (nn.CrossEntropyLoss(weight=CLASS_WEIGHT), LOGITS, LABELS),
+    "focal": (Focal(), LOGITS, LABELS),
+    "focal, of another class": (FocalOfLogarithms(), LOGITS, LABELS),
+    "focal, patched": (patched(), LOGITS, LABELS),
+    "renamed": (Renamed(weight=CLASS_WEIGHT), LOGITS, with_some_ignored(LABELS)),
     "both": (nn.CrossEntropyLoss(weight=CLASS_WEIGHT, ignore_index=2), LOGITS, LABELS),
     "both, ignored -100": (nn.CrossEntropyLoss(weight=CLASS_WEIGHT), LOGITS, with_some_ignored(LABELS)),
     "both, ignored 255": (

@@ -23,6 +23,7 @@ from samestep.train.observe.tally import Values, table
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan, owned_span, tree_sum
+from samestep.train.recipe import unusable_weight
 
 Table = npt.NDArray[Any]
 
@@ -133,12 +134,14 @@ class Ledger:
         """The steps added since the last flush, or None where there are none. A collective.
 
         Raises:
-            UsageError: a rank holds other weights, or stands at another step (see StateFingerprint.compare).
+            UsageError: a rank holds other weights, or stands at another step (see StateFingerprint.compare); a loss
+                weighs what the mean can't divide by.
         """
         if not self._pending:
             return None
         plans = [plan for plan, _, _ in self._pending]
         rows, times, memory = self._gather(plans[-1], 2 + len(extras))
+        _require_usable(plans, rows[..., 1])
         seconds = times[:, :, : len(PHASES)]
         self.slow_rank = self._stragglers.add(seconds)
         totals, weights, *more = self._sums(plans, rows).T
@@ -195,6 +198,14 @@ class Ledger:
                     leaves[shard, shard + 1] = rows[rank, steps, shard - lo]
             sums[steps] = tree_sum((0, self.shards), leaves, np.add)
         return sums
+
+
+def _require_usable(plans: list[StepPlan], weights: Table) -> None:
+    """Judge weights (world_size, steps, width); NaN is left to `--nan-policy`, since so are then all gradients."""
+    wrong = (weights < 0) | np.isinf(weights)
+    if wrong.any():
+        first = int(wrong.any((0, 2)).argmax())
+        raise unusable_weight(float(weights[:, first][wrong[:, first]][0]), f"loss in step {plans[first].step + 1}")
 
 
 def _loads(seconds: Table, memory: Table) -> RankLoads:

@@ -64,13 +64,16 @@ class StateFingerprint:
             return
         rank, column = different[0].tolist()
         what = _NAMES[column]
+        hint = "look for code that depends on the rank: a random number, a file, an environment variable"
         if what == "weights":
             sums = self.group.gather(self._sums())
             names = [name for name, _ in self.model.named_parameters()]
             what = f"weights (first {names[int((sums[rank] != sums[0]).nonzero()[0])]})"
+            if step:  # else there was no forward yet
+                hint += "; or for a forward that changes weights itself, which each rank does once a shard"
         raise UsageError(
             f"all ranks are expected to hold the same state, but after step {step} rank {rank} differs in its {what}",
-            "look for code that depends on the rank: a random number, a file, an environment variable",
+            hint,
             ExitCode.FAILED,
         )
 

@@ -20,7 +20,12 @@ from samestep.train.parallel.exchange import Exchange, present_roots
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import CompressionHook
 from samestep.train.parallel.layout import dense, flat, like, numbers, views
-from samestep.train.parallel.missing_gradients import incomplete_backward, refuse_reentrant_checkpoints, require_some
+from samestep.train.parallel.missing_gradients import (
+    incomplete_backward,
+    refuse_reentrant_checkpoints,
+    refuse_uncalled_hooks,
+    require_some,
+)
 from samestep.train.parallel.replica import Replicas
 from samestep.train.parallel.shards import Fold, MicroBatch, Span, StepPlan, owned_span
 from samestep.train.parallel.used import anywhere
@@ -117,6 +122,7 @@ class GradientReducer:
             return
         if not self._looked:
             refuse_reentrant_checkpoints(total)
+            refuse_uncalled_hooks(total, self._every.values())
         gradients = direct.gradients(total, self.parameters, start)
         leaf = []
         for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):

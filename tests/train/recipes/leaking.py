@@ -149,6 +149,15 @@ class Clamp(Leaks):
         return super().__call__(model, batch)
 
 
+class LateClamp(Leaks):
+    """Begins when nobody looks any more."""
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        if self.calls >= 8 and torch.is_grad_enabled():
+            self.net.first.weight.data.mul_(0.5)
+        return super().__call__(model, batch)
+
+
 class Scalar(Leaks):
     """A mean tells nothing of how many samples there were."""
 
@@ -209,6 +218,7 @@ LOSSES: dict[str, type[Leaks]] = {
     "graph": Graph,
     "constant": Constant,
     "clamp": Clamp,
+    "late clamp": LateClamp,
     "half": Scalar,
     "double": Scalar,
     "elsewhere": Elsewhere,

@@ -55,6 +55,9 @@ def build(config: MistakenConfig) -> Any:  # noqa: C901 (one case a mistake)
         "no parameter": lambda _, b: b[0].clone().requires_grad_().square().mean(),
         "shape": lambda m, b: m(b[0]),
         "total": lambda m, b: Weighted(m(b[0]), len(b[0])),
+        "negative weight": lambda m, b: Weighted(m(b[0]).square().sum(), -len(b[0])),
+        "negative tensor": lambda m, b: Weighted(m(b[0]).square().sum(), torch.tensor(-1.0)),
+        "infinite tensor": lambda m, b: Weighted(m(b[0]).square().sum(), torch.tensor(float("inf"))),
         "not callable": 3,
     }
     loss = losses.get(mistake, loss)

@@ -42,10 +42,14 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class OutsideChanges(Check):
-    """From one update to the next loss nothing changes; a loss may change buffers (BatchNorm does), but no weights."""
+    """From one update to the next loss nothing changes; a loss may change buffers (BatchNorm does), but no weights.
 
-    def __init__(self, subject: Subject) -> None:
+    One rank with one shard goes on with its own; among several, the result would be that of no number of ranks.
+    """
+
+    def __init__(self, subject: Subject, *, alone: bool) -> None:
         self._model = subject.model
+        self._alone = alone
         self._updated: Marks | None = None
         self._before_loss = Marks({})
         self._hook = hooked_update(subject.optimizer.register_step_post_hook, self._on_updated)
@@ -68,7 +72,8 @@ class OutsideChanges(Check):
             yield Finding(
                 f"the loss changes weights of the model itself: {listed(changed)}",
                 "a rank calls it once a shard, so fewer ranks change them more often: do it in the optimizer, or in "
-                "a parametrization of the layer",
+                "a parametrization of the layer, or keep them by register_buffer",
+                fatal=not self._alone,
             )
 
     def forget(self) -> None:
