@@ -23,6 +23,7 @@ from samestep.launcher.contract import NOT_OPTIONS, UsageError
 
 HELP = ("--help", "-h")
 PRINT_CONFIG = "--print-config"
+_NARROWEST = 40
 _OWN = cyclopts.Group("Options of this recipe alone", sort_key=0)
 Config = TypeVar("Config")
 
@@ -65,7 +66,7 @@ def load(
     app = _app(config_type, program, operands, chain)
     if word in HELP:
         with stdout.until_the_reader_leaves():
-            app.help_print([])
+            app.help_print([], console=_wide_enough())
         raise SystemExit(0)
     try:
         _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
@@ -79,6 +80,14 @@ def load(
             print(provenance.render(values, origin, f"options of {program}", readable="config" in values))
         raise SystemExit(0)
     return config
+
+
+def _wide_enough() -> Any:
+    """A console of at least 40 columns: with COLUMNS=0, which some terminals say, rich would wrap for ever."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.width >= _NARROWEST else Console(width=_NARROWEST)
 
 
 def question(tokens: Sequence[str]) -> tuple[list[str], str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import errno
 import io
 import os
 import sys
 from collections.abc import Iterator
+
+_SPELLED = "samestep.spelled"  # name of a way to handle errors, as "strict" is
 
 
 class RefusedError(Exception):
@@ -26,10 +30,28 @@ def prepare() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115 (a descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper) and not isinstance(sys.stdout.buffer, io.BufferedWriter):
+        sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115 (see above)
+    spell_out()
+
+
+def spell_out() -> None:
+    """What stdout's encoding lacks is printed as escapes, and the bytes of a path that is not UTF-8 as they are."""
+    codecs.register_error(_SPELLED, _spelled)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        if not isinstance(sys.stdout.buffer, io.BufferedWriter):
-            sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115 (see above)
-        sys.stdout.reconfigure(errors="surrogateescape")
+        sys.stdout.reconfigure(errors=_SPELLED)
+
+
+def _spelled(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    part = error.object[error.start : error.end]
+    escaped = (c.encode("utf-8", "surrogateescape") if "\udc80" <= c <= "\udcff" else _escape(c) for c in part)
+    return b"".join(escaped), error.end
+
+
+def _escape(character: str) -> bytes:
+    return character.encode("ascii", "backslashreplace")
 
 
 @contextlib.contextmanager
@@ -47,15 +69,17 @@ def flushed() -> Iterator[None]:
             sys.stdout.flush()
     except BrokenPipeError:
         raise
-    except OSError:
-        _blame()
+    except OSError as error:
+        _blame(error)
         raise
 
 
-def _blame() -> None:
-    """What could not be written stays in the buffer, and fails again."""
+def _blame(seen: OSError) -> None:
+    """What could not be written stays in the buffer and fails again; what was too long for it is gone: a line fails."""
     try:
         sys.stdout.flush()
+        if seen.filename is None and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+            os.write(sys.stdout.fileno(), b"\n")
     except OSError as error:
         raise RefusedError(error.strerror or str(error)) from None
 
@@ -63,6 +87,7 @@ def _blame() -> None:
 @contextlib.contextmanager
 def until_the_reader_leaves() -> Iterator[None]:
     """A page of which `head` reads the beginning has been printed."""
+    spell_out()
     try:
         yield
         sys.stdout.flush()

@@ -84,7 +84,7 @@ def predict(work: Workload, question: Question, ranks: int) -> Prediction:
     faults = Faults(run_mttf(question.rank_hours, ranks), question.save, question.restart)
     every = max(step, daly(faults))
     useful = goodput(faults, every)
-    seconds = work.samples / rate
+    seconds = max(step, work.samples / rate)
     return Prediction(
         ranks=ranks,
         batch=batch,

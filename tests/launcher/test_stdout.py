@@ -42,7 +42,16 @@ def test_a_closed_descriptor_is_no_bug_and_ranks_run(closed, samestep):
 
 @pytest.mark.parametrize("unbuffered", ["", "PYTHONUNBUFFERED=1 "])
 @pytest.mark.parametrize(
-    "words", ["--help", "--version", "run --help", "run --print-config", "run --dry-run r.py", "run --json r.py"]
+    "words",
+    [
+        "--help",
+        "--version",
+        "run --help",
+        "run --print-config",
+        "run --dry-run r.py",
+        "run --json r.py",
+        "completion bash",
+    ],
 )
 def test_a_full_stdout_is_one_sentence_and_exit_code_1(words, unbuffered, samestep):
     (samestep.cwd / "r.py").write_text("")
@@ -77,3 +86,19 @@ def test_a_run_directory_whose_name_is_not_utf_8_has_a_report(samestep, made):
     made.run(samestep.cwd / "run", made.events())
     ended = shell(samestep, f"mv run $'r\\xff' && {SAMESTEP} report $'r\\xff' && ls $'r\\xff'/report.html >/dev/null")
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_what_an_encoding_lacks_is_printed_as_escapes(samestep):
+    (samestep.cwd / "own.py").write_text(
+        "from dataclasses import dataclass\nfrom samestep.train import TrainConfig, train\n"
+        "@dataclass\nclass Own(TrainConfig):\n    place: str = 'Köln'\n"
+        "if __name__ == '__main__':\n    train(lambda config: None, Own)\n"
+    )
+    ended = shell(samestep, f"PYTHONIOENCODING=ascii:strict {SAMESTEP} run own.py --help")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert r"K\xf6ln" in ended.stdout
+
+
+@pytest.mark.parametrize("columns", [0, 1, 20])
+def test_a_terminal_without_a_width_gets_a_page_of_help(samestep, columns):
+    assert shell(samestep, f"COLUMNS={columns} {SAMESTEP} run --help").stdout.count("--nproc-per-node") == 1

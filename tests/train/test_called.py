@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -100,3 +101,10 @@ def test_a_run_directory_whose_name_is_too_long_is_a_sentence(start: Any) -> Non
 
 def test_a_stdout_that_was_closed_before_gets_plain_lines() -> None:
     assert isinstance(bar(None, 10, 1), PlainLines)
+
+
+def test_a_line_is_printed_in_any_encoding() -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii")
+    PlainLines().print("Größe: 1", stream)
+    assert written.getvalue() == rb"Gr\xf6\xdfe: 1" + b"\n"

@@ -228,3 +228,42 @@ def test_two_calls_at_once_are_refused(alone: Path, capfd: pytest.CaptureFixture
 def _ends(thread: threading.Thread) -> bool:
     thread.join(20)
     return not thread.is_alive()
+
+
+TWICE = """
+import os
+import torch.distributed as dist
+from torch import nn, optim, randn
+from torch.utils.data import TensorDataset
+from samestep.train import Components, supervised, train
+
+def build(config):
+    x, model = randn(24, 3), nn.Linear(3, 1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    return Components(
+        model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=TensorDataset(x, x[:, :1])
+    )
+
+RANKS = os.environ.get("WORLD_SIZE", "1")
+if OWN and RANKS != "1":
+    place = {"rank": int(os.environ["RANK"]), "world_size": int(RANKS)}
+    dist.init_process_group("gloo", f"file://{os.getcwd()}/meeting", **place)
+for number, seed in enumerate("121"):
+    argv = ["--max-steps", "3", "--shards", "2", "--seed", seed, "--run-dir", f"run-{number}-of-{RANKS}"]
+    print("digest", train(build, argv=argv).digest)
+"""
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_it_may_be_called_again_on_several_ranks_and_in_a_group_that_is_there(
+    start: Any, tmp_path: Path, own: bool
+) -> None:
+    script = tmp_path / "twice.py"
+    script.write_text(TWICE.replace("OWN", str(own)))
+    found = []
+    for ranks in (1, 2):
+        ended = start(script, ranks=ranks)
+        assert ended.codes == [0] * ranks, ended.stderrs
+        found.append([line for line in ended.stdout.splitlines() if line.startswith("digest")])
+    assert found[0] == found[1]
+    assert found[0][0] == found[0][2] != found[0][1]

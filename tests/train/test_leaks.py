@@ -97,16 +97,23 @@ def test_a_leak_on_one_rank_ends_all_ranks_with_the_same_sentence(start: Any) ->
     assert (ended.cwd / "rank-1.err").read_text() == ""
 
 
-@pytest.mark.parametrize(("ranks", "shards"), [(1, 2), (2, 2), (2, 1)])
+@pytest.mark.parametrize(("ranks", "shards"), [(1, 2), (2, 4)])
 def test_a_loss_that_changes_weights_is_no_warning_where_ranks_would_change_them_differently(
     start: Any, ranks: int, shards: int
 ) -> None:
-    ended = start("leaking", "--run-dir", "run", "--leak", "clamp", "--shards", shards, ranks=ranks)
+    flags = ("--leak", "clamp", "--shards", shards, "--global-batch-size", 12)
+    ended = start("leaking", "--run-dir", "run", *flags, ranks=ranks)
     assert ended.codes == [2] * ranks, ended.stderrs
     said, _, fix = ended.stderr.partition("\nhint: ")
     assert "the loss changes weights of the model itself: first.weight" in said
     assert "register_buffer" in fix
     assert not list(ended.run_dir.glob("checkpoints/*")), "nothing was saved"
+
+
+def test_a_bound_that_each_loss_sees_to_is_a_warning_and_the_bits_are_those_of_one_rank(trained: Any) -> None:
+    one, two = (trained("leaking", "--leak", "bound", "--shards", 2, ranks=n, cwd=f"{n}") for n in (1, 2))
+    assert one.bits == two.bits
+    assert any("the loss changes weights of the model itself: first.weight" in text for text in warnings(one))
 
 
 def test_weights_that_a_loss_changes_later_are_named_as_one_reason_why_ranks_differ(start: Any) -> None:

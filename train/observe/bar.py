@@ -39,7 +39,7 @@ class PlainLines:
     def print(self, line: str, stream: TextIO) -> None:
         """Print the line; that nobody reads any more, as after `| head`, ends no training: the events have it all."""
         try:
-            print(line, file=stream, flush=True)
+            print(_printable(line, stream), file=stream, flush=True)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also for what the recipe prints itself
         except OSError:
@@ -47,6 +47,12 @@ class PlainLines:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+def _printable(line: str, stream: TextIO) -> str:
+    """The line, with escapes for what the stream's encoding lacks, as of a terminal that was told LC_ALL=C."""
+    encoding = stream.encoding or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class LiveView:

@@ -103,7 +103,9 @@ def join(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if env.world_size > 1 and environ.get(ENV_STORE_PORT):
+    if dist.is_initialized():  # by an earlier call, or by the recipe: it is judged below
+        pass
+    elif env.world_size > 1 and environ.get(ENV_STORE_PORT):
         _init_group(env, device, _launchers_store(env, environ), environ)
     elif env.world_size > 1 and env.job and not env.master_addr and run_dir is not None:
         store, published = meet(env, run_dir, environ, dt.timedelta(seconds=JOIN_SECONDS))

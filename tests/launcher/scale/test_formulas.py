@@ -162,3 +162,8 @@ def test_time_to_train_has_failures_in_it():
     row, lucky = predict(WORK, ASKED, 1024), predict(WORK, calm, 1024)
     assert lucky.days == pytest.approx(1e9 / lucky.samples_per_s / 86_400, rel=1e-6)
     assert row.days == pytest.approx(lucky.days / row.goodput, rel=1e-6)
+
+
+def test_nothing_is_trained_in_less_than_a_step():
+    row = predict(replace(WORK, samples=1), replace(ASKED, rank_hours=1e15, save=0.0), 8)
+    assert row.days * 86_400 == pytest.approx(row.step, rel=1e-6)

@@ -149,11 +149,20 @@ class Clamp(Leaks):
         return super().__call__(model, batch)
 
 
+class Bound(Leaks):
+    """Changes nothing where it has been before."""
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            self.net.first.weight.data.clamp_(-0.1, 0.1)
+        return super().__call__(model, batch)
+
+
 class LateClamp(Leaks):
     """Begins when nobody looks any more."""
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
-        if self.calls >= 8 and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and next(self.calls) >= 8:
             self.net.first.weight.data.mul_(0.5)
         return super().__call__(model, batch)
 
@@ -218,6 +227,7 @@ LOSSES: dict[str, type[Leaks]] = {
     "graph": Graph,
     "constant": Constant,
     "clamp": Clamp,
+    "bound": Bound,
     "late clamp": LateClamp,
     "half": Scalar,
     "double": Scalar,

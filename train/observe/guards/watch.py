@@ -195,7 +195,7 @@ def guards_for(
         ClearedGradients(subject),
         UnheldParameters(subject),
         ZeroGradients(subject),
-        OutsideChanges(subject, alone=shards == 1 and group.world_size == 1),
+        OutsideChanges(subject),
         PlainAttributes(subject),
         KeyedRandomness(subject),
         LearningRate(subject),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from samestep.launcher.contract import UsageError
 from samestep.train.observe.guards.check import Check, Finding, Subject, hooked_update, listed
 from samestep.train.parallel.fingerprint import sum_of_bits
+from samestep.train.parallel.shards import StepPlan
 
 
 class Marks:
@@ -44,15 +45,21 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 class OutsideChanges(Check):
     """From one update to the next loss nothing changes; a loss may change buffers (BatchNorm does), but no weights.
 
-    One rank with one shard goes on with its own; among several, the result would be that of no number of ranks.
+    Weights that change in a second loss of a step too are those of no number of ranks; a bound that the first one has
+    brought about may be meant.
     """
 
-    def __init__(self, subject: Subject, *, alone: bool) -> None:
+    def __init__(self, subject: Subject) -> None:
         self._model = subject.model
-        self._alone = alone
+        self._losses = 0  # of this rank in this step
         self._updated: Marks | None = None
         self._before_loss = Marks({})
         self._hook = hooked_update(subject.optimizer.register_step_post_hook, self._on_updated)
+
+    def before_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
+        """Count anew."""
+        self._losses = 0
+        return ()
 
     def before_loss(self, batch: Any, samples: int) -> Iterator[Finding]:  # noqa: ARG002
         """Compare with the end of the last update, in the first shard of a step."""
@@ -67,13 +74,14 @@ class OutsideChanges(Check):
 
     def after_loss(self) -> Iterator[Finding]:
         """Compare with before."""
+        self._losses += 1
         changed = self._before_loss.changed(Marks(parameters_of(self._model)))
         if changed:
             yield Finding(
                 f"the loss changes weights of the model itself: {listed(changed)}",
                 "a rank calls it once a shard, so fewer ranks change them more often: do it in the optimizer, or in "
                 "a parametrization of the layer, or keep them by register_buffer",
-                fatal=not self._alone,
+                fatal=self._losses > 1,
             )
 
     def forget(self) -> None:
