@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from samestep.launcher.command_line import options
+from samestep.launcher.contract import UsageError
 from samestep.train.config import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -29,12 +30,20 @@ def name() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name != "__main__" and not in_notebook():
         return str(spec.name).removesuffix(".__main__")
-    return sys.argv[0] or "run"
+    return "run" if sys.argv[0] in ("", "-", "-c") else sys.argv[0]  # typed in, piped in, or a word of a shell
 
 
 def arguments(argv: Sequence[str] | None) -> Sequence[str]:
-    """The flags that were given to `train`, or else to the process; a notebook's are its kernel's."""
+    """The flags that were given to `train`, or else to the process; a notebook's are its kernel's.
+
+    Raises:
+        UsageError: they are no list of words.
+    """
     if argv is not None:
+        if not isinstance(argv, list | tuple) or not all(isinstance(word, str) for word in argv):
+            raise UsageError(
+                f"argv is expected to be a list of words, but is {argv!r}", 'train(build, argv=["--epochs", "3"])'
+            )
         return argv
     return [] if _in_cell() else sys.argv[1:]
 

@@ -84,6 +84,29 @@ class SlurmConfig:
             if value is not None and not lowest <= value <= 65535:
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is expected to be between {lowest} and 65535, but is {value}", "leave it out")
+        limit = seconds_of(self.time)
+        if 0 < limit <= self.signal_seconds:
+            raise UsageError(
+                f"--signal-seconds is expected to be less than the time limit, but is {self.signal_seconds}, and "
+                f"--time {self.time} is {limit} seconds: each start would save and end as it begins",
+                f"--signal-seconds {max(1, limit // 4)}, or a longer --time",
+            )
+
+
+def seconds_of(limit: str) -> int:
+    """A time limit of sbatch(1): minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+
+    0 is no limit, as for Slurm.
+    """
+    if not limit[:1].isdecimal():
+        return 0
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = (0, *parts, 0)[:3] if len(parts) < 3 else parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def span(text: str) -> tuple[int, int]:

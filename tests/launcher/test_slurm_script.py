@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from samestep.launcher.cluster.slurm import SlurmConfig, script
+from samestep.launcher.cluster.slurm import SlurmConfig, script, seconds_of
 from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.contract import UsageError
 
@@ -52,6 +52,30 @@ def test_options_become_directives():
 
 def test_a_range_of_nodes_asks_for_as_many_whole_machines_as_there_are():
     assert directives(made(nodes="1-3"))[1:4] == ["--nodes=1-3", "--ntasks=3", "--exclusive"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("5", 300),
+        ("2:30", 150),
+        ("4:00:00", 14400),
+        ("1-2", 93600),
+        ("1-2:03", 93780),
+        ("1-02:03:04", 93784),
+        ("", 0),
+        ("infinite", 0),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(limit, seconds):
+    assert seconds_of(limit) == seconds
+
+
+def test_a_start_that_would_end_as_it_begins_is_refused():
+    with pytest.raises(UsageError, match="--time 2 is 120 seconds") as raised:
+        made(time="2")
+    assert "--signal-seconds 30" in str(raised.value)
+    assert "--signal=B:USR1@30" in directives(made(time="2", signal_seconds=30))
 
 
 def test_the_script_is_one_that_a_shell_understands():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from samestep.launcher.contract import default_run_dir
+from samestep.launcher.contract import UsageError, default_run_dir
 from samestep.train import program
 
 KERNELS = {  # as they are started, and what sys.argv is there
@@ -81,3 +81,17 @@ def test_ipython_on_a_terminal_is_no_notebook(cell: ModuleType, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--epochs", "3"])
     assert seen() == (False, "recipe.py", ["--epochs", "3"])
+
+
+@pytest.mark.parametrize("argv", [["--epochs", 3], "--epochs 3", {"epochs": 3}])
+def test_flags_that_are_no_words_are_refused(argv: Any) -> None:
+    with pytest.raises(UsageError, match="argv is expected to be a list of words") as refused:
+        program.arguments(argv)
+    assert '["--epochs", "3"]' in str(refused.value)
+
+
+@pytest.mark.parametrize("word", ["", "-", "-c"])
+def test_a_program_without_a_file_has_a_plain_name(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    monkeypatch.setattr(sys, "argv", [word])
+    assert program.name() == "run"
