@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 
 class ExitCode(IntEnum):
@@ -294,6 +294,7 @@ class Epoch(TypedDict):
     time: float
     epoch: int
     loss: float | None
+    loss_hex: str
     samples: int
     seconds: float
 
@@ -305,9 +306,51 @@ class Eval(TypedDict):
     time: float
     step: int
     epoch: int
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]  # None: not finite
+    metrics_hex: dict[str, str]
     samples: int
     seconds: float
+
+
+class Checkpoint(TypedDict):
+    """A checkpoint that can be gone on from; `seconds` is how long it took to write, beside training."""
+
+    event: Literal["checkpoint"]
+    time: float
+    step: int
+    path: str  # below checkpoints/
+    seconds: float
+    bytes: dict[str, int]  # by file
+
+
+class Resumed(TypedDict):
+    """Training goes on after `step`, in `epoch`."""
+
+    event: Literal["resumed"]
+    time: float
+    step: int
+    epoch: int
+    checkpoint: str
+
+
+class LoaderChosen(TypedDict):
+    """How many loader workers a rank has from now on, and why."""
+
+    event: Literal["loader"]
+    time: float
+    workers: int
+    prefetch: int
+    reason: str
+
+
+class Told(TypedDict):
+    """A sentence that was printed; a warning of one rank's slowness names `rank` and `phase`."""
+
+    event: Literal["note", "warning"]
+    time: float
+    text: str
+    rank: NotRequired[int]
+    phase: NotRequired[str]
 
 
 class Finished(TypedDict):
@@ -344,4 +387,4 @@ class WorkerFailed(TypedDict):
     exit_code: int
 
 
-Event = Started | Step | Epoch | Eval | Finished | Preempted | WorkerFailed | dict[str, Any]
+Event = Started | Step | Epoch | Eval | Checkpoint | Resumed | LoaderChosen | Told | Finished | Preempted | WorkerFailed

@@ -18,7 +18,7 @@ PACKAGES = ("launcher", "train")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 LONGER = {
-    "launcher/contract.py": 380,  # all that crosses the border between processes stays in one place
+    "launcher/contract.py": 400,  # all that crosses the border between processes stays in one place
     "launcher/supervise/supervisor.py": 320,  # the only loop: all that can happen, side by side
 }
 

@@ -45,6 +45,20 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return environ
 
 
+def test_mlflow_keeps_its_files_in_the_run_directory_where_nobody_names_a_store(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    ended = trained("small", *FLAGS, "--max-steps", 4, "--trackers", "mlflow")
+    assert ended.events("warning") == []
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    files = f"file://{ended.run_dir / 'trackers' / 'mlruns'}"
+    losses = [(event["step"], event["loss"]) for event in ended.events("step")]
+    assert set(mlflow_curve(files, ended.run_dir, "train/loss")) <= set(losses)
+    assert mlflow_curve(files, ended.run_dir, "train/loss")
+
+
 def test_curves_have_the_runs_own_losses_with_the_step_as_x(trained: Any, store: dict[str, str]) -> None:
     plain = trained("small", *FLAGS, "--max-steps", 9, ranks=2, cwd="plain")
     ended = trained("small", *FLAGS, "--max-steps", 9, "--trackers", "tensorboard,mlflow", ranks=2, env=store)

@@ -72,6 +72,9 @@ class Sent:
         temporary.rename(self.path)
 
 
+_MLFLOW_FILES = "/trackers/mlruns"  # of a run directory
+
+
 @dataclass(slots=True)
 class Feed:
     """One tracker: started late, fed each point once, given up after failures in a row."""
@@ -132,9 +135,19 @@ class Feed:
         return result
 
 
+def _keep_mlflow_below(run_dir: Path) -> None:
+    """Where nobody has named a store: files. The default of mlflow is a database, which mlflow-skinny has not."""
+    named = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if named and not named.endswith(_MLFLOW_FILES):  # else that of an earlier call in this process
+        return
+    os.environ["MLFLOW_TRACKING_URI"] = run_dir.absolute().as_uri() + _MLFLOW_FILES
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+
+
 def _started(name: str, run_dir: Path, known: str | None) -> Any:
     kind = tracking.LOGGER_TYPE_TO_CLASS[name]
     if name == "mlflow":
+        _keep_mlflow_below(run_dir)
         tracker = kind(experiment_name=PROJECT, run_id=known, run_name=run_dir.name)
     elif name == "wandb":
         resume = {"id": known, "resume": "allow"} if known else {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, get_args, get_origin, get_type_hints
 
 import pytest
 
+from samestep.launcher import contract
 from samestep.train.observe.event_log import EventLog
 from samestep.train.observe.ledger import StepRecords
 
@@ -45,3 +46,18 @@ def test_a_step_without_weight_is_told_from_one_that_is_not_finite(written: Any,
     nan = float("nan")
     events = written((100.0, records(walls=[1.0] * 3, losses=[0.5, nan, nan], weightless=[False, True, False])))
     assert [(event["loss"], event.get("weightless")) for event in events] == [(0.5, None), (None, True), (None, None)]
+
+
+def test_every_event_has_the_fields_that_the_contract_promises_and_no_others(trained: Any) -> None:
+    kinds: dict[str, Any] = {}
+    for kind in get_args(contract.Event):
+        kinds |= dict.fromkeys(get_args(get_type_hints(kind)["event"]), kind)
+    trained("small", "--max-steps", 5, "--checkpoint-every", 2, ranks=2)
+    ended = trained("small", "--log-every", 3, env={"SAMESTEP_EPOCH": "3"})
+    events = [json.loads(line) for line in (ended.run_dir / "events.jsonl").read_text().splitlines()]
+    usual = {"run_started", "resumed", "step", "epoch", "eval", "checkpoint", "warning", "run_finished"}
+    assert usual <= {event["event"] for event in events} <= kinds.keys()
+    for event in events:
+        fields = get_type_hints(kinds[event["event"]], include_extras=True)
+        required = {name for name, hint in fields.items() if get_origin(hint) is not NotRequired}
+        assert required <= event.keys() <= fields.keys(), event
