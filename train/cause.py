@@ -16,6 +16,7 @@ from pathlib import Path
 from samestep.launcher.diagnosis.traceback_text import is_ours, last_exception
 
 _OURS = str(Path(__file__).parent) + os.sep
+_MOST_CHARACTERS = 4000
 _NOTE = "samestep: raised by "
 _NOTED = re.compile(rf"^{_NOTE}(?P<what>.+)$", re.MULTILINE)
 _CAUGHT = re.compile(r"^Caught (?P<kind>\S+) in DataLoader worker process (?P<worker>\d+)\.\s+Original ")
@@ -43,12 +44,21 @@ def cause_of(error: BaseException) -> Cause:
     caught = _CAUGHT.match(message)
     if caught is None:
         noted = _NOTED.search("\n".join(getattr(error, "__notes__", ())))
-        return Cause(type(error).__name__, _with(message, noted["what"] if noted else ""), _user_frame(error))
+        told = _with(_cut(message), noted["what"] if noted else "")
+        return Cause(type(error).__name__, told, _user_frame(error))
     said = last_exception(message.replace("Original Traceback", "Traceback", 1).splitlines())
     noted = _NOTED.search(message)
     where = [noted["what"]] if noted else []
-    told = _with(said.message if said else message, ", ".join([*where, f"in DataLoader worker {caught['worker']}"]))
+    told = _with(
+        _cut(said.message if said else message), ", ".join([*where, f"in DataLoader worker {caught['worker']}"])
+    )
     return Cause(caught["kind"], told, said.frame if said else _user_frame(error))
+
+
+def _cut(message: str) -> str:
+    """What people read; an exception may quote a whole batch, and the log has all of it."""
+    left = len(message) - _MOST_CHARACTERS
+    return message if left <= 0 else f"{message[:_MOST_CHARACTERS]} ... and {left} characters more, in the log"
 
 
 def _with(message: str, what: str) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
 from samestep.launcher import manifest, who_started
 from samestep.launcher.command_line import options
 from samestep.launcher.contract import (
@@ -233,8 +235,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     uncompiled = compile_in_place(*compiled) if config.compile else ""
     facts = _facts(components, joined)
     signals = StopSignals(active=not program.in_notebook())
-    say, skip = (lambda text: run.reporter.note(text)), (lambda: run.step.clock.skip())
-    progress.pulse = profile.around(progress.pulse, config.profile, member.group, run_dir.path, say, skip)
+    told = (lambda text: run.reporter.note(text)), (lambda: run.step.clock.skip())
+    progress.pulse = profile.around(progress.pulse, config.profile, member.group, run_dir.path, *told)
     place = (config, member, run_dir, shards, call.generation)
     setting = Setting(*place, facts, progress.pulse, joined.fence, signals, joined.micro_batches, call.ends)
     run = assemble(components, setting, progress)
@@ -248,7 +250,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     if found.snapshot is not None:
         warnings += start.restore(run, found.snapshot, found.source)
     if found.snapshot is not None or config.replay is not None:
-        warnings += start.changes(config, joined.stored, environment.record(member.device))
+        record, plateau = environment.record(member.device), isinstance(components.scheduler, ReduceLROnPlateau)
+        warnings += start.changes(config, joined.stored, record, follows_evaluations=plateau)
 
     run.state.note_not_finite()
     start.count(run, found, call.generation)

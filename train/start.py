@@ -218,11 +218,17 @@ def count(run: Run, found: Found, generation: int) -> None:
     state.started_at = min(state.started_at, *found.starts, time.time())
 
 
-def changes(config: TrainConfig, stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    """Sentences about settings that are not as at the last start and can change bits, though not order or shapes."""
+def changes(
+    config: TrainConfig, stored: dict[str, Any], record: dict[str, Any], *, follows_evaluations: bool = False
+) -> list[str]:
+    """Sentences about settings that are not as at the last start and can change bits, though not order or shapes.
+
+    `follows_evaluations`: the learning rate does (ReduceLROnPlateau), so when they come matters.
+    """
+    free = _FREE - {"eval_every"} if follows_evaluations else _FREE
     before, after = without_secrets(stored.get("config", {})), plain(config)
     differing = [(f"--{name.replace('_', '-')}", before[name], after[name]) for name in after if name in before]
-    differing = [(name, old, new) for name, old, new in differing if name[2:].replace("-", "_") not in _FREE]
+    differing = [(name, old, new) for name, old, new in differing if name[2:].replace("-", "_") not in free]
     differing += [(name, old, record.get(name)) for name, old in stored.get("environment", {}).items()]
     return [
         f"{name} changed from {old} to {new} since the last start: the bits of the following steps can differ"

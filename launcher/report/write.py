@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections import Counter
@@ -38,7 +39,8 @@ def write(run_dirs: Sequence[RunDir], output: Path) -> None:
         ) from None
     finally:
         if not stays:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file system that can only be read has none
+                temporary.unlink()
 
 
 def told_apart(histories: Sequence[History], run_dirs: Sequence[RunDir]) -> list[History]:

@@ -11,10 +11,11 @@ from torch._utils import ExceptionWrapper
 
 from samestep.launcher import lock
 from samestep.launcher.contract import RunDir
-from samestep.train import leave
+from samestep.train import TrainConfig, leave
 from samestep.train.cause import blame, cause_of
 from samestep.train.data.loader import build_loader
 from samestep.train.data.sampler import SameOrderSampler
+from samestep.train.start import changes
 
 
 class TwoWordsError(Exception):
@@ -159,3 +160,16 @@ def test_no_frame_of_samesteps_own_passes_for_the_users(tmp_path):
     with pytest.raises(lock.SupersededError) as caught:
         lock.check(RunDir(tmp_path), 1)
     assert Path(cause_of(caught.value).frame.partition(":")[0]).name == "test_cause.py"
+
+
+def test_a_message_of_megabytes_is_cut_where_people_read_it():
+    cause = cause_of(ValueError("k" * 3_000_000))
+    assert len(cause.message) < 5000
+    assert cause.message.endswith("... and 2996000 characters more, in the log")
+
+
+def test_when_evaluations_come_is_a_change_of_bits_where_the_learning_rate_follows_them():
+    config, stored = TrainConfig(eval_every=3), {"config": {"eval_every": 5}}
+    assert changes(config, stored, {}) == []
+    (text,) = changes(config, stored, {}, follows_evaluations=True)
+    assert text.startswith("--eval-every changed from 5 to 3 since the last start")

@@ -19,7 +19,7 @@ from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, _utils
 from torch.utils.data._utils import signal_handling
 
 from samestep.launcher.liveness import end_with
@@ -32,7 +32,11 @@ _at_exit: list[Finalize] = []
 
 
 def shield(worker: int) -> None:  # noqa: ARG001 (worker_init_fn's form)
-    """In a worker: notice none of SHIELDED. Handlers, because a program that a dataset starts would inherit SIG_IGN."""
+    """In a worker: notice none of SHIELDED. Handlers, because a program that a dataset starts would inherit SIG_IGN.
+
+    A dataset is not told which worker it is in, as in the rank itself: samples would depend on their number.
+    """
+    _utils.worker._worker_info = None
     for signum in SHIELDED:
         signal.signal(signum, _nothing)
     rank = multiprocessing.parent_process()

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from samestep.launcher.contract import UsageError
 from samestep.launcher.report import command, write
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028'\"&"
@@ -155,6 +156,18 @@ def test_a_run_that_is_done_leaves_its_page(options, environ, made_it, samestep)
     assert ended.code == (1 if environ else 0)
     assert (samestep.cwd / "runs/recipe/report.html").exists() is made_it
     assert "report" not in ended.stderr
+
+
+def test_a_page_on_a_file_system_that_can_only_be_read_is_a_sentence(made, tmp_path, monkeypatch):
+    run = made.run(tmp_path / "run", made.events(20))
+
+    def refused(*_words, **_more):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(os, "unlink", refused)
+    with pytest.raises(UsageError, match="Read-only file system"):
+        command.command([str(run)])
 
 
 def test_a_page_that_can_not_be_written_changes_nothing_else(samestep):

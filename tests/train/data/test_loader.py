@@ -82,6 +82,20 @@ def test_augmentation_is_the_same_for_any_workers_and_ranks(dataset: Any) -> Non
         assert same(batches(dataset, world=world, workers=workers), expected), (world, workers)
 
 
+class AsksForItsWorker(Augmented):
+    """Seeds by the worker that it is in, as many a dataset does."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        worker = torch.utils.data.get_worker_info()
+        return super().__getitem__(index) + (0 if worker is None else 1 + worker.id)
+
+
+def test_a_dataset_that_asks_for_its_worker_gives_the_same_samples_in_all() -> None:
+    expected = batches(AsksForItsWorker())
+    assert same(batches(AsksForItsWorker(), workers=1), expected)
+    assert same(batches(AsksForItsWorker(), workers=2), expected)
+
+
 def test_a_samples_augmentation_does_not_depend_on_how_the_batch_is_cut() -> None:
     def rows(**options: Any) -> dict[int, Tensor]:
         return {int(row[0]): row for batch in batches(Augmented(), **options) for row in batch}
