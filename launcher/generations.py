@@ -24,6 +24,7 @@ from samestep.launcher.plan import Command, Facts, fork_server_environment, plan
 from samestep.launcher.supervise import policy, terminal
 from samestep.launcher.supervise.console import Console
 from samestep.launcher.supervise.hang_watch import NoWatch
+from samestep.launcher.supervise.job import Job
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.signals import SignalSocket
 from samestep.launcher.supervise.starter import Starter
@@ -107,14 +108,7 @@ def follow(
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    config: LaunchConfig
-    recipe: Recipe
-    directory: RunDir
-    environ: Mapping[str, str]
-    supervisor: Supervisor
-    starter: Starter
-    console: Console
+class _Run(Job):
     lock: RunLock
     team: Team
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,19 +14,15 @@ from samestep.launcher.cluster import admission
 from samestep.launcher.cluster.hub import Gone, Hub
 from samestep.launcher.cluster.layout import Layout
 from samestep.launcher.cluster.wide_watch import Reporting
-from samestep.launcher.command_line.argv import Recipe
-from samestep.launcher.config import LaunchConfig
-from samestep.launcher.contract import ExitCode, RunDir, UsageError
+from samestep.launcher.contract import ExitCode, UsageError
 from samestep.launcher.diagnosis import evidence
 from samestep.launcher.diagnosis.diagnose import is_consequence
 from samestep.launcher.plan import Facts, Meeting, fork_server_environment, plan
 from samestep.launcher.run_dir import holds_training
 from samestep.launcher.supervise import policy
-from samestep.launcher.supervise.console import Console
+from samestep.launcher.supervise.job import Job
 from samestep.launcher.supervise.outcome import Generation, RankEnd
 from samestep.launcher.supervise.peers import Halt
-from samestep.launcher.supervise.starter import Starter
-from samestep.launcher.supervise.supervisor import Supervisor
 
 _CALL_SECONDS = 5.0
 _CALL_AGAIN_SECONDS = 0.5
@@ -35,16 +30,9 @@ _LINES, _LINE_CHARACTERS = 60, 500  # of a rank's last words, sent to the head
 
 
 @dataclass(frozen=True, slots=True)
-class FollowerJob:
-    """What is to be started, and with what."""
+class FollowerJob(Job):
+    """On a machine that is told."""
 
-    config: LaunchConfig
-    recipe: Recipe
-    directory: RunDir
-    environ: Mapping[str, str]
-    supervisor: Supervisor
-    starter: Starter
-    console: Console
     reporting: Reporting | None  # None: a script that publishes nothing
 
 

@@ -2,8 +2,8 @@
 
 Backward of earlier shards of a rank is `torch.autograd.grad`, which leaves `p.grad` alone and DDP asleep. That of the
 last one wakes DistributedDataParallel, whose communication hook adds the pending partial sums and exchanges bucket by
-bucket while backward goes on. Where one shard is all there is, its gradient is the sum and plain
-backward leaves it. A shard that runs in several parts adds up their gradients from left to right, in the same ways.
+bucket while backward goes on. Where one shard is all there is, its gradient is the sum and plain backward leaves it. A
+shard that runs in several parts adds up their gradients from left to right, in the same ways.
 Where some rank has nothing to do in a step, layers begin or end to train, or parameters may stay unused for all that is
 known (the first step), all shards take the first way and the exchange follows backward; the bits are the same.
 """

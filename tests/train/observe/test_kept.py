@@ -131,6 +131,20 @@ def test_a_loss_is_looked_into() -> None:
         assert found.partition(LOSS)[2].startswith(name), found
 
 
+def test_a_buffer_that_forward_makes_is_named_where_it_goes_on_changing() -> None:
+    model = Keeps()
+    for name in ("mean", "mask"):
+        model.register_buffer(name, None, persistent=False)
+
+    def loss(model: Any, batch: Any) -> Any:
+        model.mean = batch[0].mean(0) if model.mean is None else 0.5 * model.mean + 1
+        model.mask = torch.ones(2)
+        return model(batch[0]).mean()
+
+    (found,) = told(model, loss)
+    assert found.endswith(f"{STATE}mean")
+
+
 def test_what_stays_or_was_set_up_once_or_belongs_to_the_step_is_no_state() -> None:
     model = Keeps(mask=None, output=None, sizes={}, shape=None, table=torch.ones(3))
     constants = [1, 2, torch.ones(2)]

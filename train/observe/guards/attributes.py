@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from samestep.train.observe.guards.check import Check, Finding, Subject, listed
-from samestep.train.observe.guards.kept import Drawn, of_loss, of_model
+from samestep.train.observe.guards.kept import Drawn, of_late_buffers, of_loss, of_model
 
 _TWICE = 2  # a number that changes once is what was cached, such as a length
 _WATCHED = 3  # losses; what is no number and changes in each of so many is no cache
@@ -19,7 +19,8 @@ class PlainAttributes(Check):
     """Compares what the modules and the loss keep, before and after each loss."""
 
     def __init__(self, subject: Subject) -> None:
-        self._model = _Kept(lambda: dict(of_model(subject.model)))
+        model, known = subject.model, {name for name, _ in subject.model.named_buffers()}
+        self._model = _Kept(lambda: {**dict(of_model(model)), **dict(of_late_buffers(model, known))})
         self._loss = _Kept(lambda: dict(of_loss(subject.loss, subject.model)))
 
     def before_loss(self, batch: object, samples: int) -> tuple[()]:  # noqa: ARG002

@@ -7,11 +7,12 @@ in what its function closes over, in its defaults and in the globals that it nam
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import types
 import zlib
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,12 @@ def of_model(model: nn.Module) -> Iterator[tuple[str, Hashable]]:
                 continue
             if (marked := mark(value)) is not None:
                 yield f"{path or type(model).__name__}.{key}", marked
+
+
+def of_late_buffers(model: nn.Module, known: Collection[str]) -> Iterator[tuple[str, Hashable]]:
+    """Buffers that a forward has made, which are not combined over shards: `known` were there before."""
+    late = ((name, buffer) for name, buffer in model.named_buffers() if name not in known)
+    return ((name, marked) for name, buffer in late if (marked := mark(buffer)) is not None)
 
 
 def of_loss(loss: Any, model: nn.Module) -> Iterator[tuple[str, Hashable]]:
@@ -130,13 +137,10 @@ def _of_tensor(tensor: Tensor) -> Hashable | None:
 
 
 def _of_container(value: Any, depth: int) -> Hashable | None:
-    if isinstance(value, Mapping):
-        items = [*value.values()]
-    elif isinstance(value, list | tuple | deque | set):
-        items = [*value]
-    else:
+    """By its length and first items; other mappings than dicts may read a file for each value."""
+    if not isinstance(value, dict | list | tuple | deque | set):
         return None
-    first = items[:_MOST_ITEMS]
+    first = [*itertools.islice(value.values() if isinstance(value, dict) else value, _MOST_ITEMS)]
     if any(isinstance(item, Tensor) and item.grad_fn is not None for item in first):
         return None
-    return len(items), *(mark(item, depth - 1) for item in first)
+    return len(value), *(mark(item, depth - 1) for item in first)
