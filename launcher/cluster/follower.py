@@ -53,10 +53,10 @@ class Follower:
         Raises:
             UsageError: the head can't be found.
         """
-        connection = self._call()
-        if connection is None:
-            return ExitCode.TERMINATED
-        known, sock = connection
+        answer = self._call()
+        if isinstance(answer, int):
+            return self._stopped_before_a_start(answer)
+        known, sock = answer
         times = self._place.timeouts
         self._hub = Hub(known.key, "node", times.keep_alive_interval, times.silence)
         self._head = self._hub.add(sock)
@@ -106,7 +106,7 @@ class Follower:
             while not self._inbox and not self._lost:
                 signum = supervisor.pause(60.0, until=lambda: bool(self._inbox or self._lost))
                 if signum is not None:
-                    return policy.after_stop(signum, (), forced=False, saves=True, committed=self._kept)
+                    return self._stopped_before_a_start(signum)
             if not self._inbox:
                 return self._without_head()
             message = self._inbox.pop(0)
@@ -182,6 +182,9 @@ class Follower:
             trained=self._generation > 0 or any(end.step for end in ended.ends),
         )
 
+    def _stopped_before_a_start(self, signum: int) -> int:
+        return policy.after_stop(signum, (), forced=False, saves=True, committed=self._kept)
+
     def _meant(self, end: RankEnd) -> int:
         return policy.meant(end.returncode, ours=self._facts.resumes or holds_training(self._job.directory))
 
@@ -198,8 +201,8 @@ class Follower:
         )
         return code
 
-    def _call(self) -> tuple[admission.Admission, socket.socket] | None:
-        """A connection to the head, None if the operator stops first.
+    def _call(self) -> tuple[admission.Admission, socket.socket] | int:
+        """A connection to the head, or the operator's signal if that comes first.
 
         Raises:
             UsageError: it is not there, or can't be spoken to.
@@ -230,8 +233,8 @@ class Follower:
                     "start it with --node-rank 0, and give all machines the same --run-dir on a shared file system",
                     ExitCode.FAILED,
                 )
-            if job.supervisor.pause(_CALL_AGAIN_SECONDS) is not None:
-                return None
+            if (signum := job.supervisor.pause(_CALL_AGAIN_SECONDS)) is not None:
+                return signum
 
     def _dial(self, address: str, port: int) -> socket.socket | None:
         source = (self._place.source, 0) if self._place.source else None

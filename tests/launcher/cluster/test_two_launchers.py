@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(60)]
@@ -110,3 +111,73 @@ def test_a_machine_that_is_asked_to_stop_when_all_ranks_come_to_their_end_leaves
     launchers[1].send_signal(signal.SIGTERM)
     assert [launcher.wait(timeout=40) for launcher in launchers] == [0, 0], (tmp_path / "node-0").read_text()
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(("signum", "kept", "code"), [("TERM", True, 76), ("TERM", False, 143), ("INT", True, 130)])
+def test_who_is_stopped_before_the_head_is_there_leaves_as_from_any_start(
+    tmp_path: Path, signum: str, kept: bool, code: int
+) -> None:
+    (tmp_path / "script.py").write_text(ENDING)
+    if kept:
+        (tmp_path / "runs" / "script" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    words = [str(SAMESTEP), "run", "--nnodes", "2", "--no-warm", "--node-rank", "1", "script.py"]
+    launcher = subprocess.Popen(words, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 40
+        while not handles(launcher.pid, signal.SIGUSR1):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        launcher.send_signal(signal.Signals[f"SIG{signum}"])
+        assert launcher.wait(timeout=40) == code
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+def handles(pid: int, signum: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (signum - 1) & 1)
+
+
+@pytest.mark.parametrize(("kept", "code"), [(True, 76), (False, 143)])
+def test_launchers_that_are_stopped_while_they_wait_for_a_machine_are_to_run_again_where_a_checkpoint_is(
+    tmp_path: Path, kept: bool, code: int
+) -> None:
+    (tmp_path / "script.py").write_text(ENDING)
+    checkpoint = tmp_path / "runs" / "script" / "checkpoints" / "step-00000004"
+    if kept:
+        checkpoint.mkdir(parents=True)
+    words = [str(SAMESTEP), "run", "--nnodes", "3", "--no-warm", "--no-report", "--node-rank"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    head = subprocess.Popen([*words, "0", "script.py"], cwd=tmp_path, text=True, **pipes)
+    other = None
+    try:
+        until(head, "1 of 3 machines are here")
+        other = subprocess.Popen([*words, "1", "script.py"], cwd=tmp_path, text=True, **pipes)
+        deadline = time.monotonic() + 40
+        while not connected(other.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        other.terminate()
+        assert other.wait(timeout=40) == code, other.stderr.read()
+        head.terminate()
+        assert head.wait(timeout=40) == code, head.stderr.read()
+    finally:
+        for launcher in filter(None, (head, other)):
+            launcher.kill()
+            launcher.wait()
+            launcher.stderr.close()
+
+
+def until(launcher: subprocess.Popen[str], words: str) -> None:
+    """Read what it says up to these words."""
+    for line in launcher.stderr:
+        if words in line:
+            return
+    raise AssertionError(f"it never said {words!r}")
+
+
+def connected(pid: int) -> bool:
+    """Whether it has a connection to another launcher."""
+    return any(found.status == psutil.CONN_ESTABLISHED for found in psutil.Process(pid).net_connections("tcp"))
