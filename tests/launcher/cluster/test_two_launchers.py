@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -149,12 +150,12 @@ def test_launchers_that_are_stopped_while_they_wait_for_a_machine_are_to_run_aga
     if kept:
         checkpoint.mkdir(parents=True)
     words = [str(SAMESTEP), "run", "--nnodes", "3", "--no-warm", "--no-report", "--node-rank"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    head = subprocess.Popen([*words, "0", "script.py"], cwd=tmp_path, text=True, **pipes)
-    other = None
+    started: dict[str, Any] = {"cwd": tmp_path, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    head: Any = subprocess.Popen([*words, "0", "script.py"], **started)
+    other: Any = None
     try:
         until(head, "1 of 3 machines are here")
-        other = subprocess.Popen([*words, "1", "script.py"], cwd=tmp_path, text=True, **pipes)
+        other = subprocess.Popen([*words, "1", "script.py"], **started)
         deadline = time.monotonic() + 40
         while not connected(other.pid):
             assert time.monotonic() < deadline
@@ -170,7 +171,7 @@ def test_launchers_that_are_stopped_while_they_wait_for_a_machine_are_to_run_aga
             launcher.stderr.close()
 
 
-def until(launcher: subprocess.Popen[str], words: str) -> None:
+def until(launcher: Any, words: str) -> None:
     """Read what it says up to these words."""
     for line in launcher.stderr:
         if words in line:
