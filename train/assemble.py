@@ -226,8 +226,8 @@ def _evaluator(
 
 
 def _guards(components: Components, setting: Setting, reporter: Reporter) -> Guards:
-    steps = components.scheduler, components.scheduler_interval
-    subject = Subject(components.model, components.optimizer, components.loss, *steps)
+    beside = components.scheduler, components.scheduler_interval, components.collate_fn
+    subject = Subject(components.model, components.optimizer, components.loss, *beside)
     place = setting.member.group, setting.shards, setting.device
     return guards_for(setting.config.check, subject, *place, reporter.warning)
 

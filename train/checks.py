@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from samestep.launcher.contract import UsageError
-from samestep.train.data.fingerprint import Look, look_at
+from samestep.train.data.fingerprint import Look, content, look_at
 from samestep.train.data.map_style import require_map_style
+from samestep.train.data.sampler import ShardSamples
+from samestep.train.data.shard_dataset import ShardDataset, makes_batches
 from samestep.train.parallel.shards import smallest_shard
 from samestep.train.parts import check_parts
 from samestep.train.recipe import Components
@@ -157,6 +159,16 @@ def _check_synchronised(model: nn.Module, shards: int) -> None:
         )
 
 
+def check_data_repeats(components: Components, seed: int, seen: Look) -> None:
+    """Read a few samples, and make a batch, again; `seen` is how the samples were the first time.
+
+    Raises:
+        UsageError: see below.
+    """
+    check_samples_repeat(components.train_data, seed, seen)
+    check_batch_repeats(components.train_data, seed, components.collate_fn)
+
+
 def check_samples_repeat(dataset: Any, seed: int, seen: Look) -> None:
     """Read a few samples again; `seen` is how they were the first time.
 
@@ -175,6 +187,29 @@ def check_samples_repeat(dataset: Any, seed: int, seen: Look) -> None:
             f"a sample of train_data is expected to draw random numbers each time it is read, but {kind} drew some the "
             "first time only: what it keeps of them depends on which rank read the sample first, and in which epoch",
             "keep what was read or decoded, and draw after that; --check never goes on without this look",
+        )
+
+
+def check_batch_repeats(dataset: Any, seed: int, collate_fn: Any = None) -> None:
+    """Make a batch of few samples twice, where a function of the recipe makes it.
+
+    Raises:
+        UsageError: it has other content the second time.
+    """
+    if collate_fn is None and not makes_batches(dataset):
+        return
+    shards, samples = ShardDataset(dataset, seed, collate_fn), ShardSamples(range(min(2, len(dataset))))
+    try:
+        first, again = (content(shards[samples]) for _ in range(2))
+    except Exception:  # noqa: BLE001 (batches of another size may do; one that can't be made is told by its step)
+        return
+    if first != again:
+        by = "__getitems__" if collate_fn is None else "collate_fn"
+        raise UsageError(
+            f"a batch of the same samples is expected to be the same each time it is made, but {by} gave another one",
+            "what it keeps from batch to batch, a generator of its own too, depends on ranks and loader workers: let "
+            "the batch depend on its samples alone, and draw from torch's, numpy's or Python's global random numbers, "
+            "which are seeded for each batch; --check never goes on without this look",
         )
 
 

@@ -45,7 +45,7 @@ from samestep.train.accelerate_settings import refuse_other_engines
 from samestep.train.announce import announce
 from samestep.train.assemble import Setting, assemble
 from samestep.train.called import check_call
-from samestep.train.checks import check_among_ranks, check_components, check_samples_repeat, without_use
+from samestep.train.checks import check_among_ranks, check_components, check_data_repeats, without_use
 from samestep.train.compilation import compile_in_place
 from samestep.train.config import TrainConfig
 from samestep.train.data.fingerprint import look_at
@@ -289,11 +289,11 @@ def _to_the_end(run: Run, member: Membership, run_dir: RunDir, progress: Progres
 
 
 def _facts(components: Components, joined: _Joined) -> dict[str, Any]:
-    """What is kept in every checkpoint; the samples, of which it tells, have to come out twice alike."""
+    """What is kept in every checkpoint; the samples, of which it tells, and batches have to come out twice alike."""
     seed = joined.call.config.seed
     look = look_at(components.train_data, seed)
     if joined.call.config.check != "never":
-        check_samples_repeat(components.train_data, seed, look)
+        check_data_repeats(components, seed, look)
     known = {"seed": seed, "shards": joined.shards, "order": SPEC, "dataset": look.fingerprint}
     known["micro_batches"] = joined.micro_batches.count
     return known | environment.record(joined.member.device)

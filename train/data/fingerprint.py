@@ -38,14 +38,18 @@ def look_at(dataset: Any, seed: int) -> Look:
             index = number * (samples - 1) // max(1, min(_LOOKED_AT, samples) - 1)
             seed_sample(seed, 0, index)
             before = [stream.mark() for stream in STREAMS]
-            for leaf in pytree.tree_leaves(dataset[index]):
-                sha.update(_content(leaf))
+            sha.update(content(dataset[index]))
             drawn.append(before != [stream.mark() for stream in STREAMS])
     text = f"{samples} samples of {type(dataset).__name__}, sha256 {sha.hexdigest()[:16]}"
     return Look(text, tuple(drawn))
 
 
-def _content(leaf: Any) -> bytes:
+def content(tree: Any) -> bytes:
+    """The numbers and words of a sample or batch, by which it is compared; of other objects the name of their class."""
+    return b"".join(_of_leaf(leaf) for leaf in pytree.tree_leaves(tree))
+
+
+def _of_leaf(leaf: Any) -> bytes:
     if isinstance(leaf, Tensor):
         leaf = leaf.detach().cpu()
         if leaf.layout != torch.strided:

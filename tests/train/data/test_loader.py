@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from samestep.launcher.contract import UsageError
 from samestep.train import SameOrderSampler
-from samestep.train.checks import check_samples_repeat
+from samestep.train.checks import check_batch_repeats, check_samples_repeat
 from samestep.train.data.fingerprint import look_at
 from samestep.train.data.loader import build_loader
 from samestep.train.data.map_style import require_map_style
@@ -316,6 +317,43 @@ def test_a_dataset_that_keeps_what_it_drew_is_refused() -> None:
     look = look_at(stale, 3)
     with pytest.raises(UsageError, match="Kept drew some the first time only"):
         check_samples_repeat(stale, 3, look)
+
+
+class InBatches(Kept):
+    """Makes all samples of a batch at once, with a generator of its own or the global one."""
+
+    def __init__(self, *, own: bool) -> None:
+        super().__init__(fresh=True)
+        self.draws = random.Random(0).random if own else random.random
+
+    def __getitems__(self, indices: list[int]) -> list[float]:
+        return [index + self.draws() for index in indices]
+
+
+def test_a_batch_that_comes_out_otherwise_the_second_time_is_refused() -> None:
+    data, own, kept = TensorDataset(torch.arange(5.0)), np.random.default_rng(0), deque([0.0], maxlen=1)
+
+    def stays(samples: list[Any]) -> Any:
+        return default_collate(samples)[0] + torch.rand(1) + np.random.rand()
+
+    def draws(samples: list[Any]) -> Any:
+        return default_collate(samples)[0] + own.random()
+
+    def mixes_with_the_last(samples: list[Any]) -> dict[str, float]:
+        kept.append(kept[0] + float(samples[0][0]) + 1)
+        return {"mean": kept[0]}
+
+    def wants_four(samples: list[Any]) -> Any:
+        return torch.stack([sample[0] for sample in samples]).reshape(-1, 4)
+
+    for collate_fn in (None, stays, wants_four):
+        check_batch_repeats(data, 3, collate_fn)
+    check_batch_repeats(InBatches(own=False), 3)
+    for collate_fn in (draws, mixes_with_the_last):
+        with pytest.raises(UsageError, match="but collate_fn gave another one"):
+            check_batch_repeats(data, 3, collate_fn)
+    with pytest.raises(UsageError, match="but __getitems__ gave another one"):
+        check_batch_repeats(InBatches(own=True), 3)
 
 
 def test_sparse_samples_are_looked_at() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from samestep.train import supervised
 from samestep.train.observe.guards.attributes import PlainAttributes
 from samestep.train.observe.guards.check import Subject
+from samestep.train.parallel.shards import StepPlan
 
 STATE, LOSS, DRAWN = "plain attributes of the model: ", "keeps outside of the model: ", "random numbers of its own: "
 number_of_losses = 0
@@ -169,3 +170,30 @@ def test_one_loss_tells_nothing() -> None:
         return model(batch[0]).mean()
 
     assert told(model, loss, losses=1) == []
+
+
+class Ramp:
+    """A collate_fn that masks more from batch to batch."""
+
+    def __init__(self, start: int) -> None:
+        self.batches, self.start = 0, start
+
+    def __call__(self, samples: list[Any]) -> Tensor:
+        self.batches += 1
+        return torch.stack(samples) * (self.batches > self.start)
+
+
+def test_a_collate_fn_is_looked_into() -> None:
+    model, ramp = Keeps(), Ramp(10)
+    check = PlainAttributes(Subject(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss(), collate_fn=ramp))
+    plan = StepPlan(0, 0, 0, 3, 1)
+    for _ in range(3):
+        check.before_step(plan)
+        ramp([X, X])
+        check.after_step(plan)
+    (found,) = check.conclude()
+    assert found.text == "collate_fn changes what it keeps: Ramp.batches"
+    for _ in range(3):
+        check.before_step(plan)
+        check.after_step(plan)
+    assert list(check.conclude()) == []

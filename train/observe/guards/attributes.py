@@ -1,4 +1,4 @@
-"""State that a loss keeps outside of parameters and buffers: no checkpoint has it, and each rank has one for itself."""
+"""State that a loss or collate_fn keeps outside of parameters and buffers: no checkpoint has it, each rank its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from samestep.train.observe.guards.check import Check, Finding, Subject, listed
 from samestep.train.observe.guards.kept import Drawn, of_late_buffers, of_loss, of_model
+from samestep.train.parallel.shards import StepPlan
 
 _TWICE = 2  # a number that changes once is what was cached, such as a length
 _WATCHED = 3  # losses; what is no number and changes in each of so many is no cache
@@ -16,12 +17,18 @@ _HINT = "no checkpoint has them, and a rank changes them once a shard: keep them
 
 
 class PlainAttributes(Check):
-    """Compares what the modules and the loss keep, before and after each loss."""
+    """Compares what the modules and the loss keep, before and after each loss, and a collate_fn around a step."""
 
     def __init__(self, subject: Subject) -> None:
         model, known = subject.model, {name for name, _ in subject.model.named_buffers()}
         self._model = _Kept(lambda: {**dict(of_model(model)), **dict(of_late_buffers(model, known))})
-        self._loss = _Kept(lambda: dict(of_loss(subject.loss, subject.model)))
+        self._loss = _Kept(lambda: dict(of_loss(subject.loss, model)))
+        self._collate = _Kept(lambda: dict(of_loss(subject.collate_fn, model)))
+
+    def before_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
+        """Batches are made inside of a step; those that workers make leave no trace here."""
+        self._collate.begin()
+        return ()
 
     def before_loss(self, batch: object, samples: int) -> tuple[()]:  # noqa: ARG002
         """Remember all."""
@@ -35,14 +42,20 @@ class PlainAttributes(Check):
         self._loss.end()
         return ()
 
+    def after_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
+        """Count what changed in the step."""
+        self._collate.end()
+        return ()
+
     def forget(self) -> None:
         """What was counted belongs to steps that are done again."""
         self._model.forget()
         self._loss.forget()
+        self._collate.forget()
 
     def conclude(self) -> Iterator[Finding]:
         """Name them."""
-        of_model_, of_loss_ = self._model.conclude(), self._loss.conclude()
+        of_model_, of_loss_, of_collate = self._model.conclude(), self._loss.conclude(), self._collate.conclude()
         if of_model_.state:
             yield Finding(
                 f"the loss changes plain attributes of the model: {listed(of_model_.state)}",
@@ -53,6 +66,13 @@ class PlainAttributes(Check):
                 f"the loss changes what it keeps outside of the model: {listed(of_loss_.state)}",
                 f"{_HINT} of the model, a criterion as one of its modules, or derive them from the batch; fine where "
                 "no loss depends on them",
+            )
+        if changed := of_collate.state + of_collate.generators:
+            yield Finding(
+                f"collate_fn changes what it keeps: {listed(changed)}",
+                "each rank and loader worker has that for itself, and no checkpoint has it: derive the batch from its "
+                "samples, and draw from the random numbers of torch, numpy or random themselves, which are seeded for "
+                "each batch; fine where no batch depends on it",
             )
         if drawn := of_model_.generators + of_loss_.generators:
             yield Finding(

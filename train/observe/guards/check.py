@@ -36,6 +36,7 @@ class Subject:
     loss: Any = None
     scheduler: Any = None
     scheduler_interval: str = "step"
+    collate_fn: Any = None
 
     @property
     def hooked(self) -> list[tuple[str, nn.Module]]:
