@@ -107,7 +107,7 @@ class Watch:
         if self._decided and choice.workers <= self._workers:
             return None
         again = f" (measured again: {100 * waiting:.0f}% of the time was spent waiting for data)"
-        self.say(choice, f"{choice.workers} loader workers a rank: {choice.reason}{again if self._decided else ''}")
+        self.say(choice, f"{_workers(choice.workers)} a rank: {choice.reason}{again if self._decided else ''}")
         self._decided += 1
         self.looking = self._decided < _DECISIONS
         self.lists_to_start = min(_MOST_AHEAD, 1 + int(_START_SECONDS / (fetch + step)))
@@ -120,7 +120,7 @@ class Watch:
             return None
         back = Choice(0, reason=f"with {self._workers} a batch takes {_ms(took)}, without {_ms(self._alone)}")
         self._slower, self._workers, self._in_vain = max(1.0, took / self._hoped), 0, self._fetch
-        self.say(back, f"0 loader workers a rank: {back.reason}")
+        self.say(back, f"{_workers(0)} a rank: {back.reason}")
         return back
 
     def _seconds_a_list(self) -> float:
@@ -135,6 +135,10 @@ class Watch:
 
     def _forget(self) -> None:
         self._fetches, self._steps, self._computing = [], [], 0.0
+
+
+def _workers(number: int) -> str:
+    return f"{number} loader worker{'' if number == 1 else 's'}"
 
 
 def _ms(seconds: float) -> str:

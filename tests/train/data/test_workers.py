@@ -93,6 +93,7 @@ def test_workers_that_bring_nothing_are_sent_away_and_it_says_what_they_took() -
     assert back is not None
     assert back.workers == 0
     assert not watch.choosing
+    assert said[0].startswith("1 loader worker a rank: ")
     assert said[1] == "0 loader workers a rank: with 1 a batch takes 6.3 ms, without 4.9 ms"
 
 
