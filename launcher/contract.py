@@ -310,10 +310,11 @@ class Eval(TypedDict):
     metrics_hex: dict[str, str]
     samples: int
     seconds: float
+    rank_seconds: NotRequired[list[float]]  # own work of each rank, before it waits for the others
 
 
 class Checkpoint(TypedDict):
-    """A checkpoint that can be gone on from; `seconds` is how long it took to write, beside training."""
+    """A checkpoint that can be gone on from; `seconds` is how long training stood still for it, on rank zero."""
 
     event: Literal["checkpoint"]
     time: float

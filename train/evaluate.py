@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from samestep.launcher.contract import UsageError
+from samestep.train.data.device import wait_for
 from samestep.train.data.loader import Loader
 from samestep.train.data.rng import seed_evaluation
 from samestep.train.data.sampler import SameOrderSampler
+from samestep.train.observe.evaluation import Evaluation, EvaluationWatch
 from samestep.train.observe.tally import Value, Values, table
 from samestep.train.parallel.group import Group
-from samestep.train.parallel.shards import owned_span
+from samestep.train.parallel.shards import Span, owned_span
 from samestep.train.recipe import Components, Loss, weigh
 from samestep.train.state_metrics import StateMetrics
 
@@ -62,9 +65,12 @@ class Evaluator:
     seed: int
     autocast: AbstractContextManager[None]
     tell: Callable[[str], None]  # a sign of life for each batch
+    now: Callable[[], float] = field(default_factory=lambda: time.perf_counter)
+    _watch: EvaluationWatch = field(default_factory=EvaluationWatch)
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module) -> Evaluation:
         """One value a function, in float64: sum of totals over sum of weights, in the dataset's order."""
+        begin = self.now()
         rows: list[Values] = []
         self.state_metrics.begin()
         with evaluation_mode(model):
@@ -77,12 +83,17 @@ class Evaluator:
                     rows.append(self._row(model, batch, plan.size(shard)))
                     with self.autocast:
                         self.state_metrics.add(model, batch, number * self.sampler.shards + shard)
-        sums = self._in_order(rows).cumsum(0)[-1].tolist()
+        wait_for(self.device)
+        spans, counts = self._shards_by_rank()
+        own_seconds, by_rank = self._gather(rows, self.now() - begin, max(counts))
+        sums = self._in_order(by_rank, spans).cumsum(0)[-1].tolist()
         values = {}
         for index, name in enumerate(self.functions):
             total, weight = sums[2 * index : 2 * index + 2]
             values[name] = total / weight if weight else float("nan")
-        return values | self.state_metrics.values()
+        values |= self.state_metrics.values()
+        slow = self._watch.add(own_seconds, counts)
+        return Evaluation(values, self.sampler.samples, self.now() - begin, own_seconds, slow)
 
     def _row(self, model: nn.Module, batch: Any, samples: int) -> Values:
         values: list[Value] = []
@@ -94,18 +105,26 @@ class Evaluator:
                 values += [outcome.total.reshape(()), weight]
         return [values]
 
-    def _in_order(self, rows: list[Values]) -> Tensor:
-        """Rows of all ranks, in the order of steps and shards, whoever computed them."""
-        group, sampler = self.group, self.sampler
-        spans = [owned_span(rank, group.world_size, sampler.shards) for rank in range(group.world_size)]
-        counts = [sum(len(plan.present(span)) for plan in sampler.plans()) for span in spans]
-        mine = torch.zeros(max(counts), 2 * len(self.functions), dtype=torch.float64, device=self.device)
+    def _shards_by_rank(self) -> tuple[list[Span], list[int]]:
+        """Which shards each rank has, and through how many batches it goes by that."""
+        ranks = range(self.group.world_size)
+        spans = [owned_span(rank, len(ranks), self.sampler.shards) for rank in ranks]
+        return spans, [sum(len(plan.present(span)) for plan in self.sampler.plans()) for span in spans]
+
+    def _gather(self, rows: list[Values], own_seconds: float, most: int) -> tuple[list[float], Tensor]:
+        """Of each rank: seconds of its own work, and its rows, shape (world_size, most, 2 a function); on the host."""
+        mine = torch.zeros(1 + most, 2 * len(self.functions), dtype=torch.float64, device=self.device)
+        mine[0, 0] = own_seconds
         if rows:
-            mine[: len(rows)] = table(rows, 1, mine.shape[1], self.device)[:, 0]
-        by_rank = [iter(part) for part in group.gather(mine).cpu()]
-        return torch.stack(
-            [next(by_rank[r]) for plan in sampler.plans() for r, s in enumerate(spans) for _ in plan.present(s)]
-        )
+            mine[1 : 1 + len(rows)] = table(rows, 1, mine.shape[1], self.device)[:, 0]
+        gathered = self.group.gather(mine).cpu()
+        return gathered[:, 0, 0].tolist(), gathered[:, 1:]
+
+    def _in_order(self, by_rank: Tensor, spans: list[Span]) -> Tensor:
+        """Rows of all ranks, in the order of steps and shards, whoever computed them."""
+        coming = [iter(rows) for rows in by_rank]
+        plans = self.sampler.plans()
+        return torch.stack([next(coming[r]) for plan in plans for r, s in enumerate(spans) for _ in plan.present(s)])
 
 
 def require_metrics(components: Components, best: str | None, names: Collection[str]) -> None:

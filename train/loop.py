@@ -6,7 +6,6 @@ the state is saved. Nothing here asks which rank it is.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -139,11 +138,12 @@ def _evaluate(run: Run) -> bool:
     evaluator, state = run.evaluator, run.state
     assert evaluator is not None
     run.progress(state.step, "evaluation")
-    begin = time.perf_counter()
-    state.metrics = evaluator(run.evaluated_model)
-    seconds = time.perf_counter() - begin
+    evaluation = evaluator(run.evaluated_model)
+    state.metrics = evaluation.metrics
     run.step.clock.skip()
-    run.reporter.evaluated(state.step, state.epoch, state.metrics, evaluator.sampler.samples, seconds)
+    run.reporter.evaluated(state.step, state.epoch, evaluation)
+    if slow := evaluation.slow_rank:
+        run.reporter.warning(str(slow), rank=slow.rank, phase=slow.phase)
     scheduler = run.components.scheduler
     if isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step(state.metrics[run.components.plateau_metric])

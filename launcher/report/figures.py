@@ -8,11 +8,11 @@ from itertools import groupby
 from typing import Any
 
 from samestep.launcher.report.chart import Chart, chunks, extremes, plain, short, thin, time_unit
-from samestep.launcher.report.history import BETWEEN, PHASES, STEP_COLUMNS, History
+from samestep.launcher.report.history import BESIDE, BETWEEN, PHASES, STEP_COLUMNS, History
 from samestep.launcher.report.thinning import Bucket, Position
 
 RUN_COLOURS = ("#3b7dd8", "#e0762c", "#2a9d6f", "#c2498f", "#8a63d2", "#b8890b", "#1798a8", "#d14b4b")
-BETWEEN_COLOUR = "#9aa3ad"
+BESIDE_COLOURS = {"between steps": "#9aa3ad", "evaluation": "#46b3c4", "checkpoint": "#8d6e53"}
 PHASE_COLOURS = dict(zip(PHASES, ("#e0a526", "#3b7dd8", "#6a5acd", "#d95f6a", "#2a9d6f"), strict=True))
 FAILURE = "#d8373e"
 _SMOOTH, _AREA = 120, 200  # points of a smooth line, of a stacked area
@@ -191,7 +191,7 @@ def _ranks(history: History, *, many: bool) -> Chart:
     ranks = history.ranks
     title = "Step time by rank" + (f": {history.name}" if many else "")
     note = f"Mean since step {ranks.since_step}, {ranks.world_size} ranks. Hover: how often a rank took longest"
-    note += "; in sync, it waits for others."
+    note += "; in sync, it waits for others. Evaluations (own work) and checkpoints are spread over all steps."
     chart = Chart(f"ranks-{history.name}", title, "ms a step", note, layout={"barmode": "stack"})
     chart.layout["xaxis"] = {"type": "category"}
     all_steps = sum(ranks.slowest[PHASES[0], rank] for rank in range(ranks.world_size))
@@ -202,10 +202,11 @@ def _ranks(history: History, *, many: bool) -> Chart:
         hover = "%{y:.3g} ms, longest in %{customdata} of the steps<extra>" + phase + "</extra>"
         bar = {"type": "bar", "name": phase, "marker": {"color": PHASE_COLOURS[phase]}, "hovertemplate": hover}
         chart.add(bar | {"x": names, "y": _milliseconds(sums, ranks.steps), "customdata": often})
-    if any(ranks.seconds.get(BETWEEN, ())):
-        hover = "%{y:.3g} ms<extra>between steps</extra>"
-        bar = {"type": "bar", "name": "between steps", "marker": {"color": BETWEEN_COLOUR}, "hovertemplate": hover}
-        chart.add(bar | {"x": names, "y": _milliseconds(ranks.seconds[BETWEEN], ranks.steps)})
+    for (name, ink), key in zip(BESIDE_COLOURS.items(), (BETWEEN, *BESIDE), strict=True):
+        if ranks.steps and any(ranks.seconds.get(key, ())):
+            hover = "%{y:.3g} ms<extra>" + name + "</extra>"
+            bar = {"type": "bar", "name": name, "marker": {"color": ink}, "hovertemplate": hover}
+            chart.add(bar | {"x": names, "y": _milliseconds(ranks.seconds[key], ranks.steps)})
     return chart
 
 

@@ -7,7 +7,7 @@ import math
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from samestep.launcher.report.thinning import Position, Thinner
 
 PHASES = ("data", "forward", "backward", "sync", "optimizer")
 BETWEEN = "between"  # steps: reports, checks, and what a loop does
+EVALUATION, CHECKPOINT = BESIDE = "evaluation", "checkpoint"
 # What a row of `History.steps` holds. The rate of a bucket is samples over seconds, never a mean of rates.
 STEP_COLUMNS = ("loss", "rate", "samples", "seconds", *(f"{p} mean" for p in PHASES), *(f"{p} max" for p in PHASES))
 MOST_MOMENTS = 400  # first half and last half of more are kept
@@ -154,8 +155,16 @@ class History:
         for name, value in metrics.items():
             self.evaluated[str(name)] = value
             self._add("eval", name, self._place(seconds, int(event["step"])), value)
+        self._beside(EVALUATION, event.get("rank_seconds", ()))
+
+    def _beside(self, what: str, seconds: Sequence[float]) -> None:
+        if len(seconds) == self.ranks.world_size:
+            before = self.ranks.seconds.get(what, [0.0] * len(seconds))
+            self.ranks.seconds[what] = [a + float(b) for a, b in zip(before, seconds, strict=True)]
 
     def _checkpoint(self, event: Mapping[str, Any], seconds: float) -> None:
+        others = [0.0] * (self.ranks.world_size - 1)  # rank zero alone stands still
+        self._beside(CHECKPOINT, [float(event["seconds"]), *others])
         self.checkpoints.append((self._place(seconds), int(event["step"])))
 
     def _failed(self, event: Mapping[str, Any], seconds: float) -> None:

@@ -18,6 +18,12 @@ _HOST_KINDS = (str, bytes, int, float, bool, type(None))
 _SMALL = 1 << 16
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was told; a CPU has done it already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches, on `device`; large ones go to a GPU on a stream of their own, one batch ahead of use."""
     if device.type == "cuda":

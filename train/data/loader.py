@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from samestep.train.data.device import on_device
+from samestep.train.data.device import on_device, wait_for
 from samestep.train.data.room import copied_bytes, room_of
 from samestep.train.data.sampler import SameOrderSampler, ShardSamples
 from samestep.train.data.shard_dataset import ShardDataset
@@ -149,10 +149,6 @@ class FetchingLoader:
         self._stream = self._coming = self._continues_at = None
 
 
-def _at_once() -> None:
-    """A CPU has done what it was told."""
-
-
 def build_loader(
     dataset: Any,
     sampler: SameOrderSampler,
@@ -189,5 +185,5 @@ def build_loader(
         choice=Choice(0 if num_workers == "auto" else num_workers),
         watch=Watch(lambda: room_of(ranks_here, threads), tell.choice, looking=auto),
         copies=CopyWatch(copied_bytes, tell.warning, time.monotonic),
-        settle=partial(torch.cuda.synchronize, device) if device.type == "cuda" else _at_once,
+        settle=partial(wait_for, device),
     )

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from samestep.launcher.contract import OPTIMIZER, WEIGHTS, RankInfo
 from samestep.train.observe.bar import Bar, PlainLines, bar
+from samestep.train.observe.evaluation import Evaluation
 from samestep.train.observe.event_log import EventLog, finite
 from samestep.train.observe.ledger import EpochSums, StepRecords, phase_line
 
@@ -34,7 +35,7 @@ class Reporter:
     def epoch(self, epoch: int, sums: EpochSums) -> None:
         """An epoch is complete."""
 
-    def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
         """The evaluation data was gone through."""
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
@@ -135,25 +136,25 @@ class RankZeroReporter(Reporter):
             self._print(f"  time{part}: {phase_line(self._of_epoch)}")
         self._of_epoch.clear()
 
-    def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
         """Print all metrics in one line."""
-        values = {name: finite(value) for name, value in metrics.items()}
-        hexes = {name: value.hex() for name, value in metrics.items()}
+        metrics = evaluation.metrics
         self._write(
             [
                 {
                     "event": "eval",
                     "step": step,
                     "epoch": epoch + 1,
-                    "metrics": values,
-                    "metrics_hex": hexes,
-                    "samples": samples,
-                    "seconds": seconds,
+                    "metrics": {name: finite(value) for name, value in metrics.items()},
+                    "metrics_hex": {name: value.hex() for name, value in metrics.items()},
+                    "samples": evaluation.samples,
+                    "seconds": evaluation.seconds,
+                    "rank_seconds": evaluation.rank_seconds,
                 }
             ]
         )
         text = ", ".join(f"{name}: {shown(value)}" for name, value in metrics.items())
-        self._print(f"Evaluation after step {step} on {samples} samples: {text}")
+        self._print(f"Evaluation after step {step} on {evaluation.samples} samples: {text}")
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """Write the event."""

@@ -28,18 +28,23 @@ AGAIN_SECONDS = 600.0  # of training, until the same rank is named once more
 
 @dataclass(frozen=True, slots=True)
 class Straggler:
-    """A slow rank; seconds a step, medians over the steps looked at."""
+    """A slow rank; seconds a step, medians over the steps looked at, or what else is said in `each`."""
 
     rank: int
     phase: str
     seconds: float
     others: float
+    each: str = "a step"
 
     def __str__(self) -> str:
         return (
-            f"rank {self.rank} is slow in {self.phase}: {1000 * self.seconds:.3g} ms a step where others take "
-            f"{1000 * self.others:.3g} ms; they wait for it"
+            f"rank {self.rank} is slow in {self.phase}: {_duration(self.seconds)} {self.each} where others take "
+            f"{_duration(self.others)}; they wait for it"
         )
+
+
+def _duration(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def slowest(seconds: Table, shards: Sequence[int]) -> Straggler | None:

@@ -19,6 +19,7 @@ from accelerate import tracking
 
 from samestep.launcher.command_line.options import nearest_hint
 from samestep.launcher.contract import RankInfo, UsageError
+from samestep.train.observe.evaluation import Evaluation
 from samestep.train.observe.ledger import EpochSums, StepRecords
 from samestep.train.observe.reporter import Reporter
 
@@ -220,10 +221,10 @@ class TrackedReporter(Reporter):
         self.inner.epoch(epoch, sums)
         self._send("epoch", self._step, {"loss": sums.loss, "seconds": sums.seconds})
 
-    def evaluated(self, step: int, epoch: int, metrics: dict[str, float], samples: int, seconds: float) -> None:
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation) -> None:
         """Send all metrics."""
-        self.inner.evaluated(step, epoch, metrics, samples, seconds)
-        self._send("eval", step, metrics)
+        self.inner.evaluated(step, epoch, evaluation)
+        self._send("eval", step, evaluation.metrics)
 
     def finished(self, digest: str, steps: int, restarts: int, goodput: float) -> None:
         """Close the trackers."""

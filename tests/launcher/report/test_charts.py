@@ -77,6 +77,14 @@ def test_times_of_each_rank_are_stacked_and_say_who_is_slow(made):
     assert backward["customdata"] == ["0%", "0%", "100%"]
 
 
+def test_evaluations_and_checkpoints_are_spread_over_the_steps_of_their_ranks(made):
+    evaluated = {"event": "eval", "time": 1000.0, "step": 20, "metrics": {}, "rank_seconds": [0.2, 0.4, 0.2]}
+    saved = {"event": "checkpoint", "time": 1000.0, "step": 20, "seconds": 0.1}
+    ranks = by_key(folded([*made.events(20, ranks=3), evaluated, saved]))["ranks-run"]
+    heights = {trace["name"]: trace["y"] for trace in ranks.data}
+    assert (heights["evaluation"], heights["checkpoint"]) == ([10.0, 20.0, 10.0], [5.0, 0.0, 0.0])
+
+
 def test_failures_restarts_and_checkpoints_stand_on_the_time_axis(made):
     timeline = by_key(folded(made.events(100, crash_after=50)))["timeline"]
     marks = {trace["name"].rpartition(", ")[2]: (trace["x"], trace["y"]) for trace in timeline.data[1:]}

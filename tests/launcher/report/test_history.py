@@ -47,6 +47,15 @@ def test_times_of_ranks_are_averaged_over_the_steps_they_stand_for(made):
     assert history.ranks.slowest["backward", 1] == 4
 
 
+def test_evaluations_and_checkpoints_are_added_up_by_rank(made):
+    common = {"time": 1000.0, "step": 1}
+    evaluated = {"event": "eval", "metrics": {}, "epoch": 1, "samples": 8, "seconds": 4.0, **common}
+    saved = {"event": "checkpoint", "path": "step-00000001", "seconds": 0.5, "bytes": {}, **common}
+    of_ranks = [{**evaluated, "rank_seconds": seconds} for seconds in ([1.0, 4.0], [2.0, 3.0])]
+    history = folded([*made.events(0, finish=False), made.step(1), evaluated, *of_ranks, saved, saved])
+    assert history.ranks.seconds == {"evaluation": [3.0, 7.0], "checkpoint": [1.0, 0.0]}
+
+
 def test_a_run_that_goes_on_with_other_ranks_does_not_mix_their_times(made):
     history = folded([*made.events(20, ranks=2, finish=False), *made.events(0, ranks=3, finish=False)])
     assert (history.ranks.world_size, history.ranks.steps, history.ranks.since_step) == (3, 0, 21)
