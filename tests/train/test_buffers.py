@@ -250,9 +250,68 @@ def test_a_buffer_that_few_steps_change_is_one_that_changes(trained: Any, assign
     assert trained("observed", *flags).bits == whole
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_buffer_that_changes_late_is_named_also_where_it_was_put_anew_before(start: Any, ranks: int) -> None:
-    flags = ("--run-dir", "run", "--shards", 2, "--assigned", "--first", 0.3)
-    ended = start("observed", *flags, ranks=ranks)
-    assert 2 in ended.codes, ended.stderrs
-    assert "top changed first in step" in ended.stderrs
+@pytest.mark.parametrize("assigned", ["--assigned", "--no-assigned"])
+def test_a_buffer_of_a_checkpoint_that_the_first_step_writes_as_it_was_is_one_that_changes(
+    trained: Any, assigned: str
+) -> None:
+    """0.3 is more than the first shards have."""
+    flags = ("--shards", 4, assigned, "--first", 0.3)
+    whole = trained("observed", *flags, cwd="whole")
+    assert whole.weights["top"].item() > 0.3
+    assert trained("observed", *flags, ranks=3, cwd="ranks").bits == whole.bits
+
+
+def test_a_spectral_norm_whose_vectors_stand_still_at_first_ends_in_the_same_bits(trained: Any, tmp_path: Any) -> None:
+    recipe = tmp_path / "spectral.py"
+    recipe.write_text(SPECTRAL)
+    runs = [trained(recipe, "--shards", 3, ranks=ranks, cwd=f"on-{ranks}").bits for ranks in (1, 2)]
+    assert runs[0] == runs[1]
+
+
+SPECTRAL = """
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.data import TensorDataset
+
+from samestep.train import Components, supervised, train
+
+
+def build(config):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), parametrizations.spectral_norm(nn.Linear(8, 1)))
+    return Components(
+        model=model, loss=supervised(nn.MSELoss()), optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        train_data=TensorDataset(torch.randn(64, 4), torch.randn(64, 1)),
+    )
+
+
+if __name__ == "__main__":
+    train(build)
+"""
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_buffer_that_changes_late_is_named(persistent: bool) -> None:
+    """One of a checkpoint where the first step did not write it, another one also where it wrote the same values."""
+    model = nn.Module()
+    model.register_buffer("top", torch.ones(2), persistent=persistent)
+    combiner = BufferCombiner(model, SoloGroup(), 2)
+
+    def step(number: int, value: float | None) -> None:
+        plan = StepPlan(number, 0, 0, 4, 2)
+        combiner.begin(plan)
+        total = torch.zeros(combiner.width, dtype=torch.float64)
+        for shard in range(2):
+            (part,) = plan.parts(shard)
+            combiner.before(part)
+            if value is not None:
+                combiner.buffers["top"].fill_(value)
+            combiner.after(part)
+            if combiner.width:
+                total += combiner.of_shard()
+        combiner.finish(total)
+
+    step(0, None if persistent else 1.0)
+    step(1, None if persistent else 1.0)
+    with pytest.raises(UsageError, match="top changed first in step 3"):
+        step(2, 2.0)

@@ -178,7 +178,8 @@ class BufferCombiner:
         """By value: batch_norm writes running statistics without raising the tensor's version.
 
         One that is put anew in another shape or type is made from something else, such as a mask for the length of a
-        batch. It is left to the forward, as is one that all shards make as it was.
+        batch. It is left to the forward, as is one that all shards make as it was; unless a checkpoint has it and it
+        could be averaged: that is state which did not move yet, such as a spectral norm's vector.
         """
         for name, buffer in self.buffers.items():
             base, (before, version) = self._base.get(name), self._versions[name]
@@ -229,7 +230,8 @@ class BufferCombiner:
         changed, touched, self._reshaped = ({name for part in told for name in part[kind]} for kind in range(3))
         for name in sorted(self._reshaped & self._saved):
             raise reshaped(name, self._plan.step)
-        self.changing = self._ordered((changed | self.known) - self._reshaped)
+        written = {name for name in touched & self._saved if self.buffers[name].is_floating_point()}
+        self.changing = self._ordered((changed | written | self.known) - self._reshaped)
         same = touched - self._reshaped - set(self.changing)
         self._repeated = {name: self.buffers[name].detach().clone() for name in same}
         self._base = {name: self._base[name] for name in self.changing}
