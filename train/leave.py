@@ -96,14 +96,14 @@ def deaths_of_children_unheard() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, before)
 
 
-def loader_death(error: Exception) -> Exception:
+def loader_death(error: BaseException) -> BaseException:
     """The death of a data loading process where `error` is only what the rank saw of it; else `error` itself.
 
     To be called where `deaths_of_children_unheard`.
     """
     before = error.__cause__ or error.__context__
     if before is not None and _LOADER_DIED.match(str(before)):
-        return before.with_traceback(error.__traceback__) if isinstance(before, Exception) else error
+        return before.with_traceback(error.__traceback__)
     looks = _LOADER_LOOKS if isinstance(error, ConnectionError | EOFError) else 1
     for look in range(looks):
         try:
