@@ -15,6 +15,7 @@ import torch
 
 from samestep.launcher.contract import UsageError
 from samestep.train.observe.guards.attributes import PlainAttributes
+from samestep.train.observe.guards.averaged import AveragedBuffers
 from samestep.train.observe.guards.batches import PlannedBatches
 from samestep.train.observe.guards.check import Check, Finding, Subject
 from samestep.train.observe.guards.devices import SameDevice
@@ -196,6 +197,7 @@ def guards_for(
         UnheldParameters(subject),
         ZeroGradients(subject),
         OutsideChanges(subject),
+        AveragedBuffers(subject),
         PlainAttributes(subject),
         KeyedRandomness(subject),
         LearningRate(subject),
