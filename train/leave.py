@@ -174,12 +174,14 @@ def is_to_tell(record: ErrorRecord, env: WorkerEnv, run_dir: RunDir) -> bool:
 def write_record(record: ErrorRecord, run_dir: RunDir) -> None:
     """Leave the record where launchers look; a full disk must not hide the error itself."""
     elastic_error.write(record, os.environ)
+    temporary = run_dir.error(record.rank).with_suffix(f".tmp-{os.getpid()}")
     try:
         run_dir.errors.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = run_dir.error(record.rank).with_suffix(f".tmp-{os.getpid()}")
         temporary.write_text(record.to_json())
         temporary.rename(run_dir.error(record.rank))
     except OSError as problem:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         print(f"warning: no error record in {run_dir.errors}: {problem}", file=sys.stderr)
 
 
