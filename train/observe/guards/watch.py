@@ -25,6 +25,7 @@ from samestep.train.observe.guards.modes import TrainingMode
 from samestep.train.observe.guards.paths import NoCollectives, SamePath
 from samestep.train.observe.guards.randomness import KeyedRandomness
 from samestep.train.observe.guards.schedule import LearningRate, SteppedOnce
+from samestep.train.observe.guards.uncalled import UncalledHooks
 from samestep.train.observe.guards.weights import OutsideChanges, unchanged
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan, owned_span
@@ -203,6 +204,7 @@ def guards_for(
         LearningRate(subject),
         SteppedOnce(subject),
         KeptGraphs(subject),
+        UncalledHooks(subject),
         SamePath(subject, group),
         NoCollectives(group),
     ]
