@@ -71,7 +71,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "state_metrics": {"parallel"},
     "evaluate": {"data", "observe", "parallel", "recipe", "state_metrics"},
     "micro_batches": {"data", "parallel"},
-    "moving_average": set(),
+    "moving_average": {"state"},
     "step": {"data", "finite", "micro_batches", "observe", "parallel", "recipe", "scaling"},
     "signals": set(),
     "finite": {"data", "finite_gradients", "parallel"},

@@ -32,7 +32,17 @@ class Cause:
 
 
 def blame(error: BaseException, what: str) -> None:
-    """Note which part of the data raised `error`; the first to know wins."""
+    """Note which part of the data raised `error`, which the caller raises again; the first to know wins.
+
+    Raises:
+        RuntimeError: in place of an exception that would not arrive: it ends a generator, or a data loading process.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        return
+    if isinstance(error, StopIteration | StopAsyncIteration) or not isinstance(error, Exception):
+        told = RuntimeError(f"raised {type(error).__name__}" + (f": {error}" if str(error) else ""))
+        blame(told, what)
+        raise told.with_traceback(error.__traceback__) from None
     if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
         error.add_note(f"{_NOTE}{what}")
 

@@ -99,7 +99,7 @@ def train(
         SystemExit: a mistake in usage (2) or no valid checkpoint (78); printed once, without a traceback. Stopped by
             SIGTERM, SIGUSR1 or Ctrl-C after a saved step (75), or with an older checkpoint kept (76). In a notebook
             signals do what they always do there: an interrupt is a KeyboardInterrupt, and the last checkpoint stays.
-        Exception: whatever user code raised, after it was recorded for the launcher.
+        BaseException: whatever user code raised, after it was recorded for the launcher.
     """
     with ExitStack() as ends:
         return _called(build, config_type, argv, ends)
@@ -146,7 +146,9 @@ def _called(
         if early is not None:
             leave.write_record(early, run_dir)
         raise
-    except Exception as seen:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as seen:  # libraries have some that are no Exception, such as asyncio's CancelledError
         reason = _recorded(seen, env, progress, run_dir, generation)
         if leave.is_consequence(reason):
             print(_prefix(env.rank) + elastic_error.FOLLOWED, file=sys.stderr, flush=True)
@@ -158,11 +160,11 @@ def _called(
         progress.pulse.at(progress.step, "")
 
 
-def _recorded(seen: Exception, env: WorkerEnv, progress: Progress, run_dir: RunDir, generation: int) -> Exception:
+def _recorded(seen: BaseException, env: WorkerEnv, at: Progress, run_dir: RunDir, generation: int) -> BaseException:
     """What `seen` comes from, written down for the launcher."""
     with leave.deaths_of_children_unheard():
         reason = post_mortem.look(leave.loader_death(seen), os.environ, env.rank)
-        progress.failed(reason, env, run_dir, generation)
+        at.failed(reason, env, run_dir, generation)
         kill_the_rest()
     return reason
 
@@ -252,7 +254,6 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     if found.snapshot is not None or config.replay is not None:
         record, plateau = environment.record(member.device), isinstance(components.scheduler, ReduceLROnPlateau)
         warnings += start.changes(config, joined.stored, record, follows_evaluations=plateau)
-
     run.state.note_not_finite()
     start.count(run, found, call.generation)
 

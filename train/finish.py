@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,27 @@ from samestep.train.loop import Run
 from samestep.train.parallel.join import Membership
 from samestep.train.state.export import export_weights
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
 
 def close(run: Run, run_dir: RunDir, member: Membership) -> str:
     """Export the weights of a state that could be saved; the digest of its checkpoint, on every rank. A collective."""
-    member.group.barrier()  # rank zero has written it
-    try:
-        digest: str = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
-    except ValueError as error:
-        raise UsageError(
-            f"the run is expected to end with a checkpoint of step {run.state.step}, but it was not saved ({error})",
-            "the warnings above say why; run again to go on from the last good checkpoint",
-            ExitCode.FAILED,
-        ) from None
+    digest: str = start.on_rank_zero(lambda: _saved(run, run_dir), member)["digest"]
     start.on_rank_zero(lambda: _export(run, run_dir.path / "weights.safetensors"), member)
     return digest
+
+
+def _saved(run: Run, run_dir: RunDir) -> dict[str, Any]:
+    try:
+        return {"digest": manifest.read(run_dir.checkpoint(run.state.step))["digest"]}
+    except ValueError as error:
+        problem = run.saver.problem
+        raise UsageError(
+            f"the run is expected to end with a checkpoint of step {run.state.step}, but it was not saved "
+            f"({error if problem is None else problem.strerror or problem})",
+            "the warnings above say why; run again to go on from the last good checkpoint",
+            _status(problem),
+        ) from None
 
 
 def _export(run: Run, path: Path) -> dict[str, Any]:
@@ -37,11 +45,16 @@ def _export(run: Run, path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} is expected to hold the trained weights, but could not be written ({error.strerror or error})",
             "all else is done and saved: make room and run again",
-            ExitCode.FAILED,
+            _status(error),
         ) from None
     if run.state.ema is not None:
         run.reporter.note(f"{path.name} holds the average of the weights (Components.ema), digest {file_digest(path)}")
     return {}
+
+
+def _status(problem: OSError | None) -> ExitCode:
+    """How ranks tell a launcher that starts would be in vain until somebody makes room: a record has no room either."""
+    return ExitCode.NO_PROGRESS if problem is not None and problem.errno in _FULL else ExitCode.FAILED
 
 
 def goodput(run: Run) -> float:

@@ -96,14 +96,14 @@ def deaths_of_children_unheard() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, before)
 
 
-def loader_death(error: Exception) -> Exception:
+def loader_death(error: BaseException) -> BaseException:
     """The death of a data loading process where `error` is only what the rank saw of it; else `error` itself.
 
     To be called where `deaths_of_children_unheard`.
     """
     before = error.__cause__ or error.__context__
     if before is not None and _LOADER_DIED.match(str(before)):
-        return before.with_traceback(error.__traceback__) if isinstance(before, Exception) else error
+        return before.with_traceback(error.__traceback__)
     looks = _LOADER_LOOKS if isinstance(error, ConnectionError | EOFError) else 1
     for look in range(looks):
         try:
@@ -174,12 +174,14 @@ def is_to_tell(record: ErrorRecord, env: WorkerEnv, run_dir: RunDir) -> bool:
 def write_record(record: ErrorRecord, run_dir: RunDir) -> None:
     """Leave the record where launchers look; a full disk must not hide the error itself."""
     elastic_error.write(record, os.environ)
+    temporary = run_dir.error(record.rank).with_suffix(f".tmp-{os.getpid()}")
     try:
         run_dir.errors.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = run_dir.error(record.rank).with_suffix(f".tmp-{os.getpid()}")
         temporary.write_text(record.to_json())
         temporary.rename(run_dir.error(record.rank))
     except OSError as problem:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         print(f"warning: no error record in {run_dir.errors}: {problem}", file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from samestep.launcher.contract import UsageError
+from samestep.train.state.held import HeldParts
 
 
 class MovingAverage(AveragedModel):
@@ -23,13 +24,26 @@ class MovingAverage(AveragedModel):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._follow = get_ema_multi_avg_fn(decay)
+        held = HeldParts(model)
         try:
             super().__init__(model, multi_avg_fn=self._follow)
         except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
             raise _not_copied(model) from error
+        self._held = held
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Go a step after the model's weights; the first time, copy them."""
+        """Go a step after the model's weights; the first time, copy them.
+
+        Raises:
+            UsageError: a forward has made the model into one with other weights.
+        """
+        try:
+            self._update(model)
+        except (ValueError, RuntimeError):
+            self._held.require_same()
+            raise
+
+    def _update(self, model: nn.Module) -> None:
         if not int(self.n_averaged):  # on the host
             for average, weight in zip(self.module.parameters(), model.parameters(), strict=True):
                 average.detach().copy_(weight.detach())
@@ -47,8 +61,12 @@ class MovingAverage(AveragedModel):
         self.n_averaged += 1
 
     def _take_buffers(self, model: nn.Module) -> None:
-        """As the model has them now; a forward may have put one of another shape there."""
-        for mine, its in zip(self.module.modules(), model.modules(), strict=True):
+        """As the model has them now; a forward may have put one of another shape there, or a layer without weights."""
+        ours = dict(self.module.named_modules())
+        for path, its in model.named_modules():
+            if path not in ours:
+                continue
+            mine = ours[path]
             for name, buffer in its._buffers.items():
                 own = mine._buffers.get(name)
                 if buffer is None or own is None or own.shape != buffer.shape or 0 in own.stride():

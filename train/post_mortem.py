@@ -12,7 +12,7 @@ from samestep.train import leave
 from samestep.train.cause import cause_of
 
 
-def look(error: Exception, environ: Mapping[str, str], rank: int) -> Exception:
+def look(error: BaseException, environ: Mapping[str, str], rank: int) -> BaseException:
     """Enter pdb where `error` was raised, if it is this rank's own; give it back when its user has seen enough."""
     wanted = environ.get(ENV_PDB) == str(rank) and not isinstance(error, bdb.BdbQuit)
     if wanted and not leave.is_consequence(error):

@@ -37,7 +37,7 @@ class Progress:
         """Steps that the device is behind, and its phase; None where it is done, or not known yet."""
         return None if self.clock is None else self.clock.behind()
 
-    def failed(self, reason: Exception, env: WorkerEnv, run_dir: RunDir, generation: int) -> None:
+    def failed(self, reason: BaseException, env: WorkerEnv, run_dir: RunDir, generation: int) -> None:
         """Write down what ended this rank, with what the next start does about it."""
         accused = reason.missing[0] if isinstance(reason, JoinTimeoutError) else None
         record = leave.error_record(reason, env.rank, generation, self.step, self.exact_phase, accused)

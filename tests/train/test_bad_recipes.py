@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,23 @@ def test_a_users_exception_keeps_its_traceback_and_leaves_a_record(start: Any, t
     record = (ended.run_dir / "errors" / "rank-0.json").read_text()
     assert f"{script}:5 in build" in record
     assert '"phase": "build"' in record
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded"), [("asyncio.CancelledError", True), ("Own", True), ("KeyboardInterrupt", False)]
+)
+def test_what_is_raised_leaves_a_record_unless_it_is_a_way_to_leave(
+    start: Any, tmp_path: Path, name: str, recorded: bool
+) -> None:
+    script = tmp_path / "raises.py"
+    script.write_text(
+        "import asyncio\n\nfrom samestep.train import train\n\n\nclass Own(BaseException):\n    pass\n\n\n"
+        f"def build(config):\n    raise {name}('mine')\n\n\ntrain(build)\n"
+    )
+    ended = start(script, "--run-dir", "run")
+    assert f"{name.rpartition('.')[2]}: mine" in ended.stderr
+    assert (ended.run_dir / "errors" / "rank-0.json").exists() is recorded
+    if recorded:
+        record = json.loads((ended.run_dir / "errors" / "rank-0.json").read_text())
+        assert (record["kind"], record["message"]) == (name.rpartition(".")[2], "mine")
+        assert record["frame"] == f"{script}:11 in build"

@@ -119,6 +119,24 @@ def test_a_complex_buffer_that_changes_is_named() -> None:
         combiner.finish(torch.zeros(2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_buffer_that_a_forward_takes_away_is_named(deleted: bool, step: int) -> None:
+    model = Buffered()
+    combiner = BufferCombiner(model, SoloGroup(), 1)
+    for number in range(step):
+        run_step(combiner, number, [1])
+    plan = StepPlan(step, 0, 0, 2, 1)
+    combiner.begin(plan)
+    combiner.before(plan.parts(0)[0])
+    if deleted:
+        del model.mean
+    else:
+        model.mean = None  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="but mean is None, or gone"):
+        combiner.after(plan.parts(0)[0])
+
+
 class Masked(nn.Module):
     """Makes a mask in each forward: of one size, or of that of the batch."""
 

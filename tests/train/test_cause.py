@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from samestep.launcher import lock
 from samestep.launcher.contract import RunDir
 from samestep.train import TrainConfig, leave
 from samestep.train.cause import blame, cause_of
+from samestep.train.data.fingerprint import look_at
 from samestep.train.data.loader import build_loader
-from samestep.train.data.sampler import SameOrderSampler
+from samestep.train.data.sampler import SameOrderSampler, ShardSamples
+from samestep.train.data.shard_dataset import ShardDataset
 from samestep.train.start import changes
 
 
@@ -35,7 +38,7 @@ class Flawed(torch.utils.data.Dataset):
         return 40
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if index == 7 and isinstance(self.fault, Exception):
+        if index == 7 and isinstance(self.fault, BaseException):
             raise self.fault
         return torch.ones(7) if self.fault == "ragged" and index == 7 else torch.ones(3)
 
@@ -47,10 +50,10 @@ class Whole(Flawed):
         return [torch.ones(3) for _ in indices]
 
 
-def raised_by(dataset: Flawed, *, in_loader: bool) -> Exception:
+def raised_by(dataset: Flawed, *, in_loader: bool, collate_fn: Any = None) -> Exception:
     """What a rank gets; from a data loading process as torch hands it over, in text."""
     sampler = SameOrderSampler(dataset, num_replicas=1, rank=0, shards=2, global_batch_size=20, seed=1)
-    loader = build_loader(dataset, sampler, collate_fn=None, num_workers=0, device=torch.device("cpu"))
+    loader = build_loader(dataset, sampler, collate_fn=collate_fn, num_workers=0, device=torch.device("cpu"))
     try:
         list(loader)
     except Exception as error:  # noqa: BLE001 (whatever it raises)
@@ -84,6 +87,59 @@ def test_the_sample_that_raised_is_named_without_a_change_of_type(fault, kind, m
     assert cause.frame.endswith("in __getitem__")
     if kind != "TwoWordsError":
         assert isinstance(error, type(fault))
+
+
+class Own(BaseException):
+    """Passes whoever catches an Exception, as a data loading process does."""
+
+
+@pytest.mark.parametrize("in_loader", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (StopIteration(), "raised StopIteration"),
+        (StopIteration(3), "raised StopIteration: 3"),
+        (Own("a"), "raised Own: a"),
+    ],
+)
+def test_what_would_end_a_generator_or_a_loading_process_is_told_with_its_sample(fault, message, in_loader):
+    error = raised_by(Flawed(fault), in_loader=in_loader)
+    cause = cause_of(error)
+    assert cause.kind == "RuntimeError"
+    assert cause.message.splitlines()[0].startswith(f"{message} (sample 7 of the dataset")
+    assert cause.frame.endswith("in __getitem__")
+
+
+@pytest.mark.parametrize("in_loader", [False, True])
+def test_a_batch_or_a_collate_function_that_stops_is_told_with_its_samples(in_loader):
+    class Stopping(Flawed):
+        def __getitems__(self, indices):
+            return [next(iter(())) for _ in indices]
+
+    def stopping(items):
+        return next(iter(()))
+
+    for error in (
+        raised_by(Stopping(None), in_loader=in_loader),
+        raised_by(Flawed(None), in_loader=in_loader, collate_fn=stopping),
+    ):
+        cause = cause_of(error)
+        assert cause.message.splitlines()[0].startswith("raised StopIteration (a batch of the dataset's samples ")
+        assert Path(cause.frame.partition(":")[0]).name == "test_cause.py"
+
+
+@pytest.mark.parametrize("leaving", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_who_leaves_from_a_dataset_leaves(leaving):
+    with pytest.raises(leaving) as raised:
+        ShardDataset(Flawed(leaving()), 1, None)[ShardSamples([6, 7])]
+    assert not hasattr(raised.value, "__notes__")
+
+
+@pytest.mark.parametrize("fault", [ValueError("bad file"), StopIteration()])
+def test_a_sample_that_fails_at_the_first_look_is_named(fault):
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        look_at(torch.utils.data.Subset(Flawed(fault), [1, 2, 7]), 1)
+    assert "(sample 2 of the dataset)" in cause_of(raised.value).message
 
 
 @pytest.mark.parametrize("in_loader", [False, True])

@@ -160,9 +160,10 @@ def test_who_interrupts_twice_does_not_wait_and_the_write_spoils_no_later_call(
 
 
 def test_a_model_of_the_callers_keeps_no_hook(alone: Path) -> None:
-    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    model, register = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)), torch.Tensor.register_hook
     with pytest.raises(KeyboardInterrupt):
-        train(recipe(model, 2, raising(KeyboardInterrupt())), argv=["--run-dir", str(alone / "run")])
+        train(recipe(model, 2, raising(KeyboardInterrupt())), argv=["--run-dir", str(alone / "run"), "--shards", "2"])
+    assert torch.Tensor.register_hook is register
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == [{}, {}, {}]
 
 

@@ -31,9 +31,24 @@ def test_a_hook_whose_way_leads_to_no_parameter_is_refused_with_shards(
     assert not ended.events("step")
 
 
-@pytest.mark.parametrize("hook", ["leaf", "module", "accumulated"])
+@pytest.mark.parametrize("hook", ["leaf", "module", "accumulated", "between"])
 def test_with_one_shard_on_one_rank_it_is_called(trained: Any, hook: str) -> None:
-    assert trained("listening", "--hook", hook).weights["slope"] != 1
+    ended = trained("listening", "--hook", hook)
+    assert ended.weights["slope"] != 1
+    assert ended.events("warning") == []
+
+
+def test_a_hook_of_what_is_computed_from_inputs_alone_is_named_with_shards(trained: Any) -> None:
+    ended = trained("listening", "--hook", "between", "--shards", 2)
+    (warning,) = ended.events("warning")
+    assert warning["text"].startswith("backward does not come to hooks of tensors that depend on no parameter")
+    assert ended.weights["slope"] == 1
+
+
+@pytest.mark.parametrize("hook", ["behind", "penalty"])
+def test_a_hook_that_is_called_raises_no_alarm(trained: Any, hook: str) -> None:
+    ended = trained("listening", "--hook", hook, "--shards", 2)
+    assert not [event for event in ended.events("warning") if event["text"].startswith("backward")]
 
 
 def test_a_hook_behind_a_parameter_is_called_for_each_shard_on_any_number_of_ranks(trained: Any) -> None:

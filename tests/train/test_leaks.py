@@ -131,6 +131,18 @@ def test_a_recipe_without_leaks_raises_no_alarm(trained: Any, ranks: int, check:
     assert warnings(trained("leaking", *flags, ranks=ranks)) == []
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_queue_that_becomes_a_mean_over_shards_is_named_and_no_other_buffer(trained: Any, ranks: int) -> None:
+    (text,) = warnings(trained("queued", "--shards", 2, ranks=ranks))
+    assert "the mean over its shards and micro-batches: queue (fine for running statistics" in text
+
+
+def test_micro_batches_make_a_mean_of_a_queue_too_and_a_single_shard_does_not(trained: Any) -> None:
+    (text,) = warnings(trained("queued", "--micro-batches", 2, cwd="parts"))
+    assert "micro-batches: queue (" in text
+    assert warnings(trained("queued", cwd="whole")) == []
+
+
 @pytest.mark.parametrize("name", ["small", "oracle"])
 def test_recipes_of_other_tests_raise_no_alarm(trained: Any, name: str) -> None:
     assert warnings(trained(name, "--max-steps", 5, "--check", "always")) == []

@@ -165,6 +165,15 @@ def test_a_record_that_can_not_be_written_is_a_warning(tmp_path: Path, capsys: p
     assert capsys.readouterr().err.startswith("warning: no error record")
 
 
+def test_a_record_that_does_not_fit_leaves_no_file(
+    tmp_path: Path, limit: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit(10)
+    leave.write_record(leave.error_record(ValueError(), 1, 0, 0, "build"), RunDir(tmp_path))
+    assert list(RunDir(tmp_path).errors.iterdir()) == []
+    assert "File too large" in capsys.readouterr().err
+
+
 def test_a_rank_learns_that_rank_zero_says_the_same(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     record = leave.error_record(UsageError("what"), 1, 4, 0, "build")

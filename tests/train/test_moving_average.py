@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from samestep.launcher.contract import UsageError
 from samestep.train.moving_average import MovingAverage
 
 
@@ -80,3 +81,34 @@ def test_buffers_follow_in_whatever_form_a_forward_puts_them() -> None:
         average.update_parameters(model)
         for name, buffer in model.named_buffers():
             assert torch.equal(average.module.get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [(nn.Linear(3, 2), "last.weight is new"), (None, "first.weight is gone"), (nn.Linear(2, 2), "first.weight is ano")],
+)
+def test_a_model_that_a_forward_makes_into_another_one_is_named(
+    late: nn.Module | None, said: str, updates: int
+) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(3, 3)})
+    average = MovingAverage(model, 0.5)
+    for _ in range(updates):
+        average.update_parameters(model)
+    if late is None:
+        del model["first"]
+    else:
+        model["last" if "new" in said else "first"] = late
+    with pytest.raises(UsageError, match=said):
+        average.update_parameters(model)
+
+
+def test_a_layer_without_weights_may_come_later() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    average = MovingAverage(model, 0.5)
+    model.append(nn.ReLU())
+    average.update_parameters(model)
+    model[1](torch.randn(4, 3))
+    average.update_parameters(model)
+    name = "1.running_mean"
+    assert torch.equal(average.module.get_buffer(name), model.get_buffer(name))

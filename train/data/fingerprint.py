@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from samestep.train.cause import blame
 from samestep.train.data.rng import seed_sample, streams_restored
 from samestep.train.data.streams import STREAMS
 
@@ -38,7 +39,12 @@ def look_at(dataset: Any, seed: int) -> Look:
             index = number * (samples - 1) // max(1, min(_LOOKED_AT, samples) - 1)
             seed_sample(seed, 0, index)
             before = [stream.mark() for stream in STREAMS]
-            sha.update(content(dataset[index]))
+            try:
+                sample = dataset[index]
+            except BaseException as error:
+                blame(error, f"sample {index} of the dataset")
+                raise
+            sha.update(content(sample))
             drawn.append(before != [stream.mark() for stream in STREAMS])
     text = f"{samples} samples of {type(dataset).__name__}, sha256 {sha.hexdigest()[:16]}"
     return Look(text, tuple(drawn))

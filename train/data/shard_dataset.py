@@ -45,7 +45,7 @@ class ShardDataset(Dataset[Batch]):
                     items = self._seeding_all(samples)
                 seed_collate(self.seed, samples.epoch, samples[0])
                 return self.collate_fn(items)
-        except Exception as error:
+        except BaseException as error:
             blame(error, f"a batch of the dataset's samples {_listed(samples)}")
             raise
 
@@ -84,7 +84,7 @@ class ShardDataset(Dataset[Batch]):
                 for seed in seeds:
                     seed(key)
                 items.append(self._look_at(sample) if looking else dataset[sample])
-        except Exception as error:
+        except BaseException as error:
             blame(error, f"sample {samples[len(items)]} of the dataset")
             raise
         return items

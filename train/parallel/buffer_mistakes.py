@@ -30,6 +30,15 @@ def changed_late(name: str, step: int) -> UsageError:
     )
 
 
+def gone(name: str) -> UsageError:
+    """What is not there can be neither combined nor saved."""
+    return UsageError(
+        f"buffers are expected to stay tensors, but {name} is None, or gone, since training began",
+        "leave it there, zeroed or empty (persistent=False) where nothing is in it; or make it None in build, and keep "
+        "what forward makes for itself in a plain attribute",
+    )
+
+
 def reshaped(name: str, step: int) -> UsageError:
     """The values of a checkpoint would not fit, or would be rounded, where the model is built again."""
     return UsageError(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from samestep.launcher.contract import UsageError
-from samestep.train.parallel.buffer_mistakes import changed_late, is_complex, reshaped, unlike
+from samestep.train.parallel.buffer_mistakes import changed_late, gone, is_complex, reshaped, unlike
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.no_buffers import NOTHING
 from samestep.train.parallel.shards import MicroBatch, StepPlan, owned_span
@@ -172,7 +172,10 @@ class BufferCombiner:
         return unlike(name, step, one, f"{average[0]:g} on average" if small else "another in others")
 
     def _read(self) -> None:
-        self.buffers = {name: kept[key] for name, (kept, key) in self._places.items()}
+        found = {name: kept.get(key) for name, (kept, key) in self._places.items()}
+        self.buffers = {name: buffer for name, buffer in found.items() if buffer is not None}
+        if len(self.buffers) < len(found):
+            raise gone(next(name for name in found if name not in self.buffers))
 
     def _note_changes(self) -> None:
         """By value: batch_norm writes running statistics without raising the tensor's version.

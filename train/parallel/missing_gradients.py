@@ -34,7 +34,7 @@ def refuse_uncalled_hooks(total: Tensor, parameters: Iterable[Tensor]) -> None:
     """Look through the graph of a loss for hooks that torch.autograd.grad does not come to: no parameter is there.
 
     DDP comes to them, but may have sent the buffers before that they change. A hook of a tensor in between, which was
-    computed from such inputs alone, leaves no trace in the graph.
+    computed from such inputs alone, leaves no trace in the graph: see `leads_to`.
 
     Raises:
         UsageError: a tensor that requires a gradient and is no parameter has one, or a module that gets it.
@@ -52,6 +52,12 @@ def refuse_uncalled_hooks(total: Tensor, parameters: Iterable[Tensor]) -> None:
             f"or ranks are summed, since backward goes nowhere else there, but that of {what} does not",
             "register it with a result of the first layer; or ask torch.autograd.grad for that gradient in the loss",
         )
+
+
+def leads_to(tensor: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Whether backward comes from `tensor` to one of the parameters."""
+    known = {id(parameter) for parameter in parameters}
+    return any(node.name() == _LEAF and id(node.variable) in known for node in _nodes(tensor))  # type: ignore[attr-defined]
 
 
 def _has_hook(tensor: Tensor) -> bool:

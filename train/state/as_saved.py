@@ -64,12 +64,13 @@ def _other(now: Any, saved: Any) -> list[tuple[Any, Any, Tensor]]:
     for holder, key, value in pairs:
         if not isinstance(value, Tensor):
             found += _other(holder[key], value)
-        elif type(holder[key]) in (Tensor, nn.Parameter) and not _same_bits(holder[key], value):
+        elif type(holder[key]) in (Tensor, nn.Parameter) and not same_bits(holder[key], value):
             found.append((holder, key, value))
     return found
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same wherever they are, NaNs too."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     one, other = (each.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for each in (one, other))

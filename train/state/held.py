@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from samestep.launcher.contract import UsageError
+from samestep.train.observe.guards.check import listed
+from samestep.train.state.as_saved import same_bits
 
 _EXTRA = "_extra_state"  # torch's name for what get_extra_state returns (torch/nn/modules/module.py)
 
@@ -26,16 +32,32 @@ class HeldParts:
         self._saved = frozenset(_saved(self.model))
 
     def require_loadable(self) -> None:
-        """Judge before the first step whether the model takes its own state_dict back.
+        """Judge before the first step whether the model takes its own state_dict back, and with it all that trains.
 
         Raises:
-            UsageError: it does not, so nothing could go on from a checkpoint.
+            UsageError: it does not, so nothing could go on from a checkpoint, or weights would begin anew there.
         """
         state = self.model.state_dict()
-        if state.keys() == self._saved:
+        if state.keys() == self._saved and type(self.model).load_state_dict is nn.Module.load_state_dict:
             return
+        lost = self._lost(pytree.tree_map_only(Tensor, torch.clone, dict(state)))
+        if lost:
+            raise UsageError(
+                "Components.model is expected to bring all weights that train back from its own state_dict, but "
+                f"these stay as they are: {listed(lost)}",
+                "a checkpoint has what state_dict returns, so they would begin anew where a run goes on: return them "
+                "from state_dict and take them in load_state_dict, or freeze them by requires_grad_(False)",
+            )
+
+    def _lost(self, state: dict[str, Any]) -> list[str]:
+        """Names of weights that train and are other ones once the model has loaded `state`; all are as before then."""
+        before = {name: p.detach().clone() for name, p in self._parameters.items() if p.requires_grad}
         try:
+            for name in before:
+                self._parameters[name].detach().fill_(math.nan)
             self.model.load_state_dict(state)
+            now = dict(self.model.named_parameters())
+            return [name for name, value in before.items() if name not in now or not same_bits(now[name], value)]
         except RuntimeError as error:
             reason = "; ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
             raise UsageError(
@@ -43,6 +65,9 @@ class HeldParts:
                 "a checkpoint has what state_dict returns: leave your own state_dict out, or write a load_state_dict "
                 "that fits it; a file of some weights alone can be written after train()",
             ) from None
+        finally:
+            for name, value in before.items():
+                self._parameters[name].detach().copy_(value)
 
     def after_step(self) -> None:
         """Look after the first step, in which most of what a forward changes is changed.

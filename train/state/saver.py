@@ -64,6 +64,7 @@ class Saver:
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
+        self.problem: OSError | None = None  # for which the last one could not be written
 
     def due(self, step: int) -> bool:
         """See Schedule."""
@@ -199,12 +200,13 @@ class WritingSaver(Saver):
             reporter.warning(f"the checkpoint of step {step} could not be written ({error})")
 
     def _report(self, step: int, stall: float, written: Future[Path], reporter: Reporter) -> None:
-        self._writing = None
+        self._writing = self.problem = None
         try:
             folder = written.result()
         except NotFiniteError as error:
             reporter.warning(f"the state after step {step} is not saved: {error}; the last good checkpoint is kept")
         except OSError as error:
+            self.problem = error
             reporter.warning(
                 f"the checkpoint of step {step} could not be written ({error.strerror or error}); "
                 "training goes on with the last good one"

@@ -52,6 +52,20 @@ class Adapters(Net):
         return {name: value for name, value in super().state_dict(*words, **named).items() if "body" not in name}
 
 
+class Tolerant(Adapters):
+    """Finds nothing missing."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(state_dict, False, assign)
+
+
+class Forgetful(Net):
+    """Saves all, and loads a part."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict({n: v for n, v in state_dict.items() if "head" not in n}, False, assign)
+
+
 class Renamed(Net):
     """A pair that fits."""
 
@@ -65,7 +79,9 @@ class Renamed(Net):
 
 
 def build(config: Config) -> Components:
-    model = {"adapters": Adapters, "renamed": Renamed}.get(config.way, Net)(config.way)
+    kinds = {"adapters": Adapters, "tolerant": Tolerant, "frozen": Tolerant, "forgetful": Forgetful, "renamed": Renamed}
+    model = kinds.get(config.way, Net)(config.way)
+    model.body.requires_grad_(config.way != "frozen")
     return Components(
         model=model,
         loss=supervised(nn.MSELoss()),

@@ -12,7 +12,7 @@ from samestep.train import Components, TrainConfig, train
 
 @dataclass
 class ListeningConfig(TrainConfig):
-    hook: Literal["leaf", "module", "behind", "accumulated", "penalty", "none"] = "none"
+    hook: Literal["leaf", "module", "behind", "accumulated", "between", "penalty", "none"] = "none"
     global_batch_size: int = 8
     epochs: int = 1
 
@@ -34,7 +34,10 @@ class Net(nn.Module):
             x.register_hook(self.note)
         if x.requires_grad and self.hook == "accumulated":
             x.register_post_accumulate_grad_hook(self.note)
-        hidden = torch.tanh(self.first(x * 2))
+        doubled = x * 2
+        if x.requires_grad and self.hook == "between":
+            doubled.register_hook(self.note)
+        hidden = torch.tanh(self.first(doubled))
         if x.requires_grad and self.hook == "behind":
             hidden.register_hook(self.note)
         output: Tensor = self.last(hidden) / self.slope

@@ -13,6 +13,8 @@ CHANGES = {
     "gone": ("head.bias is gone", "build"),
     "layer, later": ("late.weight is new", "build"),
     "adapters": ('load its own state_dict, but does not: Missing key(s) in state_dict: "body.weight"', "fits it"),
+    "tolerant": ("these stay as they are: body.weight, body.bias", "return them from state_dict"),
+    "forgetful": ("these stay as they are: head.weight, head.bias", "take them in load_state_dict"),
 }
 
 
@@ -31,8 +33,10 @@ def test_what_a_forward_makes_of_the_model_is_refused_on_any_number_of_ranks(sta
     assert not [*(ended.run_dir / "checkpoints").glob("step-*")]
 
 
-@pytest.mark.parametrize("way", ["cache", "renamed"])
-def test_a_cache_that_is_not_saved_and_a_pair_that_fits_are_fine(trained: Any, way: str) -> None:
+@pytest.mark.parametrize("way", ["cache", "renamed", "frozen"])
+def test_a_cache_that_is_not_saved_a_pair_that_fits_and_frozen_weights_left_out_are_fine(
+    trained: Any, way: str
+) -> None:
     whole = trained("changing", "--way", way, "--shards", 2, ranks=2, cwd="whole")
     trained("changing", "--way", way, "--shards", 2, "--max-steps", 3, cwd="resumed")
     assert trained("changing", "--way", way, "--shards", 2, cwd="resumed").bits == whole.bits

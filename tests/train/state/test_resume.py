@@ -203,7 +203,7 @@ def test_a_full_disk_keeps_training_and_the_last_good_checkpoint(go, tmp_path):
     try:
         shutil.copytree(kept, saves, dirs_exist_ok=True)
         (saves / "filler").write_bytes(b"x" * (64 * 1024 - 28 * 1024))
-        full = go(*EVERY, "--keep-checkpoints", "1", code=1)
+        full = go(*EVERY, "--keep-checkpoints", "1", code=77)
         assert "could not be written (No space left on device); training goes on" in full.stderr
         assert "the run is expected to end with a checkpoint of step 14" in full.stderr
         assert [path.name for path in saves.glob("step-*")] == ["step-00000003"]

@@ -15,6 +15,7 @@ import torch
 
 from samestep.launcher.contract import UsageError
 from samestep.train.observe.guards.attributes import PlainAttributes
+from samestep.train.observe.guards.averaged import AveragedBuffers
 from samestep.train.observe.guards.batches import PlannedBatches
 from samestep.train.observe.guards.check import Check, Finding, Subject
 from samestep.train.observe.guards.devices import SameDevice
@@ -24,6 +25,7 @@ from samestep.train.observe.guards.modes import TrainingMode
 from samestep.train.observe.guards.paths import NoCollectives, SamePath
 from samestep.train.observe.guards.randomness import KeyedRandomness
 from samestep.train.observe.guards.schedule import LearningRate, SteppedOnce
+from samestep.train.observe.guards.uncalled import UncalledHooks
 from samestep.train.observe.guards.weights import OutsideChanges, unchanged
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import StepPlan, owned_span
@@ -196,11 +198,13 @@ def guards_for(
         UnheldParameters(subject),
         ZeroGradients(subject),
         OutsideChanges(subject),
+        AveragedBuffers(subject),
         PlainAttributes(subject),
         KeyedRandomness(subject),
         LearningRate(subject),
         SteppedOnce(subject),
         KeptGraphs(subject),
+        UncalledHooks(subject),
         SamePath(subject, group),
         NoCollectives(group),
     ]
