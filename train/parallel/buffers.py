@@ -172,10 +172,10 @@ class BufferCombiner:
         return unlike(name, step, one, f"{average[0]:g} on average" if small else "another in others")
 
     def _read(self) -> None:
-        found = {name: kept.get(key) for name, (kept, key) in self._places.items()}
-        self.buffers = {name: buffer for name, buffer in found.items() if buffer is not None}
-        if len(self.buffers) < len(found):
-            raise gone(next(name for name in found if name not in self.buffers))
+        places = self._places.items()
+        self.buffers = {name: buffer for name, (kept, key) in places if (buffer := kept.get(key)) is not None}
+        if len(self.buffers) < len(places):
+            raise gone(next(name for name, _ in places if name not in self.buffers))
 
     def _note_changes(self) -> None:
         """By value: batch_norm writes running statistics without raising the tensor's version.
