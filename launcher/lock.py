@@ -31,8 +31,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class SupersededError(UsageError):
     """A newer start of the run owns the directory: this process must not publish anything."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "the newest start goes on; nothing of this one is needed", ExitCode.FAILED)
+    def __init__(self, message: str, hint: str = "the newest start goes on; nothing of this one is needed") -> None:
+        super().__init__(message, hint, ExitCode.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,11 @@ def check(run_dir: RunDir, generation: int | None) -> None:
     try:
         owner = Owner.of(run_dir.lock.read_bytes())
     except OSError as error:
-        raise SupersededError(f"{run_dir.lock} can't be read ({error.strerror}): it was removed while we run") from None
+        raise SupersededError(
+            f"{run_dir.lock} can't be read ({error.strerror}): it was removed while we run",
+            "without it nobody knows whose the run directory is, and nothing is published: leave the folder in place "
+            "while it trains, and start again",
+        ) from None
     if owner.generation != generation:
         raise SupersededError(
             f"this is no longer the newest start of the run: {run_dir.lock} belongs to another one "

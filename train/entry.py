@@ -121,7 +121,7 @@ def _called(
     build: Callable[[Config], Components], config_type: type[Config], argv: Sequence[str] | None, ends: ExitStack
 ) -> Result:
     env, progress = WorkerEnv(), Progress()
-    run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())))
+    run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())).absolute())
     generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
         env = who_started.worker(os.environ)
@@ -131,7 +131,7 @@ def _called(
         tell_stacks_when_asked()
         check_call(build, config_type)
         config = program.load(config_type, program.arguments(argv), env.rank)
-        run_dir = RunDir(config.run_dir or run_dir.path)
+        run_dir = RunDir((config.run_dir or run_dir.path).absolute())  # recipes may go to another folder
         ends.enter_context(caller.undisturbed())
         with leave.nondeterminism_named():
             run = _train if config.replay is None else _replay
@@ -229,7 +229,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
 
     # --- build
     progress(0, "build")
-    components = _built(build, config, member, shards)
+    components, told = environment.keeping_threads(lambda: _built(build, config, member, shards))
     if config.weights is not None and found.snapshot is None:
         start.load_weights(components.model, config.weights)
     components.model.to(member.device)
@@ -237,8 +237,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     uncompiled = compile_in_place(*compiled) if config.compile else ""
     facts = _facts(components, joined)
     signals = StopSignals(active=not program.in_notebook())
-    told = (lambda text: run.reporter.note(text)), (lambda: run.step.clock.skip())
-    progress.pulse = profile.around(progress.pulse, config.profile, member.group, run_dir.path, *told)
+    calls = (lambda text: run.reporter.note(text)), (lambda: run.step.clock.skip())
+    progress.pulse = profile.around(progress.pulse, config.profile, member.group, run_dir.path, *calls)
     place = (config, member, run_dir, shards, call.generation)
     setting = Setting(*place, facts, progress.pulse, joined.fence, signals, joined.micro_batches, call.ends)
     run = assemble(components, setting, progress)
@@ -247,7 +247,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
         leave.end_hard(run)
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
     run.held.require_loadable()
-    warnings = [*options.misspelt(type(config), os.environ), *without_use(components), *found.warnings]
+    warnings = [*told, *options.misspelt(type(config), os.environ), *without_use(components), *found.warnings]
     warnings += micro_batches.warnings(joined.micro_batches, joined.stored, components.model)
     if found.snapshot is not None:
         warnings += start.restore(run, found.snapshot, found.source)

@@ -6,8 +6,8 @@ import contextlib
 import gc
 import os
 import platform
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -33,6 +33,23 @@ def pin(threads: int, allow_nondeterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+
+
+Built = TypeVar("Built")
+
+
+def keeping_threads(build: Callable[[], Built]) -> tuple[Built, list[str]]:
+    """What `build` makes, with the thread count as it was before, and a sentence where `build` had changed it."""
+    threads = torch.get_num_threads()
+    built = build()
+    found = torch.get_num_threads()
+    if found == threads:
+        return built, []
+    torch.set_num_threads(threads)
+    return built, [
+        f"build sets {found} threads, but a rank goes on with {threads}: bits depend on it, so it follows from "
+        "--threads or --shards alone"
+    ]
 
 
 @contextlib.contextmanager

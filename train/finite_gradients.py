@@ -50,18 +50,22 @@ def _look(gradients: Sequence[Tensor], found: Tensor, one: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _flags(device: torch.device) -> Iterator[Tensor]:
     """One zero after the other: many are made at once, in the time of one."""
-    return (flag for zeros in iter(partial(torch.zeros, 64, device=device), None) for flag in zeros.split(1))
+    return (
+        flag
+        for zeros in iter(partial(torch.zeros, 64, dtype=torch.float32, device=device), None)
+        for flag in zeros.split(1)
+    )
 
 
 @lru_cache(maxsize=1)
 def _on_cpu() -> tuple[Tensor, Tensor]:
     """A flag that stays zero until something is found, and a one: making them in each step takes as long as to look."""
-    return torch.zeros(1), torch.ones(1)
+    return torch.zeros(1, dtype=torch.float32), torch.ones(1, dtype=torch.float32)
 
 
 @lru_cache(maxsize=16)
 def _one(device: torch.device) -> Tensor:
-    return torch.ones(1, device=device)
+    return torch.ones(1, dtype=torch.float32, device=device)
 
 
 def _by_dtype(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -34,8 +34,10 @@ _FREE = frozenset(
     "profile".split()
 )
 # What people edit; other entries of a group may be an optimizer's own counters.
-_OF_AN_OPTIMIZER = frozenset({"betas", "lr", "momentum", "weight_decay"})
-_BESIDE_A_SCHEDULER = frozenset({"initial_lr", "weight_decay"})
+_BESIDE_A_SCHEDULER = frozenset(
+    "alpha amsgrad centered dampening eps initial_lr maximize nesterov weight_decay".split()
+)
+_OF_AN_OPTIMIZER = (_BESIDE_A_SCHEDULER - {"initial_lr"}) | {"betas", "lr", "momentum"}
 
 
 def make(run_dir: RunDir) -> None:

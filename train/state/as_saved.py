@@ -51,6 +51,40 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         raise ValueError(f"{type(optimizer).__name__}.load_state_dict does not bring back what was saved as {key!r}")
 
 
+def described(optimizer: Optimizer, model: nn.Module) -> list[Any]:
+    """Its kind, and the names of the parameters in each of its groups, by whose places its state is kept."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = getattr(optimizer, "param_groups", [])
+    return [type(optimizer).__name__, [[names.get(id(p), "") for p in group["params"]] for group in groups]]
+
+
+def require_same_optimizer(now: list[Any], saved: list[Any]) -> None:
+    """Compare what `described` tells.
+
+    Raises:
+        ValueError: it is of another kind, or its parameters are others or in another order.
+    """
+    (kind, groups), (kind_there, groups_there) = now, saved
+    if kind != kind_there:
+        raise ValueError(f"the optimizer is {kind}, there it is {kind_there}")
+    for number, (here, there) in enumerate(zip(groups, groups_there, strict=False)):
+        for place, (name, name_there) in enumerate(zip(here, there, strict=False)):
+            if name != name_there:
+                where = f"parameter {place}" + (f" of group {number}" if len(groups) > 1 else "")
+                raise ValueError(f"{where} of the optimizer is {name or 'none of the model'}, there it is {name_there}")
+
+
+def require_same_dtypes(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Compare weights and buffers; loading would round them, or leave an optimizer with state of another type.
+
+    Raises:
+        ValueError: they have other dtypes.
+    """
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and name in saved and tensor.dtype != saved[name].dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, there it is {saved[name].dtype}")
+
+
 def _other(now: Any, saved: Any) -> list[tuple[Any, Any, Tensor]]:
     """Tensors of `saved` that are other bits in `now`: what holds them there, under which key, and as saved."""
     pairs: list[tuple[Any, Any, Any]]

@@ -21,7 +21,15 @@ from samestep.train.parallel.no_buffers import NoBuffers
 from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling
-from samestep.train.state.as_saved import laid_out, load_optimizer, make_writable, strides_of
+from samestep.train.state.as_saved import (
+    described,
+    laid_out,
+    load_optimizer,
+    make_writable,
+    require_same_dtypes,
+    require_same_optimizer,
+    strides_of,
+)
 from samestep.train.state.checkpoint import Snapshot
 from samestep.train.state.codec import decode, encode, not_finite, unshared
 
@@ -136,6 +144,7 @@ class TrainState:
             "strides": strides_of(other),
             "trains": self._trains_otherwise(),
             "changing": sorted(self.buffers.changing or self.buffers.known),
+            "optimizer": described(self.components.optimizer, self.components.model),
         }
         facts = {"epoch": self.epoch, "cursor": self.cursor, **self.facts}
         return Snapshot(self.step, weights, other, state, facts, self.never_finite)
@@ -161,12 +170,18 @@ class TrainState:
             parameter.requires_grad_(trains.get(name, parameter.requires_grad))
         weights = {f"model.{name}": tensor for name, tensor in snapshot.weights.items()}
         weights |= {f"model.{name}": snapshot.weights[first] for name, first in snapshot.state["aliases"].items()}
+        require_same_dtypes(self.components.model, snapshot.weights)
         make_writable(self.components.model, snapshot.weights)
         self.components.model.load_state_dict(decode(snapshot.state["model"], weights))
         tensors = laid_out(snapshot.tensors, snapshot.state.get("strides", {}))
         tensors |= {name: tensors[first].clone() for name, first in snapshot.state["tree_aliases"].items()}
         trees = decode(snapshot.state["trees"], tensors)
+        for part, here in (("scheduler", self.components.scheduler), ("ema", self.ema)):
+            if (here is None) != (trees.get(part) is None):
+                raise ValueError(f"{part} is None {'there' if here is not None else 'here'} alone")
         load_optimizer(self.components.optimizer, trees["optimizer"])
+        optimizer = described(self.components.optimizer, self.components.model)
+        require_same_optimizer(optimizer, snapshot.state.get("optimizer", optimizer))
         if self.components.scheduler is not None:
             self.components.scheduler.load_state_dict(trees["scheduler"])
         self.scaler.load_state_dict(trees["scaler"])

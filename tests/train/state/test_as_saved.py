@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from samestep.launcher.contract import RunDir, UsageError
 from samestep.train import Components, supervised
+from samestep.train.moving_average import MovingAverage
 from samestep.train.scaling import Unscaled
 from samestep.train.state import checkpoint
 from samestep.train.state.as_saved import load_optimizer
@@ -185,3 +186,53 @@ def test_a_group_that_is_added_while_it_trains_is_refused_at_once() -> None:
     with pytest.raises(UsageError, match="keep the 1 parameter groups of build, but has 2 now"):
         follow(model)
     assert told == [model]
+
+
+def deep(
+    optimizer: Callable[[list[Any]], Optimizer], *, schedule: bool = False, kind: torch.dtype = torch.float32
+) -> TrainState:
+    """Two layers of one shape; the optimizer gets their parameters as a list."""
+    torch.manual_seed(1)
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(kind)
+    made = optimizer(list(model.parameters()))
+    scheduler = torch.optim.lr_scheduler.StepLR(made, 1) if schedule else None
+    data = TensorDataset(torch.zeros(1))
+    parts = Components(model=model, loss=supervised(nn.MSELoss()), optimizer=made, scheduler=scheduler, train_data=data)
+    return TrainState(parts, Unscaled(), None, {})
+
+
+def adam(parameters: list[Any]) -> Optimizer:
+    return torch.optim.Adam(parameters)
+
+
+OTHERS: dict[str, tuple[TrainState, str]] = {
+    "order": (
+        deep(lambda p: torch.optim.Adam([*p[2:], *p[:2]])),
+        "parameter 0 of the optimizer is 1.weight, there it is 0.weight",
+    ),
+    "kind": (deep(lambda p: torch.optim.Adamax(p)), "the optimizer is Adamax, there it is Adam"),
+    "scheduler": (deep(adam, schedule=True), "scheduler is None there alone"),
+    "dtype": (deep(adam, kind=torch.float64), "0.weight is torch.float64, there it is torch.float32"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_state_goes_on_in_the_parts_that_it_came_from_or_not_at_all(what: str, tmp_path: Path) -> None:
+    state, (other, said) = deep(adam), OTHERS[what]
+    for parameter in state.components.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.components.optimizer.step()
+    saved_and_loaded(state, deep(adam), tmp_path)
+    snapshot = checkpoint.load(RunDir(tmp_path).checkpoint(0))
+    with pytest.raises(ValueError, match=said):
+        other.restore(snapshot)
+
+
+def test_an_average_that_was_left_out_is_missed(tmp_path: Path) -> None:
+    state = deep(adam)
+    state.ema = MovingAverage(state.components.model, 0.9)
+    run_dir = RunDir(tmp_path)
+    run_dir.checkpoints.mkdir()
+    snapshot = checkpoint.load(checkpoint.commit(state.capture(0), run_dir, 0, 1))
+    with pytest.raises(ValueError, match="ema is None here alone"):
+        deep(adam).restore(snapshot)

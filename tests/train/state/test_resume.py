@@ -312,7 +312,8 @@ def test_an_error_record_says_step_and_phase(go):
 
 def test_a_start_that_a_newer_one_has_replaced_ends_with_a_sentence(go):
     ended = go(*EVERY, fault="superseded", code=1)
-    assert "error: this is no longer the newest start of the run: run/lock belongs to another one (pid " in ended.stderr
+    assert "error: this is no longer the newest start of the run: " in ended.stderr
+    assert "/run/lock belongs to another one (pid " in ended.stderr
     assert "hint: the newest start goes on" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not list((ended.run_dir / "checkpoints").iterdir())

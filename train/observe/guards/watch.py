@@ -25,6 +25,7 @@ from samestep.train.observe.guards.modes import TrainingMode
 from samestep.train.observe.guards.paths import NoCollectives, SamePath
 from samestep.train.observe.guards.randomness import KeyedRandomness
 from samestep.train.observe.guards.schedule import LearningRate, SteppedOnce
+from samestep.train.observe.guards.threads import KeptThreads
 from samestep.train.observe.guards.uncalled import UncalledHooks
 from samestep.train.observe.guards.weights import OutsideChanges, unchanged
 from samestep.train.parallel.group import Group
@@ -201,6 +202,7 @@ def guards_for(
         AveragedBuffers(subject),
         PlainAttributes(subject),
         KeyedRandomness(subject),
+        KeptThreads(),
         LearningRate(subject),
         SteppedOnce(subject),
         KeptGraphs(subject),

@@ -1,0 +1,44 @@
+"""What a recipe sets for its whole process: another folder, threads, a default dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+FLAGS = ("--shards", 2)
+
+
+def test_a_recipe_may_go_to_another_folder(trained: Any, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    ended = trained("moving", *FLAGS, "--checkpoint-every", 2, "--folder", elsewhere, ranks=2)
+    assert (ended.cwd / "run" / "weights.safetensors").exists()
+    assert not list(elsewhere.iterdir())
+
+
+def test_threads_that_build_sets_are_set_back_and_named(trained: Any) -> None:
+    plain = trained("moving", *FLAGS, "--threads", 1, cwd="plain")
+    ended = trained("moving", *FLAGS, "--threads", 1, "--build-threads", 2, cwd="set")
+    assert ended.bits == plain.bits
+    (warning,) = ended.events("warning")
+    assert warning["text"].startswith("build sets 2 threads, but a rank goes on with 1:")
+
+
+def test_threads_that_a_loss_sets_are_named(trained: Any) -> None:
+    ended = trained("moving", *FLAGS, "--threads", 1, "--loss-threads", 2)
+    (warning,) = ended.events("warning")
+    assert warning["text"].startswith("the loss changes the number of threads from 1 to 2 (")
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_float64_may_be_the_default(trained: Any, policy: str) -> None:
+    runs = [
+        trained("moving", *FLAGS, "--double", "--nan-policy", policy, ranks=ranks, cwd=f"on-{ranks}")
+        for ranks in (1, 2)
+    ]
+    assert runs[0].bits == runs[1].bits
+    assert runs[0].weights["0.weight"].dtype == torch.float64
