@@ -323,3 +323,13 @@ def test_a_lock_that_can_not_be_written_is_a_sentence(go, tmp_path):
     refused = go(ranks=2, code=2)
     assert "run/lock is expected to be writable, but: Is a directory" in refused.stderr
     assert "Traceback" not in refused.stderrs
+
+
+def test_events_that_can_not_be_read_are_a_sentence_and_nothing_is_set_aside(go, tmp_path):
+    (tmp_path / "here" / "run" / "events.jsonl").mkdir(parents=True)
+    torn = tmp_path / "here" / "run" / "checkpoints" / "step-00000003"
+    torn.mkdir(parents=True)
+    refused = go(ranks=2, code=2)
+    assert "run/events.jsonl is expected to be a file that can be read, but: Is a directory\nhint: " in refused.stderr
+    assert "Traceback" not in refused.stderrs
+    assert torn.is_dir()
