@@ -128,7 +128,7 @@ def script(config: SlurmConfig, recipe: Recipe, run_dir: Path, cwd: Path, python
     if peek(recipe.arguments, "run-dir") is None:
         words += ["--run-dir", str(run_dir)]
     if any("\0" in word for word in words):
-        raise UsageError("the recipe's arguments are expected to hold no null byte, but one does")
+        raise UsageError("the recipe's arguments are expected to hold no null byte, but one does", "leave it out")
     lines = ["#!/bin/sh", *[f"#SBATCH {option}" for option in _options(config, recipe, run_dir, cwd)], ""]
     return "\n".join(lines) + _BODY.format(
         command=" ".join(map(shlex.quote, words)),

@@ -195,9 +195,13 @@ def _refuse_misread(config_type: type[Any], tokens: Sequence[str], chain: Sequen
         source, value = next(((source, value) for source, value in sources if value is not None), ("", None))
         whole = int in kinds and float not in kinds
         if whole and re.fullmatch(r"[+-]?\d*\.\d*[1-9]\d*", str(value)):
-            raise UsageError(f"--{flag} is expected to be a whole number, but is {value} in {source}")
+            raise UsageError(
+                f"--{flag} is expected to be a whole number, but is {value} in {source}", "leave the fraction out"
+            )
         if Path in kinds and source and not (isinstance(value, str) and value):
-            raise UsageError(f"--{flag} is expected to be a path, but is {value!r} in {source}")
+            raise UsageError(
+                f"--{flag} is expected to be a path, but is {value!r} in {source}", "name one, or leave it out"
+            )
 
 
 def _names(config_type: type[Any]) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from samestep.launcher.contract import UsageError
 
+_MAKE = "--print-config prints such a file, of all options"
+
 
 def read(path: Path) -> dict[str, Any]:
     """Values by name with dashes; the file may begin with a byte order mark, as some editors write it.
@@ -18,9 +20,11 @@ def read(path: Path) -> dict[str, Any]:
     try:
         data = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        raise UsageError(f"--config is expected to be a readable TOML file, but {path}: {error.strerror}") from None
+        raise UsageError(
+            f"--config is expected to be a readable TOML file, but {path}: {error.strerror}", _MAKE
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config is expected to be valid TOML, but {path}: {error}") from None
+        raise UsageError(f"--config is expected to be valid TOML, but {path}: {error}", _MAKE) from None
     spelt: dict[str, str] = {}
     for key in data:
         name = key.replace("_", "-")
