@@ -141,7 +141,7 @@ def _completion(argv: Sequence[str]) -> int:
     from samestep.launcher.command_line.completion import script
 
     if len(argv) > 1:
-        raise UsageError(f"completion is expected to be followed by one shell, but got {len(argv)} words")
+        raise UsageError(f"completion is expected to name one shell, but names {len(argv)}", "samestep completion bash")
     print(script(argv[0] if argv else ""))
     return ExitCode.DONE
 

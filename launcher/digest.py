@@ -126,7 +126,7 @@ def path_digest(path: Path, *, whole_state: bool = False) -> str:
             return state_digest(folder) if whole_state else file_digest(folder / WEIGHTS)
         if whole_state:
             problem = f"--state is expected to go with a run directory or checkpoint folder, but {path} is neither"
-            raise UsageError(problem)
+            raise UsageError(problem, "leave --state out for the weights alone")
         return file_digest(path)
     except OSError as error:
         raise UsageError(f"{error.filename or path} can't be read: {error.strerror}", _NAME_ONE) from None
@@ -137,7 +137,11 @@ def path_digest(path: Path, *, whole_state: bool = False) -> str:
 def _sound(checkpoint: Path) -> Path:
     problem = verify(checkpoint)
     if problem:
-        raise UsageError(f"{checkpoint} is not a valid checkpoint: {problem}", exit_code=ExitCode.NO_CHECKPOINT)
+        raise UsageError(
+            f"{checkpoint} is not a valid checkpoint: {problem}",
+            "name its run directory for the newest that is valid",
+            ExitCode.NO_CHECKPOINT,
+        )
     return checkpoint
 
 

@@ -20,6 +20,7 @@ from typing import Annotated
 from samestep.launcher import manifest
 from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.command_line.options import Option
+from samestep.launcher.config import MOST_RANKS
 from samestep.launcher.contract import WEIGHTS, ExitCode, RunDir, UsageError
 from samestep.launcher.digest import file_digest, tensor_digests
 from samestep.launcher.supervise.process import end, start_in_session
@@ -49,13 +50,23 @@ class VerifyConfig:
         """
         sizes, stops = ranks_of("--world-sizes", self.world_sizes), ranks_of("--stops", self.stops)
         if not sizes:
-            raise UsageError("--world-sizes is expected to name at least one number of ranks, but is empty")
+            raise UsageError(
+                "--world-sizes is expected to name at least one number of ranks, but is empty", "--world-sizes 1,2,4"
+            )
         if len(set(sizes)) < len(sizes):
-            raise UsageError(f"--world-sizes is expected to name each number once, but is {self.world_sizes}")
+            raise UsageError(
+                f"--world-sizes is expected to name each number once, but is {self.world_sizes}",
+                f"--world-sizes {','.join(map(str, dict.fromkeys(sizes)))}",
+            )
         if self.shards is not None and self.shards < 1:
-            raise UsageError(f"--shards is expected to be at least 1, but is {self.shards}")
+            raise UsageError(
+                f"--shards is expected to be at least 1, but is {self.shards}",
+                "leave it out for the largest of the world sizes",
+            )
         if self.steps < 1:
-            raise UsageError(f"--steps is expected to be at least 1, but is {self.steps}")
+            raise UsageError(
+                f"--steps is expected to be at least 1, but is {self.steps}", f"leave it out for {VerifyConfig.steps}"
+            )
         if len(legs_of(stops, self.steps)) < len(stops):
             least = STEPS_OF_A_START * len(stops)
             raise UsageError(
@@ -82,11 +93,17 @@ def ranks_of(flag: str, text: str) -> tuple[int, ...]:
     """Numbers of ranks in a comma separated list.
 
     Raises:
-        UsageError: a part is no positive integer.
+        UsageError: a part is no positive integer, or more than one machine starts.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"{flag} is expected to be numbers of ranks like 1,2,4, but is {text}")
+    if not all(part.isascii() and part.isdecimal() and part.strip("0") for part in parts):
+        raise UsageError(f"{flag} is expected to be numbers of ranks like 1,2,4, but is {text}", f"{flag} 1,2,4")
+    for part in parts:
+        if len(part) > 9 or int(part) > MOST_RANKS:
+            raise UsageError(
+                f"{flag} is expected to name at most {MOST_RANKS} ranks, but names {part}",
+                f"all of them start on this machine: {flag} 1,2,4",
+            )
     return tuple(int(part) for part in parts)
 
 

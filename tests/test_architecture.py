@@ -193,6 +193,13 @@ def test_allowed_imports_have_no_cycle():
     assert left == {}
 
 
+@in_launcher
+def test_a_mistake_of_the_user_is_told_with_a_hint(path):
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    bare = [ast.unparse(call) for call in calls if dotted(call.func) == "UsageError" and len(call.args) < 2]
+    assert bare == []
+
+
 @everywhere
 def test_nothing_runs_code_from_data_or_goes_through_a_shell(path):
     tree = tree_of(path)

@@ -253,7 +253,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
         warnings += start.restore(run, found.snapshot, found.source)
     if found.snapshot is not None or config.replay is not None:
         record, plateau = environment.record(member.device), isinstance(components.scheduler, ReduceLROnPlateau)
-        warnings += start.changes(config, joined.stored, record, follows_evaluations=plateau)
+        warnings += start.changes(config, joined.stored, record, follows_evaluations=plateau, elsewhere=found.elsewhere)
     run.state.note_not_finite()
     start.count(run, found, call.generation)
 

@@ -63,14 +63,27 @@ def make(run_dir: RunDir) -> None:
 
 
 def stored_config(run_dir: RunDir, resume: str) -> dict[str, Any]:
-    """What an earlier start of this run wrote, or the checkpoint that it begins with says; empty for a new run."""
+    """What an earlier start of this run wrote, or the run and checkpoint that it begins with; empty for a new run."""
     own = manifest.committed(run_dir.checkpoints)
-    begins_elsewhere = not own and is_elsewhere(run_dir, resume)
+    if own or not is_elsewhere(run_dir, resume):
+        return _written(run_dir) or _facts(own)
+    path = Path(resume).resolve()
+    other = RunDir(path.parent.parent)
+    theirs = _written(other) if path.parent == other.checkpoints else {}  # else it was copied out of its run
+    settings = {name: theirs[name] for name in ("config", "environment") if isinstance(theirs.get(name), dict)}
+    return settings | _facts([path])
+
+
+def _written(run_dir: RunDir) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads(run_dir.config.read_text())
-        if isinstance(stored, dict) and not begins_elsewhere:
+        if isinstance(stored, dict):
             return stored
-    for folder in [Path(resume)] if begins_elsewhere else own:
+    return {}
+
+
+def _facts(checkpoints: Sequence[Path]) -> dict[str, Any]:
+    for folder in checkpoints:
         with contextlib.suppress(ValueError):
             facts = manifest.read(folder)
             return {name: facts[name] for name in ("shards", "threads", "micro_batches") if name in facts}
@@ -221,19 +234,28 @@ def count(run: Run, found: Found, generation: int) -> None:
 
 
 def changes(
-    config: TrainConfig, stored: dict[str, Any], record: dict[str, Any], *, follows_evaluations: bool = False
+    config: TrainConfig,
+    stored: dict[str, Any],
+    record: dict[str, Any],
+    *,
+    follows_evaluations: bool = False,
+    elsewhere: bool = False,
 ) -> list[str]:
     """Sentences about settings that are not as at the last start and can change bits, though not order or shapes.
 
-    `follows_evaluations`: the learning rate does (ReduceLROnPlateau), so when they come matters.
+    `follows_evaluations`: the learning rate does (ReduceLROnPlateau), so when they come matters. `elsewhere`: it begins
+    with another run's checkpoint, so that run's settings are meant.
     """
+    since = "the run that this one begins with" if elsewhere else "the last start"
+    if "config" not in stored:
+        return [f"what changed since {since} can't be told: its config.json can't be read"]
     free = _FREE - {"eval_every"} if follows_evaluations else _FREE
-    before, after = without_secrets(stored.get("config", {})), plain(config)
+    before, after = without_secrets(stored["config"]), plain(config)
     differing = [(f"--{name.replace('_', '-')}", before[name], after[name]) for name in after if name in before]
     differing = [(name, old, new) for name, old, new in differing if name[2:].replace("-", "_") not in free]
     differing += [(name, old, record.get(name)) for name, old in stored.get("environment", {}).items()]
     return [
-        f"{name} changed from {old} to {new} since the last start: the bits of the following steps can differ"
+        f"{name} changed from {old} to {new} since {since}: the bits of the following steps can differ"
         for name, old, new in differing
         if old != new and name != "python"
     ]

@@ -23,6 +23,7 @@ from samestep.launcher.chaos.trace import Trace
 from samestep.launcher.chaos.trial import Expected, Subject, left_in
 from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.command_line.options import Option, nearest_hint, peek
+from samestep.launcher.config import MOST_RANKS
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.diagnosis import memory_signs
 from samestep.launcher.recipe_file import trains
@@ -56,11 +57,22 @@ class ChaosConfig:
         for name, least in {"faults": 1, "nproc_per_node": 1, "per_run": 1, "every": 0, "stuck_seconds": 1}.items():
             if not getattr(self, name) >= least:  # nan is not
                 flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag} is expected to be at least {least}, but is {getattr(self, name)}")
+                raise UsageError(
+                    f"{flag} is expected to be at least {least}, but is {getattr(self, name)}",
+                    f"leave it out for {getattr(ChaosConfig, name)}",
+                )
+        if self.nproc_per_node > MOST_RANKS:
+            raise UsageError(
+                f"--nproc-per-node is expected to be at most {MOST_RANKS}, but is {self.nproc_per_node}",
+                f"all of them start on this machine: leave it out for {ChaosConfig.nproc_per_node}",
+            )
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
-            raise UsageError(f"--minutes is expected to be above 0 and finite, but is {self.minutes}")
+            raise UsageError(
+                f"--minutes is expected to be above 0 and finite, but is {self.minutes}",
+                "--minutes 10, or leave it out for --faults",
+            )
         if self.every == float("inf"):
-            raise UsageError("--every is expected to be finite, but is inf")
+            raise UsageError("--every is expected to be finite, but is inf", f"leave it out for {ChaosConfig.every}")
         chosen(self.kinds)
 
 

@@ -76,7 +76,8 @@ def _ask(words: Sequence[str], environ: Mapping[str, str], stdin: str = "") -> s
             words, input=stdin, env=dict(environ), capture_output=True, text=True, check=False, timeout=_SECONDS
         )
     except subprocess.TimeoutExpired:
-        raise KubectlError(f"kubectl did not answer within {_SECONDS:g} s") from None
+        hint = "kubectl cluster-info tells whether the cluster can be reached"
+        raise KubectlError(f"kubectl did not answer within {_SECONDS:g} s\nhint: {hint}") from None
     if done.returncode:
         raise KubectlError((done.stderr.strip() or f"kubectl ended with {done.returncode}")[-2000:])
     return done.stdout

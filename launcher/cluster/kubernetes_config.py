@@ -10,7 +10,11 @@ from samestep.launcher.command_line.options import Option
 from samestep.launcher.contract import UsageError
 
 Kind = Literal["indexed-job", "jobset", "trainjob"]
-_AT_LEAST_ONE = ("nodes", "nproc_per_node", "user")
+_AT_LEAST_ONE = {
+    "nodes": "leave it out for one pod",
+    "nproc_per_node": "leave it out for one a GPU, and one without GPUs",
+    "user": "leave it out for 1000; root is refused",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +75,24 @@ class KubernetesConfig:
                 "samestep submit kubernetes --image registry.example/samestep:0.1.0 recipe.py",
             )
         names.check_image("--image", self.image)
-        for field in _AT_LEAST_ONE:
+        for field, hint in _AT_LEAST_ONE.items():
             value = getattr(self, field)
             if value is not None and value < 1:
-                raise _refused(f"--{field.replace('_', '-')}", "at least 1", value)
-        for setting, number in (("--gpus", self.gpus), ("--max-restarts", self.max_restarts)):
-            if number < 0:
-                raise _refused(setting, "at least 0", number)
+                raise _refused(f"--{field.replace('_', '-')}", "at least 1", value, hint)
+        if self.gpus < 0:
+            raise _refused("--gpus", "at least 0", self.gpus, "leave it out for pods without GPUs")
+        if self.max_restarts < 0:
+            raise _refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
         if self.module and self.no_python:
-            raise _refused("--module and --no-python", "set one at a time", "both")
+            raise UsageError(
+                "--module and --no-python are expected one at a time, but both are set", "drop one of them"
+            )
         if self.context.startswith("-"):
-            raise _refused("--context", "a name", repr(self.context))
+            raise _refused("--context", "a name", repr(self.context), "kubectl config get-contexts lists them")
         if self.grace_seconds < 1:
-            raise _refused("--grace-seconds", "at least 1 second", self.grace_seconds)
+            raise _refused("--grace-seconds", "at least 1 second", self.grace_seconds, "leave it out for 60 seconds")
         if not 1024 <= self.master_port <= 65535:
-            raise _refused("--master-port", "between 1024 and 65535", self.master_port)
+            raise _refused("--master-port", "between 1024 and 65535", self.master_port, "leave it out for 29500")
         self._check_words()
 
     def _check_words(self) -> None:
@@ -106,7 +113,10 @@ class KubernetesConfig:
         names.check_quantity("--shared-memory", self.shared_memory)
         twice = names.variables("--env", self.env).keys() & names.secret_references("--secret-env", self.secret_env)
         if twice:
-            raise _refused("--env and --secret-env", "about different variables", f"both about {sorted(twice)[0]}")
+            raise UsageError(
+                f"--env and --secret-env are expected to be about different variables, but both set {sorted(twice)[0]}",
+                "leave it out of one of them",
+            )
 
     @property
     def ranks(self) -> int:
@@ -114,5 +124,5 @@ class KubernetesConfig:
         return self.nproc_per_node or max(1, self.gpus)
 
 
-def _refused(setting: str, expected: str, actual: object) -> UsageError:
-    return UsageError(f"{setting} is expected to be {expected}, but is {actual}")
+def _refused(setting: str, expected: str, actual: object, hint: str) -> UsageError:
+    return UsageError(f"{setting} is expected to be {expected}, but is {actual}", hint)

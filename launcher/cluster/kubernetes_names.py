@@ -17,6 +17,7 @@ _POD_SUFFIX = "-abcde"  # the five random characters that a pod's name ends with
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+_ONCE = "leave one of them out"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 _IMAGE = re.compile(
@@ -60,7 +61,8 @@ def check_object(setting: str, text: str) -> str:
         return text
     raise UsageError(
         f"{setting} is expected to name an object of the cluster (lower case letters, digits, dashes, dots), "
-        f"but is {text!r}"
+        f"but is {text!r}",
+        "kubectl get pvc,storageclass,secret lists those that are there",
     )
 
 
@@ -73,7 +75,10 @@ def check_quantity(setting: str, text: str) -> str:
     found = _QUANTITY.fullmatch(text)
     if found and float(re.match(r"[\d.]+", text)[0]) > 0:  # type: ignore[index]  # a quantity begins with its number
         return text
-    raise UsageError(f"{setting} is expected to be an amount such as 4, 500m or 16Gi, but is {text!r}")
+    raise UsageError(
+        f"{setting} is expected to be an amount such as 4, 500m or 16Gi, but is {text!r}",
+        f"{setting} {'4' if setting == '--cpus' else '16Gi'}",
+    )
 
 
 def check_image(setting: str, text: str) -> str:
@@ -85,7 +90,8 @@ def check_image(setting: str, text: str) -> str:
     found = _IMAGE.fullmatch(text)
     if found is None:
         raise UsageError(
-            f"{setting} is expected to be an image such as registry.example/samestep:0.1.0, but is {text!r}"
+            f"{setting} is expected to be an image such as registry.example/samestep:0.1.0, but is {text!r}",
+            "the name by which docker pull finds it, with its tag or digest",
         )
     if not found["digest"] and found["tag"] in (None, "latest"):
         raise UsageError(
@@ -106,9 +112,12 @@ def variables(setting: str, text: str) -> dict[str, str]:
     for part in re.split(r"(?<!,),(?!,)", text) if text else ():
         name, equals, value = part.replace(",,", ",").partition("=")
         if not equals or not _VARIABLE.fullmatch(name):
-            raise UsageError(f"{setting} is expected to be NAME=VALUE,NAME=VALUE, but has {part!r}")
+            raise UsageError(
+                f"{setting} is expected to be NAME=VALUE,NAME=VALUE, but has {part!r}",
+                "a comma that belongs to a value is written twice",
+            )
         if name in found:
-            raise UsageError(f"{setting} is expected to name each variable once, but has {name} twice")
+            raise UsageError(f"{setting} is expected to name each variable once, but has {name} twice", _ONCE)
         if is_secret(name):
             raise UsageError(
                 f"{setting} is expected to hold no secret, but has {name}: manifests are stored and shown",
@@ -129,8 +138,11 @@ def secret_references(setting: str, text: str) -> Mapping[str, tuple[str, str]]:
         name, _, reference = part.partition("=")
         secret, _, key = reference.partition(":")
         if not (_VARIABLE.fullmatch(name) and _SUBDOMAIN.fullmatch(secret) and _KEY.fullmatch(key)):
-            raise UsageError(f"{setting} is expected to be NAME=SECRET:KEY,NAME=SECRET:KEY, but has {part!r}")
+            raise UsageError(
+                f"{setting} is expected to be NAME=SECRET:KEY,NAME=SECRET:KEY, but has {part!r}",
+                "kubectl describe secret SECRET shows its keys",
+            )
         if name in found:
-            raise UsageError(f"{setting} is expected to name each variable once, but has {name} twice")
+            raise UsageError(f"{setting} is expected to name each variable once, but has {name} twice", _ONCE)
         found[name] = (secret, key)
     return found

@@ -29,6 +29,7 @@ _PATTERNS = {
     "job_name": r"[A-Za-z0-9_][A-Za-z0-9_.-]*",
     "time": r"[0-9]+|([0-9]+-)?[0-9]+(:[0-9]+){0,2}|infinite|UNLIMITED",
     "mem": r"[0-9]+[KMGT]?",
+    "constraint": r"[A-Za-z0-9_(\[][A-Za-z0-9_.,+@:=&|*()\[\]-]*",
 }
 _READERS = "every user of the cluster can read that"
 _INSTEAD = "let the recipe read an environment variable: sbatch and srun hand the environment on"
@@ -51,7 +52,7 @@ class SlurmConfig:
         int | None, Option("CPUs a machine; default: one a rank, and all of them for MIN-MAX nodes", "CPUs")
     ] = None
     mem: Annotated[str, Option("Memory a machine, such as 64G; default: Slurm's")] = ""
-    constraint: Annotated[str, Option("Features that machines need")] = ""
+    constraint: Annotated[str, Option("Features that machines need, such as 'a100|h100'")] = ""
     job_name: Annotated[str, Option("Name of the job; default: that of the recipe")] = ""
     signal_seconds: Annotated[int, Option("Time before the limit at which the run saves and ends", "seconds")] = 120
     max_requeues: Annotated[int, Option("Starts after the first before the job is given up", "times")] = 1000
@@ -128,7 +129,7 @@ def script(config: SlurmConfig, recipe: Recipe, run_dir: Path, cwd: Path, python
     if peek(recipe.arguments, "run-dir") is None:
         words += ["--run-dir", str(run_dir)]
     if any("\0" in word for word in words):
-        raise UsageError("the recipe's arguments are expected to hold no null byte, but one does")
+        raise UsageError("the recipe's arguments are expected to hold no null byte, but one does", "leave it out")
     lines = ["#!/bin/sh", *[f"#SBATCH {option}" for option in _options(config, recipe, run_dir, cwd)], ""]
     return "\n".join(lines) + _BODY.format(
         command=" ".join(map(shlex.quote, words)),
@@ -178,7 +179,7 @@ def _options(config: SlurmConfig, recipe: Recipe, run_dir: Path, cwd: Path) -> l
         "time": config.time,
         "gpus-per-node": config.gpus_per_node,
         "mem": config.mem,
-        "constraint": config.constraint,
+        "constraint": _quoted(config.constraint),
     }
     cpus = int(config.nproc_per_node) if config.nproc_per_node.isdecimal() else 0
     return [
@@ -191,6 +192,11 @@ def _options(config: SlurmConfig, recipe: Recipe, run_dir: Path, cwd: Path) -> l
         f"--signal=B:USR1@{config.signal_seconds}",
         "--requeue" if config.requeue else "--no-requeue",
     ]
+
+
+def _quoted(expression: str) -> str:
+    """In double quotes where it is more than a word: sbatch takes them off, and shows the rest to no shell."""
+    return expression if re.fullmatch(_WORD, expression) or not expression else f'"{expression}"'
 
 
 def _machines(fewest: int, most: int, cpus: int) -> list[str]:

@@ -5,7 +5,6 @@ Everything after the recipe belongs to it; the launcher looks there only for the
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -14,6 +13,7 @@ from typing import Any, get_type_hints
 
 from cyclopts import Parameter
 
+from samestep.launcher.command_line import toml_file
 from samestep.launcher.command_line.options import HELP, PRINT_CONFIG, nearest_hint, peek
 from samestep.launcher.command_line.wrong_side import after
 from samestep.launcher.config import LaunchConfig
@@ -70,10 +70,9 @@ def _run_dir_in_file(path: str | None) -> str | None:
     if not path:
         return None
     try:
-        data = tomllib.loads(Path(path).read_bytes().decode())
-    except (OSError, ValueError):
+        value = toml_file.read(Path(path)).get("run-dir")
+    except (UsageError, ValueError):
         return None  # the worker reads the same file and says what is wrong with it
-    value = data.get("run-dir", data.get("run_dir"))
     if value is not None and not (isinstance(value, str) and value):
         raise _no_folder(f"run_dir in {path}", value)
     return value

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -18,7 +17,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import cyclopts
 from cyclopts import Parameter
 
-from samestep.launcher.command_line import provenance, stdout
+from samestep.launcher.command_line import provenance, stdout, toml_file
 from samestep.launcher.contract import NOT_OPTIONS, UsageError
 
 HELP = ("--help", "-h")
@@ -196,9 +195,13 @@ def _refuse_misread(config_type: type[Any], tokens: Sequence[str], chain: Sequen
         source, value = next(((source, value) for source, value in sources if value is not None), ("", None))
         whole = int in kinds and float not in kinds
         if whole and re.fullmatch(r"[+-]?\d*\.\d*[1-9]\d*", str(value)):
-            raise UsageError(f"--{flag} is expected to be a whole number, but is {value} in {source}")
+            raise UsageError(
+                f"--{flag} is expected to be a whole number, but is {value} in {source}", "leave the fraction out"
+            )
         if Path in kinds and source and not (isinstance(value, str) and value):
-            raise UsageError(f"--{flag} is expected to be a path, but is {value!r} in {source}")
+            raise UsageError(
+                f"--{flag} is expected to be a path, but is {value!r} in {source}", "name one, or leave it out"
+            )
 
 
 def _names(config_type: type[Any]) -> list[str]:
@@ -261,15 +264,8 @@ def peek(tokens: Sequence[str], option: str) -> str | None:
 
 
 def _from_toml(config_type: type[Any], path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = tomllib.load(file)
-    except OSError as error:
-        raise UsageError(f"--config is expected to be a readable TOML file, but {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config is expected to be valid TOML, but {path}: {error}") from None
     known = {name.replace("_", "-") for name in _names(config_type)}
-    values = {key.replace("_", "-"): value for key, value in data.items()}
+    values = toml_file.read(path)
     for key in values:
         if key not in known:
             raise UsageError(f"{path} has no known option {key!r}", nearest_hint(key, known))

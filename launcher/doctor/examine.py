@@ -37,9 +37,14 @@ class DoctorConfig:
             UsageError: no ranks, or no time.
         """
         if self.nproc_per_node < 1:
-            raise UsageError(f"--nproc-per-node is expected to be at least 1, but is {self.nproc_per_node}")
+            raise UsageError(
+                f"--nproc-per-node is expected to be at least 1, but is {self.nproc_per_node}",
+                "1 measures nothing between ranks; leave it out for 2",
+            )
         if not self.timeout > 0:
-            raise UsageError(f"--timeout is expected to be above 0 seconds, but is {self.timeout}")
+            raise UsageError(
+                f"--timeout is expected to be above 0 seconds, but is {self.timeout}", "leave it out for 120 seconds"
+            )
 
 
 def doctor(config: DoctorConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> int:

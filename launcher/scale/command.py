@@ -14,7 +14,7 @@ from samestep.launcher.command_line.options import load
 from samestep.launcher.contract import ExitCode, RunDir, UsageError
 from samestep.launcher.scale.drawing import write
 from samestep.launcher.scale.measured import Measured, measured
-from samestep.launcher.scale.plan_config import PlanConfig, numbers_of_ranks
+from samestep.launcher.scale.plan_config import FROM_A_RUN, PlanConfig, numbers_of_ranks
 from samestep.launcher.scale.predict import Prediction, Workload, predict
 
 _MUST = ("batch", "forward_ms", "backward_ms", "weights_mb", "samples")
@@ -64,7 +64,7 @@ def workload(config: PlanConfig, found: Measured | None) -> Workload:
         if missing:
             raise UsageError(
                 f"--{missing[0].replace('_', '-')} is expected without a run directory, but is missing",
-                "samestep plan RUN_DIR takes the figures from a run",
+                FROM_A_RUN,
             )
 
     def pick(given: float | None, scale: float, name: str, default: float = 0.0) -> float:
@@ -88,11 +88,13 @@ def workload(config: PlanConfig, found: Measured | None) -> Workload:
         gradients=gradients if config.gradients_mb is None else config.gradients_mb * 1e6,
         weights=weights,
         state=pick(config.state_mb, 1e6, "state"),
-        activations=(config.activations_mb or 0.0) * 1e6,
+        activations=config.activations_mb * 1e6,
         samples=round(pick(config.samples, 1, "samples")),
     )
     if not work.data + work.forward + work.backward + work.optimizer:
-        raise UsageError("--data-ms, --forward-ms, --backward-ms, --optimizer-ms are expected to add up to more than 0")
+        raise UsageError(
+            "--data-ms, --forward-ms, --backward-ms, --optimizer-ms are expected to add up to more than 0", FROM_A_RUN
+        )
     return work
 
 

@@ -55,7 +55,10 @@ def write(path: Path, rows: Sequence[Prediction], title: str) -> None:
     try:
         path.write_text(page if path.suffix == ".html" else svg + "\n", encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--plot is expected to be writable, but {path}: {error.strerror}") from None
+        raise UsageError(
+            f"--plot is expected to be writable, but {path}: {error.strerror}",
+            f"name a file where you may write: --plot plan{path.suffix}",
+        ) from None
 
 
 def drawing(rows: Sequence[Prediction], title: str) -> ET.Element:

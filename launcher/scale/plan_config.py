@@ -14,7 +14,9 @@ from samestep.launcher.scale.network import Link, Machines
 from samestep.launcher.scale.predict import Question, Scaling
 
 _MAY_BE_ZERO = ("latency_us", "node_latency_us", "save_seconds", "restart_seconds", "data_ms", "optimizer_ms")
+FROM_A_RUN = "samestep plan RUN_DIR takes the figures from a run"
 _LEAST, _MOST = 1e-9, 1e15  # no machine has such numbers, and sums of them stay numbers
+_MOST_RANKS = 1 << 24
 _SIZES = ("gradients_mb", "weights_mb", "state_mb", "activations_mb", "forward_ms", "backward_ms")
 
 
@@ -41,7 +43,7 @@ class PlanConfig:
     ] = None
     weights_mb: Annotated[float | None, Option("weights and buffers", "MB")] = None
     state_mb: Annotated[float | None, Option("optimizer state", "MB")] = None
-    activations_mb: Annotated[float | None, Option("all other memory of a step; not measured", "MB")] = None
+    activations_mb: Annotated[float, Option("all other memory of a step; not measured", "MB")] = 0.0
     ranks_per_node: Annotated[int, Option("ranks of one machine", "ranks")] = 8
     bandwidth: Annotated[float, Option("from a rank to other machines, one direction", "GB/s")] = 50.0
     latency_us: Annotated[float, Option("of a message between machines", "us")] = 5.0
@@ -73,9 +75,12 @@ class PlanConfig:
                 continue
             problem = _problem(field.name, value)
             if problem:
-                raise UsageError(f"--{field.name.replace('_', '-')} is expected to be {problem}, but is {value}")
+                raise UsageError(
+                    f"--{field.name.replace('_', '-')} is expected to be {problem}, but is {value}",
+                    FROM_A_RUN if field.default is None else f"leave it out for {field.default}",
+                )
         if self.plot is not None and self.plot.suffix not in (".svg", ".html"):
-            raise UsageError(f"--plot is expected to end in .svg or .html, but is {self.plot}")
+            raise UsageError(f"--plot is expected to end in .svg or .html, but is {self.plot}", "--plot plan.svg")
 
     def question(self, save: float | None, restart: float | None) -> Question:
         """In seconds and bytes; `save` and `restart` are as measured, where they were."""
@@ -117,10 +122,15 @@ def numbers_of_ranks(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         ends = [first, last] if dash else [first]
-        if not all(end.isascii() and end.isdecimal() and 1 <= int(end) <= 1 << 24 for end in ends):
-            raise UsageError(f"--ranks is expected to be numbers such as 1,8,64 or 1-16384, but is {text!r}")
+        if not all(end.isascii() and end.isdecimal() and 1 <= int(end) <= _MOST_RANKS for end in ends):
+            raise UsageError(
+                f"--ranks is expected to be numbers such as 1,8,64 or 1-16384, but is {text!r}",
+                f"from 1 to {_MOST_RANKS}, by commas; a dash means the powers of two from one to the other",
+            )
         low, high = int(ends[0]), int(ends[-1])
         found += [low] if not dash else [1 << power for power in range(25) if low <= 1 << power <= high]
     if not found:
-        raise UsageError(f"--ranks is expected to have a power of two in it, but is {text!r}")
+        raise UsageError(
+            f"--ranks is expected to have a power of two in it, but is {text!r}", f"--ranks {text.replace('-', ',')}"
+        )
     return sorted(set(found))

@@ -122,6 +122,8 @@ def test_a_recipe_that_is_too_short_to_be_stopped_is_told_so(tmp_path):
     [
         {"world_sizes": "1,two"},
         {"world_sizes": ""},
+        {"world_sizes": "²"},
+        {"world_sizes": "1,99999"},
         {"world_sizes": "2,2"},
         {"stops": "0"},
         {"steps": 2},
@@ -131,8 +133,19 @@ def test_a_recipe_that_is_too_short_to_be_stopped_is_told_so(tmp_path):
     ],
 )
 def test_lists_that_are_no_numbers_of_ranks_are_refused(options):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"is expected to .*\nhint: "):
         VerifyConfig(**options)
+
+
+def test_more_ranks_than_a_machine_starts_are_refused_before_the_first_run(tmp_path):
+    done = verify(tmp_path, "--world-sizes", "1,99999", RECIPES / "seed_linear.py")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        [
+            "error: --world-sizes is expected to name at most 4096 ranks, but names 99999",
+            "hint: all of them start on this machine: --world-sizes 1,2,4",
+        ],
+    )
 
 
 def test_the_table_marks_a_difference():

@@ -122,12 +122,14 @@ def test_kinds_are_chosen_by_name_or_its_beginning(text, names):
         ({"faults": 0}, "--faults"),
         ({"per_run": 0}, "--per-run"),
         ({"nproc_per_node": 0}, "--nproc-per-node"),
+        ({"nproc_per_node": 99999}, "expected to be at most 4096, but is 99999"),
     ],
 )
 def test_wrong_options_are_refused_with_the_fix(values, word):
     with pytest.raises(UsageError) as caught:
         ChaosConfig(**values)
     assert word in str(caught.value)
+    assert caught.value.hint
 
 
 def event(name, time, **more):
@@ -231,7 +233,7 @@ def test_faults_whose_run_was_over_before_their_moment_are_told():
     "options", [{"minutes": -1.0}, {"minutes": float("nan")}, {"minutes": float("inf")}, {"every": float("nan")}]
 )
 def test_times_in_which_nothing_would_be_struck_are_refused(options):
-    with pytest.raises(UsageError, match="is expected to be"):
+    with pytest.raises(UsageError, match=r"is expected to be .*\nhint: "):
         ChaosConfig(**options)
 
 

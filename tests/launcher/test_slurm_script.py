@@ -122,6 +122,12 @@ def test_no_value_can_end_its_line(option, value):
         SlurmConfig(**{option: value})
 
 
+@pytest.mark.parametrize("expression", ["a&b", "a|b", "[r1|r2]", "[knl*4&fat*12]", "(a&b)|c", "[(a&b)*1&c*2]", "a,b|c"])
+def test_an_expression_of_features_is_quoted_for_sbatch(expression):
+    assert f'--constraint="{expression}"' in directives(made(constraint=expression))
+    assert "--constraint=a100,x86-64" in directives(made(constraint="a100,x86-64"))
+
+
 @pytest.mark.parametrize("path", ["/a\nb", '/a"b', "/a#b", "/a%j", "/a\\b", "/a'b"])
 def test_paths_that_sbatch_would_read_otherwise_are_refused(path):
     with pytest.raises(UsageError, match="path for sbatch"):

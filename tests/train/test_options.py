@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from samestep.launcher import contract
+from samestep.launcher.command_line.argv import Recipe
 from samestep.launcher.command_line.options import Option, load, misspelt, peek, table
 from samestep.launcher.contract import UsageError
 from samestep.train import TrainConfig
@@ -197,6 +198,26 @@ def test_a_file_that_is_not_utf_8_is_a_mistake_of_the_user(tmp_path: Path) -> No
     (tmp_path / "run.toml").write_bytes(b"width = 3  # \xff\n")
     with pytest.raises(UsageError, match="expected to be valid TOML"):
         given("--config", str(tmp_path / "run.toml"))
+
+
+def test_a_file_that_spells_an_option_two_ways_is_refused_with_both(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("log-every = 1\nlog_every = 5\n")
+    with pytest.raises(UsageError, match="to set each option once, but has log-every and log_every") as raised:
+        given("--config", str(tmp_path / "run.toml"))
+    assert "drop one of them" in raised.value.hint
+
+
+def test_a_file_that_names_another_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("config = 'other.toml'\nwidth = 3\n")
+    with pytest.raises(UsageError, match=r"run\.toml .* has config, which names another file"):
+        given("--config", str(tmp_path / "run.toml"))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfwidth = 3\r\nrun_dir = 'here'\r\n")
+    config = given("--config", str(tmp_path / "run.toml"))
+    assert (config.width, config.run_dir) == (3, Path("here"))
+    assert Recipe("r.py", ("--config", str(tmp_path / "run.toml"))).run_dir({}) == Path("here")
 
 
 @pytest.mark.parametrize("text", ["run_dir = ''", "run_dir = 5", "run-dir = ['a']"])

@@ -11,6 +11,7 @@ import pytest
 from accelerate import tracking
 
 from samestep.launcher.contract import UsageError
+from samestep.train.observe.mlflow_names import legal
 from samestep.train.observe.trackers import Feed, Sent, wanted
 
 FLAGS = ("--log-every", 2, "--checkpoint-every", 4, "--shards", 2)
@@ -202,6 +203,38 @@ def test_a_tracker_that_does_not_end_is_told(feed: Any) -> None:
     made, said = feed()
     made.finish()
     assert len(said) == 1
+
+
+NAMES = {
+    "acc@1": "acc_1",
+    "acc#1": "acc_1_2",
+    "a//b": "a/_/b",
+    "../up": "_/up",
+    "n" * 300: "n" * 245,
+    "n" * 301: "n" * 239 + "_2",
+    "n" * 302: "n" * 239 + "_3",
+    "Größe .-:/x": "Größe .-:/x",
+}
+
+
+def test_a_name_that_mlflow_refuses_costs_a_warning_and_no_point(tmp_path: Path, store: dict[str, str]) -> None:
+    said: list[str] = []
+    made = Feed("mlflow", tmp_path, Sent(tmp_path / "trackers.json"), said.append)
+    made.start({})
+    for step in (1, 2):
+        made.log("eval", step, {f"eval/{name}": float(step) for name in (*NAMES, "loss")})
+    made.finish()
+    for name in (*NAMES.values(), "loss"):
+        assert mlflow_curve(store["MLFLOW_TRACKING_URI"], tmp_path, f"eval/{name}") == [(1, 1.0), (2, 2.0)], said
+    assert len(said) == len(NAMES) - 1, said
+    assert said[0] == "tracker mlflow takes no metric of the name eval/acc@1: there it is eval/acc_1"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("eval/", "eval/_"), ("a" * 249 + "/b", "a" * 249), ("é/b.c-d e:f", "é/b.c-d e:f")]
+)
+def test_a_name_for_mlflow_is_the_nearest_that_is_a_path_going_down(name: str, expected: str) -> None:
+    assert legal(name, ()) == expected
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"tensorboard": {"id": null, "steps": {"train": 5}}}'])

@@ -21,6 +21,7 @@ from samestep.launcher.command_line.options import nearest_hint
 from samestep.launcher.contract import RankInfo, UsageError
 from samestep.train.observe.evaluation import Evaluation
 from samestep.train.observe.ledger import EpochSums, StepRecords
+from samestep.train.observe.mlflow_names import legal
 from samestep.train.observe.reporter import Reporter
 
 PROJECT = "samestep"  # where the tool does not read another name from its own environment variable
@@ -86,6 +87,7 @@ class Feed:
     warn: Callable[[str], None]
     tracker: Any = None
     failures: int = 0
+    names: dict[str, str] = field(default_factory=dict)  # of metrics as the tool has them, by ours
 
     def start(self, config: dict[str, Any]) -> None:
         """Open the tool's run, or go on with the one of an earlier start."""
@@ -108,7 +110,7 @@ class Feed:
 
         def send() -> None:
             self.sent.save()
-            self.tracker.log(values, step=step)
+            self.tracker.log({self._its(name): value for name, value in values.items()}, step=step)
 
         self._safely(send)
 
@@ -117,6 +119,13 @@ class Feed:
         if self.tracker is not None:
             self._safely(lambda: _end(self.name, self.tracker, failed=failed))
         self.tracker = None
+
+    def _its(self, name: str) -> str:
+        if self.name == "mlflow" and name not in self.names:
+            self.names[name] = legal(name, self.names.values())
+            if self.names[name] != name:
+                self.warn(f"tracker mlflow takes no metric of the name {name}: there it is {self.names[name]}")
+        return self.names.get(name, name)
 
     def _safely(self, call: Callable[[], Any]) -> Any:
         try:

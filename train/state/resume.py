@@ -107,8 +107,10 @@ def look(run_dir: RunDir, resume: str, environ: Mapping[str, str]) -> dict[str, 
     """Choose a checkpoint, set damaged ones aside, cut events to what the choice knows; the answer is JSON.
 
     Raises:
-        UsageError: see `checkpoint.find`; or a run with checkpoints of its own is told to go on from another run's.
+        UsageError: see `checkpoint.find`; a run with checkpoints of its own is told to go on from another run's; or
+            its events can't be read.
     """
+    starts = _starts(run_dir)  # first: nothing is set aside where events can't be read
     checkpoint.remove_unfinished(run_dir)
     meant, note = settle(run_dir, resume, environ)
     path, damaged = checkpoint.find(run_dir, meant)
@@ -126,7 +128,7 @@ def look(run_dir: RunDir, resume: str, environ: Mapping[str, str]) -> dict[str, 
     begun = Begun.read(run_dir) if meant == "auto" and path else Begun.here(resume, environ)
     elsewhere = path is not None and is_elsewhere(run_dir, str(path))
     seen = {"path": str(path or ""), "warnings": warnings, "ended": False, "note": note, "begun": asdict(begun)}
-    seen |= {"elsewhere": elsewhere, "starts": _starts(run_dir)}
+    seen |= {"elsewhere": elsewhere, "starts": starts}
     if path is None or elsewhere:
         cut_events(run_dir, 0, 0)
         return seen
@@ -139,11 +141,22 @@ def look(run_dir: RunDir, resume: str, environ: Mapping[str, str]) -> dict[str, 
     return seen | {"ended": _ended_with(run_dir, step)}
 
 
+def _events(run_dir: RunDir) -> bytes:
+    try:
+        return run_dir.events.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise UsageError(
+            f"{run_dir.events} is expected to be a file that can be read, but: {error.strerror}",
+            "move it away, or pass another --run-dir",
+        ) from None
+
+
 def _starts(run_dir: RunDir) -> list[float]:
     """Times of the starts so far, seconds since 1970."""
-    lines = run_dir.events.read_bytes().splitlines() if run_dir.events.exists() else []
     times = []
-    for line in lines:
+    for line in _events(run_dir).splitlines():
         if b'"run_started"' in line or b'"restarted"' in line:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 event = json.loads(line)
@@ -152,8 +165,7 @@ def _starts(run_dir: RunDir) -> list[float]:
 
 
 def _ended_with(run_dir: RunDir, step: int) -> bool:
-    lines = run_dir.events.read_bytes().splitlines() if run_dir.events.exists() else []
-    for line in lines:
+    for line in _events(run_dir).splitlines():
         if b'"run_finished"' in line:
             with contextlib.suppress(ValueError):  # half a line, of a run that was killed
                 if json.loads(line).get("steps") == step:
@@ -166,9 +178,7 @@ def cut_events(run_dir: RunDir, offset: int, step: int) -> None:
 
     A checkpoint's own event, and the end of a run that ended with it, were written behind the offset that it holds.
     """
-    if not run_dir.events.exists():
-        return
-    content = run_dir.events.read_bytes()
+    content = _events(run_dir)
     kept = b"".join(line for line in content[offset:].splitlines(keepends=True) if _is_kept(line, step))
     if content[offset:] == kept:
         return

@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "variable twice": ({"env": "A=1,A=2"}, "--env is expected to name each variable once"),
     "literal secret": ({"env": "WANDB_API_KEY=hunter2"}, "--env is expected to hold no secret"),
     "secret without key": ({"secret_env": "A=b"}, "--secret-env is expected to be NAME=SECRET:KEY"),
-    "both": ({"env": "A=1", "secret_env": "A=b:c"}, "expected to be about different variables, but is both about A"),
+    "both": ({"env": "A=1", "secret_env": "A=b:c"}, "expected to be about different variables, but both set A"),
     "module and program": ({"module": True, "no_python": True}, "one at a time"),
 }
 
@@ -273,7 +273,8 @@ def test_what_a_cluster_would_refuse_is_refused_here(case):
     values, expected = REFUSED[case]
     with pytest.raises(UsageError) as refused:
         KubernetesConfig(**{"image": IMAGE, **values})
-    assert expected in str(refused.value)
+    assert expected in refused.value.message
+    assert refused.value.hint
     assert "hunter2" not in str(refused.value)
     assert len(str(refused.value).splitlines()) <= 2 + (case == "injected line")
 

@@ -198,6 +198,7 @@ def test_mistakes_are_named(words, expected):
     with pytest.raises(UsageError) as refused:
         plan(words, lambda line: None)
     assert expected in str(refused.value)
+    assert refused.value.hint
 
 
 def test_a_batch_smaller_than_the_measured_ranks_is_one_sample_at_least():

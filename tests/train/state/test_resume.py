@@ -114,6 +114,28 @@ def test_resume_from_a_path_starts_another_run_there(go, tmp_path):
     assert [e["step"] for e in other.events("step")] == list(range(7, 15))
 
 
+def test_what_changed_since_the_run_that_another_one_begins_with_is_named(go, tmp_path):
+    go("--max-steps", "4", "--threads", "1", folder="first")
+    path = tmp_path / "first" / "run" / "checkpoints" / "step-00000004"
+    other = go("--resume", path, "--clip-grad-norm", "0.5", "--threads", "2", folder="second")
+    begun = "since the run that this one begins with: the bits of the following steps can differ"
+    assert f"warning: --clip-grad-norm changed from None to 0.5 {begun}" in other.stderr
+    assert f"warning: threads changed from 1 to 2 {begun}" in other.stderr
+    assert other.stderr.count("warning: ") == 2
+    assert "warning: " not in go("--resume", path, folder="same").stderr
+
+
+@pytest.mark.parametrize("of", ["own", "another"])
+def test_a_run_whose_config_can_not_be_read_is_said_to_hide_what_changed(go, tmp_path, of):
+    first = go("--max-steps", "4", "--threads", "1", folder="here")
+    (first.run_dir / "config.json").write_text("{")
+    own = of == "own"
+    flags = () if own else ("--resume", first.run_dir / "checkpoints" / "step-00000004")
+    later = go("--clip-grad-norm", "0.5", *flags, folder="here" if own else "there")
+    since = "the last start" if own else "the run that this one begins with"
+    assert f"warning: what changed since {since} can't be told: its config.json can't be read" in later.stderr
+
+
 @pytest.mark.parametrize(
     ("path", "hint"),
     [
@@ -324,3 +346,13 @@ def test_a_lock_that_can_not_be_written_is_a_sentence(go, tmp_path):
     refused = go(ranks=2, code=2)
     assert "run/lock is expected to be writable, but: Is a directory" in refused.stderr
     assert "Traceback" not in refused.stderrs
+
+
+def test_events_that_can_not_be_read_are_a_sentence_and_nothing_is_set_aside(go, tmp_path):
+    (tmp_path / "here" / "run" / "events.jsonl").mkdir(parents=True)
+    torn = tmp_path / "here" / "run" / "checkpoints" / "step-00000003"
+    torn.mkdir(parents=True)
+    refused = go(ranks=2, code=2)
+    assert "run/events.jsonl is expected to be a file that can be read, but: Is a directory\nhint: " in refused.stderr
+    assert "Traceback" not in refused.stderrs
+    assert torn.is_dir()
