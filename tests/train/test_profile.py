@@ -54,7 +54,7 @@ def test_a_profile_holds_steps_and_phases_of_all_ranks_on_one_clock_and_changes_
         other = spans[1][name]
         assert max(begin, other[0]) < min(end, other[1]), "ranks wait for each other in every step"
     assert {p.name for p in run.run_dir.iterdir()} == {p.name for p in plain.run_dir.iterdir()} | {"profile.json.gz"}
-    assert "Profiled steps 4 to 8: run/profile.json.gz" in run.stdout
+    assert f"Profiled steps 4 to 8: {run.run_dir / 'profile.json.gz'}" in run.stdout
     assert "USDT" not in run.stderrs
 
 
