@@ -18,6 +18,7 @@ FATAL = {
     "elsewhere": (["mask", "is on meta", "computes on cpu"], "__init__"),
     "evaluation trains": (["the metric error changed norm."], "model.train()"),
     "evaluation changes": (["the metric error changed first.weight"], "changes of weights"),
+    "draws": (["a batch of the same samples", "collate_fn gave another one"], "a generator of its own too"),
     "stream": (["train_data", "the same each time", "Stream"], "__getitem__(index)"),
 }
 WARNED = {
@@ -37,6 +38,7 @@ WARNED = {
     "plain numbers": ["plain attributes of the model: Net.count, detour.calls (", "register_buffer"],
     "plain flag": ["plain attributes of the model: Net.started (", "register_buffer"],
     "half": ["a batch of 4 samples was planned, but collating made one of 2"],
+    "counts": ["collate_fn changes what it keeps: batches"],
     "double": ["a batch of 4 samples was planned, but collating made one of 8"],
 }
 OF_RANKS = {

@@ -259,6 +259,28 @@ def double(items: list[Any]) -> Any:
     return torch.utils.data.default_collate(items * 2)
 
 
+def counting() -> Any:
+    batches = 0
+
+    def collate(items: list[Any]) -> Any:
+        nonlocal batches
+        batches += 1
+        x, y = torch.utils.data.default_collate(items)
+        return x * (batches < 100), y
+
+    return collate
+
+
+def drawing() -> Any:
+    own = torch.Generator().manual_seed(1)
+
+    def collate(items: list[Any]) -> Any:
+        x, y = torch.utils.data.default_collate(items)
+        return x + torch.randn(x.shape, generator=own), y
+
+    return collate
+
+
 def setting_gradients(net: Net) -> Any:
     def collate(items: list[Any]) -> Any:
         net.first.weight.grad = torch.ones_like(net.first.weight)
@@ -286,6 +308,7 @@ def build(config: LeakingConfig) -> Components:
     net.asks = leak == "rank"
     net.counts = leak.removeprefix("plain ")
     loss: Any = LOSSES.get(leak, Leaks)(net, scheduler)
+    collates = {"half": half, "double": double, "counts": counting(), "draws": drawing()}
     return Components(
         model=net,
         loss=loss,
@@ -294,7 +317,7 @@ def build(config: LeakingConfig) -> Components:
         train_data=Stream() if leak == "stream" else TensorDataset(x, y),
         eval_data=TensorDataset(x, y),
         metrics={"error": disturbing(net, leak)},
-        collate_fn={"half": half, "double": double, "uncleared": setting_gradients(net)}.get(leak),
+        collate_fn=(collates | {"uncleared": setting_gradients(net)}).get(leak),
     )
 
 
