@@ -122,8 +122,9 @@ def test_an_earlier_start_may_publish_nothing(run_dir):
     lock.release()
     check(run_dir, later)
     run_dir.lock.unlink()
-    with pytest.raises(SupersededError, match="was removed"):
+    with pytest.raises(SupersededError, match="was removed") as error:
         check(run_dir, later)
+    assert "leave the folder in place" in error.value.hint
 
 
 def test_a_run_begun_anew_where_the_folder_was_removed_is_not_taken_for_the_old_one(run_dir):

@@ -34,7 +34,8 @@ def build(config: MovingConfig) -> Components:
             torch.set_num_threads(config.loss_threads)
         return criterion(model, batch)
 
-    model = nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 1))
+    width = 8 if config.double else 256  # small gradients are looked at together
+    model = nn.Sequential(nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 1))
     x = torch.randn(64, 64)
     return Components(
         model=model,

@@ -63,6 +63,13 @@ def test_an_edited_learning_rate_is_named_with_both_numbers(warned: Any, schedul
     assert f"as it was saved in step-00000002: {name} is 0.1 there and 0.25 in build (" in text
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_edits_that_no_scheduler_makes_are_named_beside_one(warned: Any, scheduler: str) -> None:
+    assert warned(2, scheduler, lr=0.1) == []
+    (text,) = warned(4, scheduler, lr=0.1, eps=1e-4, amsgrad=True)
+    assert "amsgrad is False there and True in build, eps is 1e-08 there and 0.0001 in build (" in text
+
+
 def test_groups_are_named_where_there_are_several(warned: Any) -> None:
     assert warned(2, "none", groups=2, lr=torch.tensor(0.5)) == []
     (text,) = warned(4, "none", groups=2, lr=torch.tensor(0.25), betas=(0.5, 0.5))
