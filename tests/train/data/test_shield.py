@@ -18,6 +18,7 @@ from samestep.train.data.shield import ShieldedLoader, shield
 LOADS = """
 import sys, time, torch
 from torch.utils.data import Dataset
+from torch.utils.data._utils import worker
 from samestep.train.data.shield import ShieldedLoader, shield
 
 
@@ -29,6 +30,7 @@ class Slow(Dataset):
         return index
 
 
+worker.MP_STATUS_CHECK_INTERVAL = 600  # torch's own look for the parent, every 5 s: too late to help here
 batches = iter(ShieldedLoader(Slow(), num_workers=2, worker_init_fn=shield))
 next(batches)
 print("loading", flush=True)
@@ -48,7 +50,7 @@ def test_workers_end_at_once_with_a_rank_that_is_killed(tmp_path: Path) -> None:
     assert rank.stdout.readline() == b"loading\n"
     rank.send_signal(signal.SIGKILL)
     rank.wait(20)
-    ended, _, _ = select.select([held], [], [], 2.0)  # torch's worker looks for its parent every 5 s
+    ended, _, _ = select.select([held], [], [], 20.0)
     os.close(held)
     rank.stdout.close()
     assert ended
