@@ -28,6 +28,7 @@ SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # each holds two descriptors
 _streams: weakref.WeakSet[Any] = weakref.WeakSet()  # torch's iterators
 _starting: set[int] = set()  # threads that start workers
+_forked: list[bool] = []  # in a worker that its rank itself has forked, as no fork server did
 _at_exit: list[Finalize] = []
 
 
@@ -42,6 +43,8 @@ def shield(worker: int) -> None:  # noqa: ARG001 (worker_init_fn's form)
     rank = multiprocessing.parent_process()
     if rank is not None and rank.pid is not None:
         end_with(rank.pid)
+        if _forked and os.getppid() != rank.pid:  # it died before we got here, and nobody would tell us any more
+            os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
 
 
@@ -52,6 +55,7 @@ def _in_child() -> None:
     """
     _streams.clear()
     if threading.get_ident() in _starting:
+        _forked.append(True)
         gc.freeze()
 
 

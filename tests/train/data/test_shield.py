@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.utils.data import Dataset
 
+from samestep.train.data import shield as shield_module
 from samestep.train.data.shield import ShieldedLoader, shield
 
 LOADS = """
@@ -54,6 +56,19 @@ def test_workers_end_at_once_with_a_rank_that_is_killed(tmp_path: Path) -> None:
     os.close(held)
     rank.stdout.close()
     assert ended
+
+
+def test_a_worker_whose_rank_died_before_it_began_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def left(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(shield_module, "_forked", [True])
+    monkeypatch.setattr(shield_module.multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getpid()))
+    monkeypatch.setattr(shield_module.signal, "signal", lambda *what: None)
+    monkeypatch.setattr(shield_module._utils.worker, "_worker_info", None)
+    monkeypatch.setattr(shield_module.os, "_exit", left)
+    with pytest.raises(SystemExit):
+        shield(0)
 
 
 class OfTheParent:
