@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import select
 import signal
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from torch.utils.data import Dataset
+from torch.utils.data._utils import worker
 
 from samestep.train.data import shield as shield_module
 from samestep.train.data.shield import ShieldedLoader, shield
@@ -63,10 +65,10 @@ def test_a_worker_whose_rank_died_before_it_began_ends_at_once(monkeypatch: pyte
         raise SystemExit(code)
 
     monkeypatch.setattr(shield_module, "_forked", [True])
-    monkeypatch.setattr(shield_module.multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getpid()))
-    monkeypatch.setattr(shield_module.signal, "signal", lambda *what: None)
-    monkeypatch.setattr(shield_module._utils.worker, "_worker_info", None)
-    monkeypatch.setattr(shield_module.os, "_exit", left)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getpid()))
+    monkeypatch.setattr(signal, "signal", lambda *what: None)
+    monkeypatch.setattr(worker, "_worker_info", None)
+    monkeypatch.setattr(os, "_exit", left)
     with pytest.raises(SystemExit):
         shield(0)
 
