@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -198,7 +199,8 @@ def check_batch_repeats(dataset: Any, seed: int, collate_fn: Any = None) -> None
     """
     if collate_fn is None and not makes_batches(dataset):
         return
-    shards, samples = ShardDataset(dataset, seed, collate_fn), ShardSamples(range(min(2, len(dataset))))
+    collate = collate_fn and (lambda items: collate_fn(copy.deepcopy(items)))  # it may take the dataset's own apart
+    shards, samples = ShardDataset(dataset, seed, collate), ShardSamples(range(min(2, len(dataset))))
     try:
         first, again = (content(shards[samples]) for _ in range(2))
     except Exception:  # noqa: BLE001 (batches of another size may do; one that can't be made is told by its step)

@@ -356,6 +356,17 @@ def test_a_batch_that_comes_out_otherwise_the_second_time_is_refused() -> None:
         check_batch_repeats(InBatches(own=True), 3)
 
 
+def test_looking_at_batches_leaves_samples_whole_that_collating_takes_apart() -> None:
+    samples = [{"x": number, "label": number} for number in range(4)]
+
+    def pops(items: list[dict[str, int]]) -> Any:
+        labels = [item.pop("label") for item in items]
+        return default_collate(items), labels
+
+    check_batch_repeats(samples, 3, pops)
+    assert all("label" in sample for sample in samples)
+
+
 def test_sparse_samples_are_looked_at() -> None:
     look = look_at(torch.eye(3).to_sparse(), 0)
     assert look == look_at(torch.eye(3).to_sparse(), 0)
