@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 RECIPE = """\
 from samestep.launcher.contract import RunDir
 from samestep.train import TrainConfig
@@ -14,6 +16,7 @@ reveal_type(RunDir.events)
 """
 
 
+@pytest.mark.slow
 def test_mypy_finds_our_types_from_a_folder_of_somebody_else(tmp_path):
     (tmp_path / "recipe.py").write_text(RECIPE)
     # torch's own types are no matter here, and take most of a minute

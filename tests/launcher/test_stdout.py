@@ -76,10 +76,10 @@ def test_a_reader_who_leaves_is_not_an_error(words, samestep):
     assert (ended.stdout, ended.stderr) == ("0\n", "")
 
 
-def test_a_recipe_whose_reader_leaves_its_pages_ends_with_0(samestep):
-    for word in ("--help", "--print-config"):
-        ended = shell(samestep, f"{PYTHON} {shlex.quote(str(RECIPE))} {word} | true; echo ${{PIPESTATUS[0]}}")
-        assert (ended.stdout, ended.stderr) == ("0\n", "")
+@pytest.mark.parametrize("word", ["--help", pytest.param("--print-config", marks=pytest.mark.slow)])
+def test_a_recipe_whose_reader_leaves_its_pages_ends_with_0(word, samestep):
+    ended = shell(samestep, f"{PYTHON} {shlex.quote(str(RECIPE))} {word} | true; echo ${{PIPESTATUS[0]}}")
+    assert (ended.stdout, ended.stderr) == ("0\n", "")
 
 
 def test_a_run_directory_whose_name_is_not_utf_8_has_a_report(samestep, made):

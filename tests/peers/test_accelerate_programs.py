@@ -40,7 +40,8 @@ def test_hand_written_ddp_script_trains_time_after_time(times, tmp_path):
         assert (ended.returncode, ended.stdout) == (0, "trained on 2 ranks, restart 0\n"), ended.stderr
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_culprit_of_a_hand_written_ddp_script_is_named(rank, tmp_path):
     ended = samestep(tmp_path, WORKERS / "ddp_plain.py", "--fail-rank", str(rank))
     assert ended.returncode == 1

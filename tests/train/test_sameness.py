@@ -201,6 +201,7 @@ def test_what_one_forward_does_not_show_to_be_used_is_summed_on_any_number_of_ra
     assert all(run.bits == runs[0].bits for run in runs)
 
 
+@pytest.mark.compiler
 def test_a_loss_that_transforms_the_model_has_the_same_bits_on_any_number_of_ranks(trained: Any) -> None:
     flags = ("--shards", 3, "--global-batch-size", 6, "--epochs", 2)
     one, two, three = (trained("transformed", *flags, ranks=ranks, cwd=f"of {ranks}") for ranks in (1, 2, 3))

@@ -205,14 +205,14 @@ def adam(parameters: list[Any]) -> Optimizer:
     return torch.optim.Adam(parameters)
 
 
-OTHERS: dict[str, tuple[TrainState, str]] = {
+OTHERS: dict[str, tuple[Callable[[], TrainState], str]] = {
     "order": (
-        deep(lambda p: torch.optim.Adam([*p[2:], *p[:2]])),
+        lambda: deep(lambda p: torch.optim.Adam([*p[2:], *p[:2]])),
         "parameter 0 of the optimizer is 1.weight, there it is 0.weight",
     ),
-    "kind": (deep(lambda p: torch.optim.Adamax(p)), "the optimizer is Adamax, there it is Adam"),
-    "scheduler": (deep(adam, schedule=True), "scheduler is None there alone"),
-    "dtype": (deep(adam, kind=torch.float64), "0.weight is torch.float64, there it is torch.float32"),
+    "kind": (lambda: deep(lambda p: torch.optim.Adamax(p)), "the optimizer is Adamax, there it is Adam"),
+    "scheduler": (lambda: deep(adam, schedule=True), "scheduler is None there alone"),
+    "dtype": (lambda: deep(adam, kind=torch.float64), "0.weight is torch.float64, there it is torch.float32"),
 }
 
 
@@ -225,7 +225,7 @@ def test_state_goes_on_in_the_parts_that_it_came_from_or_not_at_all(what: str, t
     saved_and_loaded(state, deep(adam), tmp_path)
     snapshot = checkpoint.load(RunDir(tmp_path).checkpoint(0))
     with pytest.raises(ValueError, match=said):
-        other.restore(snapshot)
+        other().restore(snapshot)
 
 
 def test_an_average_that_was_left_out_is_missed(tmp_path: Path) -> None:
