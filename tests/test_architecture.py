@@ -46,7 +46,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "config": set(),
     "accelerate_settings": {"config"},
     "without_compiler": set(),
-    "environment": {"without_compiler"},
+    "environment": {"data", "without_compiler"},
     "caller": {"data", "without_compiler"},
     "cause": set(),
     "elastic_error": set(),

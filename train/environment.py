@@ -14,6 +14,7 @@ import torch
 
 from samestep.launcher.contract import ENV_LAUNCHED
 from samestep.train import without_compiler
+from samestep.train.data import rng
 
 CUBLAS_WORKSPACE = ":4096:8"
 
@@ -79,6 +80,7 @@ def record(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "random_numbers": rng.SPEC,
         "deterministic": not torch.is_deterministic_algorithms_warn_only_enabled(),
     }
 

@@ -253,7 +253,8 @@ def changes(
     before, after = without_secrets(stored["config"]), plain(config)
     differing = [(f"--{name.replace('_', '-')}", before[name], after[name]) for name in after if name in before]
     differing = [(name, old, new) for name, old, new in differing if name[2:].replace("-", "_") not in free]
-    differing += [(name, old, record.get(name)) for name, old in stored.get("environment", {}).items()]
+    environment = stored.get("environment", {})
+    differing += [(name, environment.get(name), record.get(name)) for name in record | environment]
     return [
         f"{name} changed from {old} to {new} since {since}: the bits of the following steps can differ"
         for name, old, new in differing

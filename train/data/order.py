@@ -57,6 +57,17 @@ def extend_each(state: int, parts: Sequence[int]) -> list[int]:
     return keys
 
 
+def key_tables(keys: Sequence[int], length: int) -> npt.NDArray[np.uint64]:
+    """`extend(key, number)` of many keys and each number below `length`; (keys, length) uint64."""
+    values = np.array(keys, dtype=np.uint64)[:, None] ^ _mixed_numbers(length)
+    return _mix(values)
+
+
+@lru_cache(maxsize=2)
+def _mixed_numbers(length: int) -> npt.NDArray[np.uint64]:
+    return _mix(np.arange(length, dtype=np.uint64))
+
+
 def permute(positions: Ints, n: int, seed: int, epoch: int) -> Ints:
     """Sample ids, shape and dtype of `positions` (int64, each in [0, n)), for one epoch's order of `range(n)`."""
     if n < 2:
@@ -95,6 +106,8 @@ def _round(right: Ints, half: int, round_key: np.uint64) -> Ints:
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values ^= values >> np.uint64(shift)  # in place: what is made anew each time takes longer to get than to fill
+        values *= np.uint64(factor)
+    values ^= values >> np.uint64(31)
+    return values

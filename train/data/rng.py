@@ -11,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import repeat
+from typing import Any
 
 import torch
 
 from samestep.train.data.order import begin, extend, extend_each, key
 from samestep.train.data.streams import STREAMS, Stream
+
+SPEC = "splitmix64-mt19937/2"  # changes when the same place draws other numbers
 
 # Domains keep keys of different uses apart.
 _INIT, _SHARD, _SAMPLE, _COLLATE, _EVALUATION, _BATCH = range(1, 7)
@@ -46,12 +50,13 @@ def seed_evaluation(seed: int, batch: int, shard: int) -> None:
 
 def seed_sample(seed: int, epoch: int, sample: int) -> None:
     """Seed the CPU streams that a dataset draws from while it makes one sample."""
-    _seed_cpu(key(_SAMPLE, seed, epoch, sample))
+    next(seed_samples(STREAMS, seed, epoch, [sample]))
 
 
-def sample_keys(seed: int, epoch: int, samples: Sequence[int]) -> list[int]:
-    """What each of the samples is seeded with by `seed_sample`."""
-    return extend_each(begin(4, _SAMPLE, seed, epoch), samples)
+def seed_samples(streams: Sequence[Stream], seed: int, epoch: int, samples: Sequence[int]) -> Iterator[Any]:
+    """At each turn seed these streams for the next sample, as `seed_sample` does."""
+    keys = extend_each(begin(4, _SAMPLE, seed, epoch), samples)
+    return zip(*(stream.seed_each(keys) for stream in streams), strict=True) if streams else repeat(None)
 
 
 def seed_batch(seed: int, epoch: int, first_sample: int) -> None:

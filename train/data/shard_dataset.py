@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset, Subset, default_collate
 
 from samestep.train.cause import blame
-from samestep.train.data.rng import sample_keys, seed_batch, seed_collate, streams_restored
+from samestep.train.data.rng import seed_batch, seed_collate, seed_samples, streams_restored
 from samestep.train.data.sampler import ShardSamples
 from samestep.train.data.streams import STREAMS, Stream, brought_back
 
@@ -78,11 +78,10 @@ class ShardDataset(Dataset[Batch]):
 
     def _one_by_one(self, samples: ShardSamples, seeded: Sequence[Stream]) -> list[Any]:
         items: list[Any] = []
-        dataset, looking, seeds = self.dataset, self._looked_at < _LOOKED_AT, [stream.seed for stream in seeded]
+        dataset, looking = self.dataset, self._looked_at < _LOOKED_AT
+        seeding = seed_samples(seeded, self.seed, samples.epoch, samples)
         try:
-            for sample, key in zip(samples, sample_keys(self.seed, samples.epoch, samples), strict=True):
-                for seed in seeds:
-                    seed(key)
+            for sample, _ in zip(samples, seeding, strict=False):
                 items.append(self._look_at(sample) if looking else dataset[sample])
         except BaseException as error:
             blame(error, f"sample {samples[len(items)]} of the dataset")

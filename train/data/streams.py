@@ -6,9 +6,10 @@ it for each sample. Code that brings a stream back to where it was hides what it
 
 from __future__ import annotations
 
+import _random
 import ctypes
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -16,7 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from samestep.train.data.order import key_tables
+
+Words = npt.NDArray[np.uint32]
+
 _MT19937_WORDS = 625  # 624 of the state and the position (numpy/random/src/mt19937/mt19937.h, mt19937_state)
+_AT_ONCE = 64  # samples; their words fit into a core's cache
 
 
 _PYTHON: Any = random._inst  # behind the functions of `random`
@@ -28,6 +34,9 @@ class Stream(Protocol):
 
     def seed(self, value: int) -> None:
         """Begin anew from 64 bits."""
+
+    def seed_each(self, values: Sequence[int]) -> Iterator[None]:
+        """At each turn begin anew from the next of these 64 bits, for what makes one sample after the other."""
 
     def save(self) -> Any:
         """The whole state."""
@@ -45,9 +54,33 @@ class Stream(Protocol):
 class PythonStream:
     """The functions of `random`."""
 
+    def __init__(self) -> None:
+        self._words = _memory_of_python()
+
     def seed(self, value: int) -> None:
         """See Stream; as `random.seed`, a quarter of whose time goes into looking at what it was given."""
         _seed_python(value)
+        _PYTHON.gauss_next = None
+
+    def seed_each(self, values: Sequence[int]) -> Iterator[None]:
+        """See Stream.
+
+        The 624 words of a sample's state are the halves of `extend(value, 0)`, `extend(value, 1)`, … (see order.py),
+        made for many samples at once and put in place. `random.seed` spreads a number over the words one after the
+        other, and the first draw mixes them all once more: together they take 4 times as long.
+        """
+        for begin in range(0, len(values), _AT_ONCE):
+            tables = key_tables(values[begin : begin + _AT_ONCE], _MT19937_WORDS // 2)
+            for words in tables.astype("<u8", copy=False).view("<u4"):
+                self._put(words)
+                yield
+
+    def _put(self, words: Words) -> None:
+        if self._words is None:
+            random.setstate((3, (*words.tolist(), 0), None))
+            return
+        self._words[0] = 0  # the next word to draw
+        self._words[1:] = words
         _PYTHON.gauss_next = None
 
     def save(self) -> Any:
@@ -69,6 +102,10 @@ class TorchStream:
         """See Stream; a negative number for the same bits would cost as much again, for torch tries it as unsigned."""
         torch.default_generator.manual_seed(value)
 
+    def seed_each(self, values: Sequence[int]) -> Iterator[None]:
+        """See Stream."""
+        return _one_by_one(self, values)
+
     def save(self) -> Any:
         """See Stream."""
         return torch.get_rng_state()
@@ -82,6 +119,12 @@ class TorchStream:
     def hold(self) -> Callable[[], bool]:
         """See Stream."""
         return _compared(self, self.mark(), self.save())
+
+
+def _one_by_one(stream: Stream, values: Sequence[int]) -> Iterator[None]:
+    for value in values:
+        stream.seed(value)
+        yield
 
 
 def _compared(stream: Stream, mark: Any, state: Any = None) -> Callable[[], bool]:
@@ -107,6 +150,10 @@ class NumpyStream:
     def seed(self, value: int) -> None:
         """See Stream."""
         np.random.seed(value & 0xFFFFFFFF)  # as much as torch's own CPU stream takes; 64 bits cost 4 times more
+
+    def seed_each(self, values: Sequence[int]) -> Iterator[None]:
+        """See Stream; words put in place would leave a second normal number, of which numpy shows nothing."""
+        return _one_by_one(self, values)
 
     def save(self) -> Any:
         """See Stream."""
@@ -144,9 +191,21 @@ class NumpyStream:
         return self._known
 
 
-def _memory(address: int) -> npt.NDArray[np.uint32]:
-    memory: Any = (ctypes.c_uint32 * _MT19937_WORDS).from_address(address)
+def _memory(address: int, words: int = _MT19937_WORDS) -> Words:
+    memory: Any = (ctypes.c_uint32 * words).from_address(address)
     return np.frombuffer(memory, dtype=np.uint32)
+
+
+def _memory_of_python() -> Words | None:
+    """Where the generator behind `random` has its position and its 624 words (Modules/_randommodule.c, RandomObject).
+
+    They are looked for by their values. None where they are not found in this order: another Python may differ.
+    """
+    *words, position = random.getstate()[1]
+    memory = _memory(id(_PYTHON), _random.Random.__basicsize__ // 4)
+    wanted = np.array([position, *words], dtype=np.uint32)
+    places = range(len(memory) - len(wanted) + 1)
+    return next((found for at in places if np.array_equal(found := memory[at : at + len(wanted)], wanted)), None)
 
 
 STREAMS: tuple[Stream, ...] = (PythonStream(), NumpyStream(), TorchStream())

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from samestep.train.data import shard_dataset
+from samestep.train.data.order import extend
 from samestep.train.data.sampler import ShardSamples
 from samestep.train.data.shard_dataset import ShardDataset
-from samestep.train.data.streams import STREAMS, NumpyStream
+from samestep.train.data.streams import STREAMS, NumpyStream, PythonStream
 
+KEYS = [0, 1, 1 << 63, (1 << 64) - 1, *range(100, 200)]
+FROZEN = [2893199230, 4141043390, 2856896682]  # after the last of them; a change moves everybody's augmentation
 DRAWS: dict[str, tuple[int, Callable[[], Any]]] = {
     "random.random": (0, random.random),
     "random.gauss": (0, lambda: random.gauss(0, 1)),
@@ -65,6 +68,35 @@ def test_pythons_stream_is_seeded_as_by_its_own_function(value: int) -> None:
         seed(value)
         drawn.append([random.gauss(0, 1), random.random()])
     assert drawn[0] == drawn[1]
+
+
+def test_pythons_generator_starts_each_sample_at_the_same_words_with_and_without_its_memory() -> None:
+    stream = PythonStream()
+    assert stream._words is not None
+    drawn = []
+    for _ in range(2):
+        random.gauss(0, 1)  # leaves its second number, which nobody is to draw
+        drawn.append([(random.gauss(0, 1), random.getrandbits(7), random.random()) for _ in stream.seed_each(KEYS)])
+        stream._words = None
+    assert drawn[0] == drawn[1]
+
+
+def test_what_pythons_generator_draws_for_samples_is_frozen() -> None:
+    """A change needs another SPEC. Here the words are made one by one, by the function that makes keys."""
+    for key, _ in zip(KEYS, PythonStream().seed_each(KEYS), strict=True):
+        words = [half for number in range(312) for half in divmod(extend(key, number), 1 << 32)[::-1]]
+        assert random.getstate() == (3, (*words, 0), None)
+    assert [random.getrandbits(32) for _ in range(3)] == FROZEN
+
+
+def test_first_numbers_of_samples_are_spread_evenly_and_know_nothing_of_each_other() -> None:
+    keys = list(range(1 << 14))
+    first = np.array([(random.random(), random.random()) for _ in PythonStream().seed_each(keys)])
+    for pairs in (first, np.column_stack([first[:-1, 0], first[1:, 0]])):  # of one sample, of its neighbour
+        cells = (8 * pairs).astype(np.int64) @ [8, 1]
+        counts = np.bincount(cells, minlength=64)
+        expected = len(pairs) / 64
+        assert ((counts - expected) ** 2 / expected).sum() < 108  # chi-square of 63 degrees: 1 in 3000 is above
 
 
 @pytest.mark.parametrize("value", [0, 5, 1 << 63, (1 << 63) + 5, (1 << 64) - 1])
