@@ -139,6 +139,7 @@ class Terminal:
         os.close(self._theirs)
 
 
+@pytest.mark.slow
 def test_pdb_works_on_a_terminal(tmp_path):
     with contextlib.closing(Terminal(tmp_path, "--pdb", "0", BREAK="0", RAISE="0")) as terminal:
         for awaited, typed in (

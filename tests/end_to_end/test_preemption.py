@@ -167,7 +167,7 @@ def assert_no_step_lost(outcome, reference):
         pytest.param("samestep", 2, signal.SIGUSR1, 75, marks=slow),
         pytest.param("samestep", 2, signal.SIGINT, 75, marks=slow),
         pytest.param("python", 1, signal.SIGTERM, 75, marks=slow),
-        ("python", 1, signal.SIGINT, 75),
+        pytest.param("python", 1, signal.SIGINT, 75, marks=slow),
         pytest.param("torchrun", 2, signal.SIGTERM, 1, marks=slow),
         pytest.param("accelerate", 2, signal.SIGTERM, 1, marks=slow),
     ],

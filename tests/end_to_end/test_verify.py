@@ -108,6 +108,7 @@ def test_each_start_of_a_stopped_run_has_steps_of_every_kind_or_the_recipe_is_ca
     assert bool(short) == bool(too_short(stops, steps))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_recipe_that_is_too_short_to_be_stopped_is_told_so(tmp_path):
     recipe = RECIPES / "seed_linear.py"

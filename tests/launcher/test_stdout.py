@@ -88,6 +88,7 @@ def test_a_run_directory_whose_name_is_not_utf_8_has_a_report(samestep, made):
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_what_an_encoding_lacks_is_printed_as_escapes(samestep):
     (samestep.cwd / "own.py").write_text(
         "from dataclasses import dataclass\nfrom samestep.train import TrainConfig, train\n"

@@ -49,6 +49,7 @@ def test_culprit_of_a_hand_written_ddp_script_is_named(rank, tmp_path):
     assert "ddp_plain.py:19 in main" in ended.stderr
 
 
+@pytest.mark.slow
 def test_recipes_store_lives_on_the_socket_that_was_handed_over(tmp_path):
     ended = samestep(tmp_path, WORKERS / "store_on_fd.py")
     assert (ended.returncode, ended.stdout) == (0, "met\n"), ended.stderr

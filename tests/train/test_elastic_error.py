@@ -78,6 +78,7 @@ def test_without_a_run_directory_a_mistake_is_told_at_once_and_by_one_rank_of_an
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_torchrun_names_the_rank_that_raised_and_what(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.py"

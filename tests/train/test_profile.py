@@ -71,6 +71,7 @@ def test_a_run_that_ends_early_writes_the_steps_there_were_and_a_resumed_one_ski
     assert "step 4" not in names, "an earlier profile is replaced"
 
 
+@pytest.mark.slow
 def test_a_profile_that_cant_be_written_costs_no_run(trained: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "job" / "run"
     (run_dir / "profile.json.gz").mkdir(parents=True)

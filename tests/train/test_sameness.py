@@ -24,7 +24,7 @@ def differing(trained: Any, *flags: object, shards: int, worlds: tuple[int, ...]
     return [world for world, bits in found.items() if bits != expected]
 
 
-@pytest.mark.parametrize(("shards", "worlds"), [(4, (2, 3, 4)), (3, (2, 3))])
+@pytest.mark.parametrize(("shards", "worlds"), [(4, (3, 4)), (3, (2,))])
 def test_everything_that_is_hard_has_the_same_bits_on_any_number_of_ranks(
     trained: Any, shards: int, worlds: tuple[int, ...]
 ) -> None:
@@ -70,17 +70,15 @@ def test_autocast_is_not_ignored(trained: Any) -> None:
 
 
 def test_gradient_clipping_keeps_the_promise_and_clips(trained: Any) -> None:
-    assert differing(trained, "--clip-grad-norm", 0.05, shards=4, worlds=(2, 3)) == []
-    assert (
-        trained("everything", "--shards", 4, cwd="loose").digest
-        != trained("everything", "--shards", 4, "--clip-grad-norm", 0.05, cwd="tight").digest
-    )
+    flags = ("--shards", 4, "--clip-grad-norm", 0.05)
+    tight = [trained("everything", *flags, ranks=ranks, cwd=f"tight on {ranks}").bits for ranks in (1, 3)]
+    assert tight[0] == tight[1] != trained("everything", "--shards", 4, cwd="loose").bits
 
 
 def test_ranks_without_a_sample_and_surplus_ranks_keep_the_promise(trained: Any) -> None:
     """Last batch of 2 samples for 4 shards; and more ranks than shards."""
     flags = ("--no-normalise", "--samples", 37, "--global-batch-size", 7)
-    assert differing(trained, *flags, shards=4, worlds=(2, 3, 5)) == []
+    assert differing(trained, *flags, shards=4, worlds=(2, 5)) == []
 
 
 def test_a_batch_of_one_sample_keeps_buffers_and_bits(trained: Any) -> None:
