@@ -13,7 +13,7 @@ import torch
 
 from samestep.launcher import who_started
 from samestep.launcher.contract import RankInfo, RunDir, WorkerEnv
-from samestep.train import environment
+from samestep.train import environment, sources
 from samestep.train.accelerate_settings import fewer_than_asked, not_followed
 from samestep.train.config import plain
 from samestep.train.fused import fused_hint
@@ -61,6 +61,7 @@ def _record(run: Run, run_dir: RunDir, member: Membership, begin: tuple[int, int
             "seed": run.config.seed,
             "dataset": run.state.facts["dataset"],
             "environment": environment.record(member.device),
+            "code": sources.of_recipe(),
         }
         problem = _replace(run_dir.config, json.dumps(content, indent=1) + "\n")
     run.reporter.started(max(generation, run.state.restarts), shards, ranks, run.max_steps)
