@@ -76,6 +76,13 @@ def _check_materialised(model: nn.Module) -> None:
             + " none yet",
             "run one batch through the model in build, before the optimizer is made: its lazy layers then know them",
         )
+    if empty := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
+        raise UsageError(
+            f"the model is expected to have its values when build returns it, but {empty[0]} is on the meta device"
+            + (f", as are {len(empty) - 1} more" if len(empty) > 1 else ""),
+            "make it outside of torch.device('meta'), or call model.to_empty(device='cpu') and initialise it, before "
+            "the optimizer is made",
+        )
 
 
 def _check_update(optimizer: Optimizer) -> None:
