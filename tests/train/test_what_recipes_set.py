@@ -65,3 +65,13 @@ def test_a_model_without_values_is_a_sentence(start: Any) -> None:
     ended = start("moving", "--run-dir", "run", "--meta")
     assert set(ended.codes) == {2}
     assert "returns it, but 0.weight is on the meta device, as are 8 more" in ended.stderr
+
+
+def test_weights_are_looked_for_where_the_recipe_was_started(trained: Any, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    first = trained("moving", *FLAGS, cwd="first")
+    (tmp_path / "second").mkdir()
+    (first.run_dir / "weights.safetensors").rename(tmp_path / "second" / "first.safetensors")
+    began = ("--weights", "first.safetensors", "--max-steps", 0, "--folder", elsewhere)
+    assert trained("moving", *FLAGS, *began, cwd="second").digest == first.digest
