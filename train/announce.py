@@ -37,6 +37,8 @@ def announce(
         run.reporter.note(found.note)
     if found.snapshot is not None:
         run.reporter.resumed(run.state.step, run.state.epoch, found.source)
+    if run.config.trackers:
+        member.group.barrier()  # starting them takes rank zero seconds, which would count as the first step of others
 
 
 def _record(run: Run, run_dir: RunDir, member: Membership, begin: tuple[int, int, Found]) -> None:
