@@ -121,7 +121,7 @@ class RunDir:
 
     @property
     def config(self) -> Path:
-        """Resolved configuration, versions, seed, shards, threads, dataset fingerprint."""
+        """Resolved configuration, versions, seed, shards, threads, fingerprints of dataset and code."""
         return self.path / "config.json"
 
     @property

@@ -53,6 +53,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "leave": {"cause", "elastic_error"},
     "post_mortem": {"cause", "leave"},
     "as_main": set(),
+    "sources": set(),
     "doctor": set(),
     "recipe": set(),
     "supervised": {"recipe"},

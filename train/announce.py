@@ -13,7 +13,7 @@ import torch
 
 from samestep.launcher import who_started
 from samestep.launcher.contract import RankInfo, RunDir, WorkerEnv
-from samestep.train import environment
+from samestep.train import environment, sources
 from samestep.train.accelerate_settings import fewer_than_asked, not_followed
 from samestep.train.config import plain
 from samestep.train.fused import fused_hint
@@ -37,6 +37,8 @@ def announce(
         run.reporter.note(found.note)
     if found.snapshot is not None:
         run.reporter.resumed(run.state.step, run.state.epoch, found.source)
+    if run.config.trackers:
+        member.group.barrier()  # starting them takes rank zero seconds, which would count as the first step of others
 
 
 def _record(run: Run, run_dir: RunDir, member: Membership, begin: tuple[int, int, Found]) -> None:
@@ -61,6 +63,7 @@ def _record(run: Run, run_dir: RunDir, member: Membership, begin: tuple[int, int
             "seed": run.config.seed,
             "dataset": run.state.facts["dataset"],
             "environment": environment.record(member.device),
+            "code": sources.of_recipe(),
         }
         problem = _replace(run_dir.config, json.dumps(content, indent=1) + "\n")
     run.reporter.started(max(generation, run.state.restarts), shards, ranks, run.max_steps)

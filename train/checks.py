@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from samestep.launcher.contract import UsageError
 from samestep.train.data.fingerprint import Look, content, look_at
 from samestep.train.data.map_style import require_map_style
+from samestep.train.data.rng import streams_restored
 from samestep.train.data.sampler import ShardSamples
 from samestep.train.data.shard_dataset import ShardDataset, makes_batches
 from samestep.train.parallel.shards import smallest_shard
@@ -75,6 +77,13 @@ def _check_materialised(model: nn.Module) -> None:
             + (f" and {len(lazy) - 1} more have" if len(lazy) > 1 else " has")
             + " none yet",
             "run one batch through the model in build, before the optimizer is made: its lazy layers then know them",
+        )
+    if empty := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
+        raise UsageError(
+            f"the model is expected to have its values when build returns it, but {empty[0]} is on the meta device"
+            + (f", as are {len(empty) - 1} more" if len(empty) > 1 else ""),
+            "make it outside of torch.device('meta'), or call model.to_empty(device='cpu') and initialise it, before "
+            "the optimizer is made",
         )
 
 
@@ -206,13 +215,28 @@ def check_batch_repeats(dataset: Any, seed: int, collate_fn: Any = None) -> None
     except Exception:  # noqa: BLE001 (batches of another size may do; one that can't be made is told by its step)
         return
     if first != again:
-        by = "__getitems__" if collate_fn is None else "collate_fn"
+        by = "collate_fn"
+        if makes_batches(dataset) and (collate is None or _repeats(dataset, seed, collate, samples)):
+            by = "__getitems__"
         raise UsageError(
             f"a batch of the same samples is expected to be the same each time it is made, but {by} gave another one",
             "what it keeps from batch to batch, a generator of its own too, depends on ranks and loader workers: let "
             "the batch depend on its samples alone, and draw from torch's, numpy's or Python's global random numbers, "
             "which are seeded for each batch; --check never goes on without this look",
         )
+
+
+def _repeats(dataset: Any, seed: int, collate: Callable[[Any], Any], samples: ShardSamples) -> bool:
+    """Whether the items of one batch, fetched once, come out alike when they are collated twice."""
+    seen: list[bytes] = []
+
+    def twice(items: Any) -> Any:
+        for _ in range(2):
+            with streams_restored():
+                seen.append(content(collate(items)))
+
+    ShardDataset(dataset, seed, twice)[samples]
+    return seen[0] == seen[1]
 
 
 def check_shard_size(

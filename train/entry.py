@@ -198,7 +198,9 @@ def _train(build: Callable[[Any], Components], call: _Call) -> Result:
     shards = start.choose_shards(config, stored, env.world_size)
     threads = config.threads or stored.get("threads") or environment.threads_for(shards)
     environment.pin(threads, config.allow_nondeterministic)
-    member = join(env, pick_device(config.device, env), run_dir.path)
+    device = pick_device(config.device, env)
+    environment.require_default_device(device)
+    member = join(env, device, run_dir.path)
     environment.pin(threads, config.allow_nondeterministic)  # joining may have set the thread count
     leave.end_hard(member)
     progress.pulse.count_by(member.group.collectives)
@@ -226,10 +228,9 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     config, run_dir, progress = call.config, call.run_dir, call.progress
     run: Run
     found = start.find_state(run_dir, config, member)
-
     # --- build
     progress(0, "build")
-    components, told = environment.keeping_threads(lambda: _built(build, config, member, shards))
+    components, told = environment.keeping_threads(lambda: _built(build, config, member, shards), member.device)
     if config.weights is not None and found.snapshot is None:
         start.load_weights(components.model, config.weights)
     components.model.to(member.device)
@@ -239,8 +240,8 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     signals = StopSignals(active=not program.in_notebook())
     calls = (lambda text: run.reporter.note(text)), (lambda: run.step.clock.skip())
     progress.pulse = profile.around(progress.pulse, config.profile, member.group, run_dir.path, *calls)
-    place = (config, member, run_dir, shards, call.generation)
-    setting = Setting(*place, facts, progress.pulse, joined.fence, signals, joined.micro_batches, call.ends)
+    place = (config, member, run_dir, shards, call.generation, facts, progress.pulse)
+    setting = Setting(*place, joined.fence, signals, joined.micro_batches, call.ends)
     run = assemble(components, setting, progress)
     progress.clock, progress.micro_batches = run.step.clock, run.step.micro_batches
     if member.env.distributed:
@@ -296,5 +297,4 @@ def _facts(components: Components, joined: _Joined) -> dict[str, Any]:
     if joined.call.config.check != "never":
         check_data_repeats(components, seed, look)
     known = {"seed": seed, "shards": joined.shards, "order": SPEC, "dataset": look.fingerprint}
-    known["micro_batches"] = joined.micro_batches.count
-    return known | environment.record(joined.member.device)
+    return known | {"micro_batches": joined.micro_batches.count} | environment.record(joined.member.device)

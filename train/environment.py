@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from samestep.launcher.contract import ENV_LAUNCHED
+from samestep.launcher.contract import ENV_LAUNCHED, UsageError
 from samestep.train import without_compiler
 from samestep.train.data import rng
 
@@ -39,10 +39,17 @@ def pin(threads: int, allow_nondeterministic: bool) -> None:
 Built = TypeVar("Built")
 
 
-def keeping_threads(build: Callable[[], Built]) -> tuple[Built, list[str]]:
-    """What `build` makes, with the thread count as it was before, and a sentence where `build` had changed it."""
+def keeping_threads(build: Callable[[], Built], device: torch.device) -> tuple[Built, list[str]]:
+    """What `build` makes, with the thread count as it was before, and a sentence where `build` had changed it.
+
+    Raises:
+        UsageError: see `require_default_device`; in place of what `build` raised, which came of it.
+    """
     threads = torch.get_num_threads()
-    built = build()
+    try:
+        built = build()
+    finally:
+        require_default_device(device)
     found = torch.get_num_threads()
     if found == threads:
         return built, []
@@ -51,6 +58,24 @@ def keeping_threads(build: Callable[[], Built]) -> tuple[Built, list[str]]:
         f"build sets {found} threads, but a rank goes on with {threads}: bits depend on it, so it follows from "
         "--threads or --shards alone"
     ]
+
+
+def require_default_device(device: torch.device) -> None:
+    """Judge where torch makes tensors unless told otherwise: samples and keys are drawn on the CPU.
+
+    Raises:
+        UsageError: neither there nor on `device`.
+    """
+    try:
+        found = torch.get_default_device().type
+    except (AssertionError, RuntimeError) as error:  # torch makes a tensor there to see
+        found = f"one that is not there ({str(error).splitlines()[0]})"
+    if found not in ("cpu", device.type):
+        raise UsageError(
+            f"torch's default device is expected to be cpu{'' if device.type == 'cpu' else ' or ' + device.type}, as "
+            f"this rank computes on {device.type}, but the recipe has set {found}",
+            "leave torch.set_default_device out: --device decides, and model and batches are moved there",
+        )
 
 
 @contextlib.contextmanager

@@ -18,9 +18,11 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 def load(config_type: type[Config], argv: Sequence[str], rank: int) -> Config:
-    """The configuration; only rank zero answers to --help."""
+    """The configuration; only rank zero answers to --help. Weights are looked for from here: build may go elsewhere."""
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):
-        return options.load(config_type, argv, os.environ, program=Path(name()).name)
+        config = options.load(config_type, argv, os.environ, program=Path(name()).name)
+    config.weights = config.weights and config.weights.absolute()
+    return config
 
 
 def name() -> str:

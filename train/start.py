@@ -20,6 +20,7 @@ from samestep.launcher import manifest
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RunDir, UsageError
 from samestep.launcher.lock import RunLock
 from samestep.launcher.secret_names import without_secrets
+from samestep.train import sources
 from samestep.train.config import TrainConfig, plain
 from samestep.train.loop import Run
 from samestep.train.observe.guards.check import listed
@@ -70,7 +71,8 @@ def stored_config(run_dir: RunDir, resume: str) -> dict[str, Any]:
     path = Path(resume).resolve()
     other = RunDir(path.parent.parent)
     theirs = _written(other) if path.parent == other.checkpoints else {}  # else it was copied out of its run
-    settings = {name: theirs[name] for name in ("config", "environment") if isinstance(theirs.get(name), dict)}
+    told = "config", "environment", "code"
+    settings = {name: theirs[name] for name in told if isinstance(theirs.get(name), dict)}
     return settings | _facts([path])
 
 
@@ -241,7 +243,7 @@ def changes(
     follows_evaluations: bool = False,
     elsewhere: bool = False,
 ) -> list[str]:
-    """Sentences about settings that are not as at the last start and can change bits, though not order or shapes.
+    """Sentences about settings and code that are not as at the last start and can change bits, not order or shapes.
 
     `follows_evaluations`: the learning rate does (ReduceLROnPlateau), so when they come matters. `elsewhere`: it begins
     with another run's checkpoint, so that run's settings are meant.
@@ -255,11 +257,10 @@ def changes(
     differing = [(name, old, new) for name, old, new in differing if name[2:].replace("-", "_") not in free]
     environment = stored.get("environment", {})
     differing += [(name, environment.get(name), record.get(name)) for name in record | environment]
-    return [
-        f"{name} changed from {old} to {new} since {since}: the bits of the following steps can differ"
-        for name, old, new in differing
-        if old != new and name != "python"
-    ]
+    told = [f"{n} changed from {old} to {new}" for n, old, new in differing if old != new and n != "python"]
+    edited = sources.changed(stored.get("code", {}), sources.of_recipe())
+    told += [f"the recipe's code changed in {edited}"] if edited else []
+    return [f"{what} since {since}: the bits of the following steps can differ" for what in told]
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:

@@ -116,7 +116,9 @@ def flatten(config: Mapping[str, Any]) -> dict[str, str]:
     for name, value in config.items():
         inside = value if isinstance(value, dict) else {"": value}
         for key, leaf in inside.items():
-            label = f"--{key.replace('_', '-')}" if name == "config" else f"{name} {key}".strip().replace("_", " ")
+            words = f"{name} {key}".strip()
+            label = f"--{key.replace('_', '-')}" if name == "config" else words.replace("_", " ")
+            label = words if name == "code" else label  # a file's own name
             found[label] = leaf if isinstance(leaf, str) else "not set" if leaf is None else json.dumps(leaf)
     return found
 

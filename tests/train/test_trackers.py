@@ -15,6 +15,7 @@ from samestep.train.observe.mlflow_names import legal
 from samestep.train.observe.trackers import Feed, Sent, wanted
 
 FLAGS = ("--log-every", 2, "--checkpoint-every", 4, "--shards", 2)
+SECONDS = 2.0  # that the tracker of recipes/tracked.py takes to start
 Curve = list[tuple[int, Any]]
 
 
@@ -242,3 +243,23 @@ def test_a_damaged_note_of_what_was_sent_is_begun_anew(tmp_path: Path, content: 
     (tmp_path / "trackers.json").write_text(content)
     sent = Sent(tmp_path / "trackers.json")
     assert sent.of("tensorboard")["steps"] == ({"train": 5} if "5" in content else {})
+
+
+def test_a_name_that_is_a_folder_of_another_one_has_a_file_beside_it() -> None:
+    assert legal("eval/acc/top1", ["eval/acc"]) == "eval/acc_top1"
+    assert legal("eval/acc", ["eval/acc/top1"]) == "eval/acc_2"
+    assert legal("eval/accuracy", ["eval/acc"]) == "eval/accuracy"
+    assert legal("a/b/c/d", ["a", "a_b"]) == "a_b_c/d"
+
+
+def test_both_metrics_reach_mlflow_and_no_rank_waits_for_its_start_in_a_step(
+    trained: Any, store: dict[str, str]
+) -> None:
+    ended = trained("tracked", "--shards", 2, "--trackers", "mlflow", ranks=2, env=store)
+    (warning,) = ended.events("warning")
+    assert warning["text"] == "tracker mlflow takes no metric of the name eval/acc/top1: there it is eval/acc_top1"
+    values = ended.events("eval")[0]["metrics"]
+    for name, ours in (("eval/acc", "acc"), ("eval/acc_top1", "acc/top1")):
+        assert mlflow_curve(store["MLFLOW_TRACKING_URI"], ended.run_dir, name) == [(2, values[ours])]
+    seconds = ended.events("step")[0]["seconds"]
+    assert sum(phase["max"] for phase in seconds.values()) < SECONDS

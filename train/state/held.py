@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class HeldParts:
             UsageError: it does not, so nothing could go on from a checkpoint, or weights would begin anew there.
         """
         state = self.model.state_dict()
-        if state.keys() == self._saved and type(self.model).load_state_dict is nn.Module.load_state_dict:
+        if state.keys() == self._saved and not loads_in_a_way_of_its_own(self.model):
             return
         lost = self._lost(pytree.tree_map_only(Tensor, torch.clone, dict(state)))
         if lost:
@@ -46,7 +47,8 @@ class HeldParts:
                 "Components.model is expected to bring all weights that train back from its own state_dict, but "
                 f"these stay as they are: {listed(lost)}",
                 "a checkpoint has what state_dict returns, so they would begin anew where a run goes on: return them "
-                "from state_dict and take them in load_state_dict, or freeze them by requires_grad_(False)",
+                "from state_dict and take them in load_state_dict (_load_from_state_dict of a part), or freeze them by "
+                "requires_grad_(False)",
             )
 
     def _lost(self, state: dict[str, Any]) -> list[str]:
@@ -102,6 +104,38 @@ class HeldParts:
                 "register_buffer with its values in build, for a checkpoint is loaded into what build makes; or "
                 "persistent=False for what is the same however often it is made",
             )
+
+
+def loads_in_a_way_of_its_own(model: nn.Module) -> bool:
+    """Whether code that is not torch's decides what the model, or a module in it, takes from a state_dict."""
+    for module in model.modules():
+        hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
+        methods = type(module).load_state_dict, type(module)._load_from_state_dict
+        if not all(_is_of_torch(getattr(called, "hook", called)) for called in (*methods, *hooks)):
+            return True
+    return False
+
+
+def _is_of_torch(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__module__", "")).startswith("torch.")
+
+
+def bring_back(model: nn.Module, state: dict[str, Any]) -> None:
+    """`model.load_state_dict(state)`, and a look where it is not torch's alone.
+
+    Raises:
+        ValueError: a tensor is another one than in `state`.
+        RuntimeError: names or shapes do not fit (from torch).
+    """
+    model.load_state_dict(dict(state))
+    if not loads_in_a_way_of_its_own(model):
+        return
+    now = model.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if lost := [name for name, value in tensors.items() if name not in now or not same_bits(now[name], value)]:
+        raise ValueError(f"{type(model).__name__}.load_state_dict does not bring back what was saved: {listed(lost)}")
 
 
 def _what(was_there: bool, is_there: bool) -> str:

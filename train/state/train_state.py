@@ -32,6 +32,7 @@ from samestep.train.state.as_saved import (
 )
 from samestep.train.state.checkpoint import Snapshot
 from samestep.train.state.codec import decode, encode, not_finite, unshared
+from samestep.train.state.held import bring_back
 
 
 @dataclass(slots=True)
@@ -172,7 +173,7 @@ class TrainState:
         weights |= {f"model.{name}": snapshot.weights[first] for name, first in snapshot.state["aliases"].items()}
         require_same_dtypes(self.components.model, snapshot.weights)
         make_writable(self.components.model, snapshot.weights)
-        self.components.model.load_state_dict(decode(snapshot.state["model"], weights))
+        bring_back(self.components.model, decode(snapshot.state["model"], weights))
         tensors = laid_out(snapshot.tensors, snapshot.state.get("strides", {}))
         tensors |= {name: tensors[first].clone() for name, first in snapshot.state["tree_aliases"].items()}
         trees = decode(snapshot.state["trees"], tensors)

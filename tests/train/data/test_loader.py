@@ -356,6 +356,22 @@ def test_a_batch_that_comes_out_otherwise_the_second_time_is_refused() -> None:
         check_batch_repeats(InBatches(own=True), 3)
 
 
+def test_the_one_of_two_that_makes_another_batch_is_blamed() -> None:
+    own = np.random.default_rng(0)
+
+    def stays(samples: list[Any]) -> Any:
+        return torch.tensor(samples) + torch.rand(1) + np.random.rand()
+
+    def draws(samples: list[Any]) -> Any:
+        return torch.tensor(samples) + own.random()
+
+    check_batch_repeats(InBatches(own=False), 3, stays)
+    with pytest.raises(UsageError, match="but __getitems__ gave another one"):
+        check_batch_repeats(InBatches(own=True), 3, stays)
+    with pytest.raises(UsageError, match="but collate_fn gave another one"):
+        check_batch_repeats(InBatches(own=False), 3, draws)
+
+
 def test_looking_at_batches_leaves_samples_whole_that_collating_takes_apart() -> None:
     samples = [{"x": number, "label": number} for number in range(4)]
 

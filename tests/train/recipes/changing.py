@@ -66,6 +66,34 @@ class Forgetful(Net):
         return super().load_state_dict({n: v for n, v in state_dict.items() if "head" not in n}, False, assign)
 
 
+class Head(nn.Linear):
+    """A part that loads nothing of its own, or not how often it was called."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(3, 1)
+        self.way = way
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+        if self.training:
+            self.seen += 1
+        return super().forward(input)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: Any) -> None:
+        mine = ("weight", "bias", "seen") if self.way == "forgetful part" else ("seen",)
+        super()._load_from_state_dict(
+            {n: v for n, v in state_dict.items() if n not in [prefix + m for m in mine]}, prefix, *more
+        )
+        more[2].clear()
+
+
+class OfParts(Net):
+    def __init__(self, way: str) -> None:
+        super().__init__(way)
+        self.head = Head(way)
+
+
 class Renamed(Net):
     """A pair that fits."""
 
@@ -80,6 +108,7 @@ class Renamed(Net):
 
 def build(config: Config) -> Components:
     kinds = {"adapters": Adapters, "tolerant": Tolerant, "frozen": Tolerant, "forgetful": Forgetful, "renamed": Renamed}
+    kinds |= {"forgetful part": OfParts, "uncounted part": OfParts}
     model = kinds.get(config.way, Net)(config.way)
     model.body.requires_grad_(config.way != "frozen")
     return Components(

@@ -1,4 +1,4 @@
-"""Goes to another folder, sets the number of threads, or makes float64 the default, in build or in the loss."""
+"""Goes to another folder, sets threads, a default device, or makes float64 the default, in build or in the loss."""
 
 import os
 from dataclasses import dataclass
@@ -18,9 +18,13 @@ class MovingConfig(TrainConfig):
     build_threads: int = 0
     loss_threads: int = 0
     double: bool = False
+    default_device: str = ""
+    meta: bool = False
 
 
 def build(config: MovingConfig) -> Components:
+    if config.default_device:
+        torch.set_default_device(config.default_device)
     if config.folder:
         os.chdir(config.folder)
     if config.build_threads:
@@ -36,6 +40,8 @@ def build(config: MovingConfig) -> Components:
 
     width = 8 if config.double else 256  # small gradients are looked at together
     model = nn.Sequential(nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 1))
+    if config.meta:
+        model = model.to("meta")
     x = torch.randn(64, 64)
     return Components(
         model=model,
@@ -47,4 +53,6 @@ def build(config: MovingConfig) -> Components:
 
 
 if __name__ == "__main__":
+    if os.environ.get("DEFAULT_DEVICE"):
+        torch.set_default_device(os.environ["DEFAULT_DEVICE"])
     train(build, MovingConfig)

@@ -15,6 +15,7 @@ CHANGES = {
     "adapters": ('load its own state_dict, but does not: Missing key(s) in state_dict: "body.weight"', "fits it"),
     "tolerant": ("these stay as they are: body.weight, body.bias", "return them from state_dict"),
     "forgetful": ("these stay as they are: head.weight, head.bias", "take them in load_state_dict"),
+    "forgetful part": ("these stay as they are: head.weight, head.bias", "_load_from_state_dict of a part"),
 }
 
 
@@ -40,3 +41,11 @@ def test_a_cache_that_is_not_saved_a_pair_that_fits_and_frozen_weights_left_out_
     whole = trained("changing", "--way", way, "--shards", 2, ranks=2, cwd="whole")
     trained("changing", "--way", way, "--shards", 2, "--max-steps", 3, cwd="resumed")
     assert trained("changing", "--way", way, "--shards", 2, cwd="resumed").bits == whole.bits
+
+
+def test_a_part_that_leaves_out_what_has_changed_is_refused_by_a_run_that_goes_on(start: Any, trained: Any) -> None:
+    flags = ("--way", "uncounted part", "--shards", 2)
+    trained("changing", *flags, "--max-steps", 3, ranks=2)
+    ended = start("changing", "--run-dir", "run", *flags)
+    assert ended.codes == [2]
+    assert "OfParts.load_state_dict does not bring back what was saved: head.seen" in ended.stderr

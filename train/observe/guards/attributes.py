@@ -1,4 +1,4 @@
-"""State that a loss or collate_fn keeps outside of parameters and buffers: no checkpoint has it, each rank its own."""
+"""State outside of parameters, buffers and state_dict: no checkpoint has it, and each rank its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from samestep.train.observe.guards.check import Check, Finding, Subject, listed
-from samestep.train.observe.guards.kept import Drawn, of_late_buffers, of_loss, of_model
+from samestep.train.observe.guards.kept import Drawn, beside_state_dict, of_late_buffers, of_loss, of_model
 from samestep.train.parallel.shards import StepPlan
 
 _TWICE = 2  # a number that changes once is what was cached, such as a length
@@ -24,10 +24,14 @@ class PlainAttributes(Check):
         self._model = _Kept(lambda: {**dict(of_model(model)), **dict(of_late_buffers(model, known))})
         self._loss = _Kept(lambda: dict(of_loss(subject.loss, model)))
         self._collate = _Kept(lambda: dict(of_loss(subject.collate_fn, model)))
+        self._optimizer = _Kept(lambda: dict(beside_state_dict(subject.optimizer)))
+        self._scheduler = _Kept(lambda: dict(beside_state_dict(subject.scheduler)))
+        self._of_steps = self._collate, self._optimizer, self._scheduler
 
     def before_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
         """Batches are made inside of a step; those that workers make leave no trace here."""
-        self._collate.begin()
+        for kept in self._of_steps:
+            kept.begin()
         return ()
 
     def before_loss(self, batch: object, samples: int) -> tuple[()]:  # noqa: ARG002
@@ -44,14 +48,14 @@ class PlainAttributes(Check):
 
     def after_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
         """Count what changed in the step."""
-        self._collate.end()
+        for kept in self._of_steps:
+            kept.end()
         return ()
 
     def forget(self) -> None:
         """What was counted belongs to steps that are done again."""
-        self._model.forget()
-        self._loss.forget()
-        self._collate.forget()
+        for kept in (self._model, self._loss, *self._of_steps):
+            kept.forget()
 
     def conclude(self) -> Iterator[Finding]:
         """Name them."""
@@ -74,6 +78,14 @@ class PlainAttributes(Check):
                 "samples, and draw from the random numbers of torch, numpy or random themselves, which are seeded for "
                 "each batch; fine where no batch depends on it",
             )
+        for part, kept in (("optimizer", self._optimizer), ("scheduler", self._scheduler)):
+            of_part = kept.conclude()
+            if changed := of_part.state + of_part.generators:
+                yield Finding(
+                    f"the {part} changes what its state_dict leaves out: {listed(changed)}",
+                    "no checkpoint has that, so a run that goes on begins with what build sets there: return it from "
+                    "state_dict and take it in load_state_dict; fine where no step depends on it",
+                )
         if drawn := of_model_.generators + of_loss_.generators:
             yield Finding(
                 f"the loss draws from random numbers of its own: {listed(drawn)}",

@@ -9,20 +9,25 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import sys
 import types
 import zlib
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from samestep.train.parallel.fingerprint import sum_of_bits
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # `training` has a check of its own
+_OF_EVERY_OPTIMIZER = frozenset({"defaults", "_opt_called", "_warned_capturable_if_run_uncaptured"})
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 _MOST_BYTES = 1 << 22  # of a tensor or array that is looked at: a larger one is data rather than a state
 _MOST_ITEMS = 64  # of a container, further ones count by their number
 _DEPTH = 3  # of containers in containers
@@ -42,8 +47,7 @@ def of_model(model: nn.Module) -> Iterator[tuple[str, Hashable]]:
         for key, value in vars(module).items():
             if key in _OF_EVERY_MODULE or (of_torch and key.startswith("_")):
                 continue
-            if (marked := mark(value)) is not None:
-                yield f"{path or type(model).__name__}.{key}", marked
+            yield from _marked(f"{path or type(model).__name__}.{key}", value)
 
 
 def of_late_buffers(model: nn.Module, known: Collection[str]) -> Iterator[tuple[str, Hashable]]:
@@ -60,8 +64,56 @@ def of_loss(loss: Any, model: nn.Module) -> Iterator[tuple[str, Hashable]]:
             state = (*value.named_buffers(), *value.named_parameters())
             yield from ((f"{name}.{key}", marked) for key, part in state if (marked := mark(part)) is not None)
             yield from ((f"{name}: {key}", marked) for key, marked in of_model(value))
-        elif (marked := mark(value)) is not None:
-            yield name, marked
+        elif isinstance(value, types.FunctionType) and _is_the_users(value.__module__):
+            called = ((inner, found) for inner, found in _of_function(value) if not isinstance(found, nn.Module))
+            yield from (pair for inner, found in called for pair in _marked(inner, found))
+        else:
+            yield from _marked(name, value)
+
+
+def beside_state_dict(part: Any) -> Iterator[tuple[str, Hashable]]:
+    """Attributes of an optimizer or scheduler that its state_dict leaves out; torch's own keep what they need."""
+    if part is None or type(part).__module__.startswith("torch."):
+        return
+    saved, here = part.state_dict(), getattr(part, "__dict__", {})
+    if not saved.keys() <= here.keys():  # it saves under names of its own, so what is left out can't be told
+        return
+    for key, value in here.items():
+        if key not in saved and key not in _OF_EVERY_OPTIMIZER:
+            yield from _marked(f"{type(part).__name__}.{key}", value)
+
+
+def _marked(name: str, value: Any) -> Iterator[tuple[str, Hashable]]:
+    """A value that can be marked, or else what an object of the user's own classes has in its attributes."""
+    if (marked := mark(value)) is not None:
+        yield name, marked
+        items = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+        )
+        for key, item in itertools.islice(items, _MOST_ITEMS):
+            yield from _of_object(f"{name}[{key!r}]", item)
+    else:
+        yield from _of_object(name, value)
+
+
+def _of_object(name: str, thing: Any) -> Iterator[tuple[str, Hashable]]:
+    kind = type(thing)
+    if isinstance(thing, nn.Module | Optimizer | type | types.ModuleType) or not _is_the_users(kind.__module__):
+        return
+    for key, value in getattr(thing, "__dict__", {}).items():
+        if (marked := mark(value)) is not None:
+            yield f"{name}.{key}", marked
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_the_users(module: str) -> bool:
+    """Neither of Python nor installed: loggers, progress bars and their like count too, and no loss depends on them."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module == "__main__":
+        return True
+    if file is None or module.startswith("samestep.") or module.partition(".")[0] in sys.stdlib_module_names:
+        return False
+    return _INSTALLED.isdisjoint(Path(file).parts)
 
 
 def _held(loss: Any) -> Iterator[tuple[str, Any]]:
