@@ -28,7 +28,15 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data._utils import signal_handling
 
-from samestep.launcher.contract import ErrorRecord, ExitCode, RefusedStepError, RunDir, UsageError, WorkerEnv
+from samestep.launcher.contract import (
+    ENV_LAUNCHED,
+    ErrorRecord,
+    ExitCode,
+    RefusedStepError,
+    RunDir,
+    UsageError,
+    WorkerEnv,
+)
 from samestep.launcher.lock import SupersededError
 from samestep.train import elastic_error
 from samestep.train.cause import cause_of
@@ -156,6 +164,11 @@ def early_exit(leaving: SystemExit, rank: int, generation: int, step: int, phase
     record = error_record(leaving, rank, generation, step, phase)
     hint = "every rank must take part in every step: raise an exception, or end all ranks after the same step"
     return replace(record, message=f"left with {code} before the run was done", exit_code=code or 1, hint=hint)
+
+
+def prefix(rank: int) -> str:
+    """Who speaks; the launcher puts that before what it passes on."""
+    return "" if rank == 0 or ENV_LAUNCHED in os.environ else f"[rank {rank}] "
 
 
 def is_to_tell(record: ErrorRecord, env: WorkerEnv, run_dir: RunDir) -> bool:
