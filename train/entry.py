@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from samestep.launcher import manifest, who_started
-from samestep.launcher.command_line import options
+from samestep.launcher.command_line import options, stdout
 from samestep.launcher.contract import (
     ENV_GENERATION,
     ENV_RUN_DIR,
@@ -120,6 +120,7 @@ class _Call:
 def _called(
     build: Callable[[Config], Components], config_type: type[Config], argv: Sequence[str] | None, ends: ExitStack
 ) -> Result:
+    stdout.open_all()
     env, progress = WorkerEnv(), Progress()
     run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())).absolute())
     generation = int(os.environ.get(ENV_GENERATION) or 0)
@@ -267,7 +268,11 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
 def _built(build: Callable[[Any], Components], config: Any, member: Membership, shards: int) -> Components:
     without_compiler.keep_unloaded()
     seed_everything(config.seed)
-    components = check_components(build(config))
+    try:
+        built = build(config)
+    finally:
+        stdout.open_all()
+    components = check_components(built)
     check_among_ranks(components.model, shards, member.env.world_size)
     return components
 
