@@ -101,6 +101,7 @@ def train(
             signals do what they always do there: an interrupt is a KeyboardInterrupt, and the last checkpoint stays.
         BaseException: whatever user code raised, after it was recorded for the launcher.
     """
+    stdout.open_all()
     with ExitStack() as ends:
         return _called(build, config_type, argv, ends)
 
@@ -120,7 +121,6 @@ class _Call:
 def _called(
     build: Callable[[Config], Components], config_type: type[Config], argv: Sequence[str] | None, ends: ExitStack
 ) -> Result:
-    stdout.open_all()
     env, progress = WorkerEnv(), Progress()
     run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())).absolute())
     generation = int(os.environ.get(ENV_GENERATION) or 0)
@@ -147,7 +147,8 @@ def _called(
         if early is not None:
             leave.write_record(early, run_dir)
         raise
-    except (KeyboardInterrupt, GeneratorExit):
+    except (KeyboardInterrupt, GeneratorExit) as asked:
+        leave.if_it_never_began(asked, progress.exact_phase, env.rank)
         raise
     except BaseException as seen:  # libraries have some that are no Exception, such as asyncio's CancelledError
         reason = _recorded(seen, env, progress, run_dir, generation)
@@ -269,10 +270,9 @@ def _built(build: Callable[[Any], Components], config: Any, member: Membership, 
     without_compiler.keep_unloaded()
     seed_everything(config.seed)
     try:
-        built = build(config)
+        components = check_components(build(config))
     finally:
         stdout.open_all()
-    components = check_components(built)
     check_among_ranks(components.model, shards, member.env.world_size)
     return components
 

@@ -30,6 +30,7 @@ from torch.utils.data._utils import signal_handling
 
 from samestep.launcher.contract import (
     ENV_LAUNCHED,
+    EXIT_MEANING,
     ErrorRecord,
     ExitCode,
     RefusedStepError,
@@ -38,11 +39,12 @@ from samestep.launcher.contract import (
     WorkerEnv,
 )
 from samestep.launcher.lock import SupersededError
-from samestep.train import elastic_error
+from samestep.train import elastic_error, program
 from samestep.train.cause import cause_of
 
 _BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _DOCUMENTED = frozenset(ExitCode) - {ExitCode.DONE, ExitCode.FAILED}
+_BEFORE_TRAINING = frozenset({"joining", "build"})
 _LOADER_DIED = re.compile(r"DataLoader worker \(pid \d+\) ")  # with the signal or status, which torch then leaves out
 _LOADER_LOOKS, _LOADER_PAUSE = 10, 0.02
 _LATE = "it hangs or is slow before it calls train(): see its log; --join-timeout waits longer"
@@ -169,6 +171,23 @@ def early_exit(leaving: SystemExit, rank: int, generation: int, step: int, phase
 def prefix(rank: int) -> str:
     """Who speaks; the launcher puts that before what it passes on."""
     return "" if rank == 0 or ENV_LAUNCHED in os.environ else f"[rank {rank}] "
+
+
+def if_it_never_began(asked: BaseException, phase: str, rank: int) -> None:
+    """End a call that was interrupted before training: a person changed their mind, and made no mistake.
+
+    Once training is under way signals are noted, so there it is the recipe's own exception, as one with a text is.
+
+    Raises:
+        SystemExit: with 130.
+    """
+    of_signal = isinstance(asked, KeyboardInterrupt) and not asked.args
+    if not of_signal or phase not in _BEFORE_TRAINING or program.in_notebook():
+        return
+    code = ExitCode.INTERRUPTED
+    if rank == 0 and ENV_LAUNCHED not in os.environ:  # else the launcher says it
+        print(f"samestep: {EXIT_MEANING[code]}; exit code {int(code)}", file=sys.stderr, flush=True)
+    raise SystemExit(int(code)) from None
 
 
 def is_to_tell(record: ErrorRecord, env: WorkerEnv, run_dir: RunDir) -> bool:
