@@ -199,12 +199,13 @@ def is_to_tell(record: ErrorRecord, env: WorkerEnv, run_dir: RunDir) -> bool:
     if not os.path.isdir(run_dir.path):  # noqa: PTH112 (which raises for a name that is too long)
         elastic_error.write(record, os.environ)
         return env.local_rank == 0 or not elastic_error.below_agent(os.environ)
-    write_record(record, run_dir)
+    if not write_record(record, run_dir) and record.phase == "closing":
+        return env.rank == 0  # where there is no room for records, nobody can ask: that late, all ranks say the same
     return env.rank == 0 or not said_by_rank_zero(record, run_dir)
 
 
-def write_record(record: ErrorRecord, run_dir: RunDir) -> None:
-    """Leave the record where launchers look; a full disk must not hide the error itself."""
+def write_record(record: ErrorRecord, run_dir: RunDir) -> bool:
+    """Leave the record where launchers look; a full disk must not hide the error itself. Whether it is there."""
     elastic_error.write(record, os.environ)
     temporary = run_dir.error(record.rank).with_suffix(f".tmp-{os.getpid()}")
     try:
@@ -215,6 +216,8 @@ def write_record(record: ErrorRecord, run_dir: RunDir) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         print(f"warning: no error record in {run_dir.errors}: {problem}", file=sys.stderr)
+        return False
+    return True
 
 
 def said_by_rank_zero(record: ErrorRecord, run_dir: RunDir, deadline_s: float = 2.0) -> bool:
