@@ -25,7 +25,6 @@ import torch
 import samestep.train.entry  # noqa: F401 (all that a recipe needs)
 from samestep.launcher.command_line import options
 from samestep.launcher.liveness import die_with
-from samestep.launcher.recipe_file import is_text
 from samestep.train.as_main import run_and_leave
 from samestep.train.config import TrainConfig
 
@@ -106,7 +105,7 @@ def _unfit(job: dict[str, Any], own: Collection[str]) -> str:
 
 def _is_text(path: Path) -> bool:
     try:
-        return is_text(path.read_bytes())
+        return b"\0" not in path.read_bytes()
     except OSError:
         return True  # the rank will say what is wrong with it
 
