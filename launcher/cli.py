@@ -262,29 +262,22 @@ def _chaos(argv: Sequence[str]) -> int:
 
 
 def _digest(argv: Sequence[str]) -> int:
+    from samestep.launcher.command_line.argv import one_word
     from samestep.launcher.digest import path_digest
 
-    path = _one_word(argv, "digest", "path", "samestep digest [--state] [--json] PATH", ("--state", "--json"))
-    found = path_digest(Path(path), whole_state="--state" in argv)
-    print(json.dumps({"path": path, "digest": found}) if "--json" in argv else found)
+    usage = "samestep digest [--state] [--json] PATH"
+    path, flags = one_word(argv, "digest", "path", usage, ("--state", "--json"))
+    found = path_digest(Path(path), whole_state="--state" in flags)
+    print(json.dumps({"path": path, "digest": found}) if "--json" in flags else found)
     return ExitCode.DONE
 
 
 def _stacks(argv: Sequence[str]) -> int:
+    from samestep.launcher.command_line.argv import one_word
     from samestep.launcher.diagnosis.live import stacks_of_run
 
-    print(stacks_of_run(Path(_one_word(argv, "stacks", "run directory", "samestep stacks RUN_DIR"))), end="")
+    print(stacks_of_run(Path(one_word(argv, "stacks", "run directory", "samestep stacks RUN_DIR")[0])), end="")
     return ExitCode.DONE
-
-
-def _one_word(argv: Sequence[str], command: str, what: str, usage: str, flags: Sequence[str] = ()) -> str:
-    words = [word for word in argv if word not in flags]
-    for word in words:
-        if word.startswith("-"):
-            raise UsageError(f"unknown option {word}", usage)
-    if len(words) != 1:
-        raise UsageError(f"{command} is expected to be followed by one {what}, but got {len(words)} words", usage)
-    return words[0]
 
 
 def _watch(argv: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from samestep.launcher.command_line.argv import Kind, Recipe
 from samestep.launcher.contract import UsageError
 
 _TRAINS = re.compile(rb"^[ \t]*(from|import)[ \t]+samestep\b[ \t.\w]*\btrain\b", re.MULTILINE)
+_COMPILED = re.compile(rb"samestep\.train")
 _MOST_FILES = 100
 
 
@@ -40,7 +41,7 @@ def trains(recipe: Recipe) -> bool:
         file = coming.pop(0)
         if file in seen or (text := _text(file)) is None:
             continue
-        if _TRAINS.search(text):
+        if any(map(_TRAINS.search, _texts(text))):
             return True
         seen.add(file)
         coming += _imported(text, {file.parent, root}, own)
@@ -52,6 +53,28 @@ def _text(file: Path) -> bytes | None:
         return file.read_bytes()
     except OSError:
         return None
+
+
+def is_text(content: bytes) -> bool:
+    """Whether it can be Python's source: neither compiled nor an archive, both of which `python` runs too."""
+    return b"\0" not in content
+
+
+def _texts(content: bytes) -> list[bytes]:
+    """Source in which to look: a file's, that of an archive's members, or what bytecode names as an import."""
+    if is_text(content):
+        return [content]
+    import io
+    import zipfile
+    import zlib
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = [name for name in archive.namelist() if name.endswith((".py", ".pyc"))]
+            parts = [archive.read(name) for name in names[:_MOST_FILES]]
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error, EOFError, OSError):
+        parts = [content]
+    return [part if is_text(part) else b"import samestep.train" * bool(_COMPILED.search(part)) for part in parts]
 
 
 def _imported(text: bytes, folders: Collection[Path], own: str) -> list[Path]:

@@ -25,6 +25,7 @@ LONGER = {
 # Of the launcher, the worker uses what both sides have to agree on, and nothing else.
 SHARED = {
     "command_line.options",
+    "command_line.stdout",
     "contract",
     "diagnosis.memory_signs",
     "diagnosis.stack_signal",
@@ -50,7 +51,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "caller": {"data", "without_compiler"},
     "cause": set(),
     "elastic_error": set(),
-    "leave": {"cause", "elastic_error"},
+    "leave": {"cause", "elastic_error", "program"},
     "post_mortem": {"cause", "leave"},
     "as_main": set(),
     "sources": set(),
@@ -71,7 +72,8 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "replay": {"config"},
     "state_metrics": {"parallel"},
     "evaluate": {"data", "observe", "parallel", "recipe", "state_metrics"},
-    "micro_batches": {"data", "parallel"},
+    "last_start": {"state"},
+    "micro_batches": {"data", "last_start", "parallel"},
     "moving_average": {"state"},
     "step": {"data", "finite", "micro_batches", "observe", "parallel", "recipe", "scaling"},
     "signals": set(),

@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from samestep.launcher import manifest, who_started
-from samestep.launcher.command_line import options
+from samestep.launcher.command_line import options, stdout
 from samestep.launcher.contract import (
     ENV_GENERATION,
-    ENV_LAUNCHED,
     ENV_RUN_DIR,
     ExitCode,
     RunDir,
@@ -31,6 +30,7 @@ from samestep.train import (
     caller,
     elastic_error,
     environment,
+    last_start,
     leave,
     micro_batches,
     post_mortem,
@@ -101,6 +101,7 @@ def train(
             signals do what they always do there: an interrupt is a KeyboardInterrupt, and the last checkpoint stays.
         BaseException: whatever user code raised, after it was recorded for the launcher.
     """
+    stdout.open_all()
     with ExitStack() as ends:
         return _called(build, config_type, argv, ends)
 
@@ -139,19 +140,20 @@ def _called(
     except UsageError as error:
         record = leave.error_record(error, env.rank, generation, progress.step, progress.exact_phase)
         if leave.is_to_tell(record, env, run_dir):
-            print(_prefix(env.rank) + str(error), file=sys.stderr, flush=True)
+            print(leave.prefix(env.rank) + str(error), file=sys.stderr, flush=True)
         raise SystemExit(int(error.exit_code)) from None
     except SystemExit as leaving:
         early = leave.early_exit(leaving, env.rank, generation, progress.step, progress.exact_phase)
         if early is not None:
             leave.write_record(early, run_dir)
         raise
-    except (KeyboardInterrupt, GeneratorExit):
+    except (KeyboardInterrupt, GeneratorExit) as asked:
+        leave.if_it_never_began(asked, progress.exact_phase, env.rank)
         raise
     except BaseException as seen:  # libraries have some that are no Exception, such as asyncio's CancelledError
         reason = _recorded(seen, env, progress, run_dir, generation)
         if leave.is_consequence(reason):
-            print(_prefix(env.rank) + elastic_error.FOLLOWED, file=sys.stderr, flush=True)
+            print(leave.prefix(env.rank) + elastic_error.FOLLOWED, file=sys.stderr, flush=True)
             raise SystemExit(1) from reason
         if reason is not seen:
             raise reason from seen
@@ -167,11 +169,6 @@ def _recorded(seen: BaseException, env: WorkerEnv, at: Progress, run_dir: RunDir
         at.failed(reason, env, run_dir, generation)
         kill_the_rest()
     return reason
-
-
-def _prefix(rank: int) -> str:
-    """Who speaks; the launcher puts that before what it passes on."""
-    return "" if rank == 0 or ENV_LAUNCHED in os.environ else f"[rank {rank}] "
 
 
 def _replay(build: Callable[[Any], Components], call: _Call) -> Result:
@@ -194,7 +191,7 @@ def _train(build: Callable[[Any], Components], call: _Call) -> Result:
     trackers.wanted(config.trackers)  # what is not installed is said before anything is done
     start.make(run_dir)
     refuse_other_engines(os.environ)
-    stored = start.stored_config(run_dir, config.resume)
+    stored = last_start.stored_config(run_dir, config.resume)
     shards = start.choose_shards(config, stored, env.world_size)
     threads = config.threads or stored.get("threads") or environment.threads_for(shards)
     environment.pin(threads, config.allow_nondeterministic)
@@ -273,7 +270,10 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
 def _built(build: Callable[[Any], Components], config: Any, member: Membership, shards: int) -> Components:
     without_compiler.keep_unloaded()
     seed_everything(config.seed)
-    components = check_components(build(config))
+    try:
+        components = check_components(build(config))
+    finally:
+        stdout.open_all()
     check_among_ranks(components.model, shards, member.env.world_size)
     return components
 

@@ -96,9 +96,18 @@ def _unfit(job: dict[str, Any], own: Collection[str]) -> str:
     """Why this rank must be a program of its own, or an empty string."""
     if threads() != 1:
         return f"the fork server has {threads()} threads"
+    if not job["is_module"] and not _is_text(Path(job["target"])):
+        return f"{job['target']} is compiled or an archive, which python itself runs"
     folder = Path.cwd() if job["is_module"] else Path(job["target"]).resolve().parent
     hidden = shadowed([path.name for path in folder.iterdir()], own) if folder.is_dir() else ""
     return f"{hidden} in the recipe's folder has the name of a module that is imported already" if hidden else ""
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return b"\0" not in path.read_bytes()
+    except OSError:
+        return True  # the rank will say what is wrong with it
 
 
 def threads() -> int:

@@ -28,13 +28,23 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data._utils import signal_handling
 
-from samestep.launcher.contract import ErrorRecord, ExitCode, RefusedStepError, RunDir, UsageError, WorkerEnv
+from samestep.launcher.contract import (
+    ENV_LAUNCHED,
+    EXIT_MEANING,
+    ErrorRecord,
+    ExitCode,
+    RefusedStepError,
+    RunDir,
+    UsageError,
+    WorkerEnv,
+)
 from samestep.launcher.lock import SupersededError
-from samestep.train import elastic_error
+from samestep.train import elastic_error, program
 from samestep.train.cause import cause_of
 
 _BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _DOCUMENTED = frozenset(ExitCode) - {ExitCode.DONE, ExitCode.FAILED}
+_BEFORE_TRAINING = frozenset({"joining", "build"})
 _LOADER_DIED = re.compile(r"DataLoader worker \(pid \d+\) ")  # with the signal or status, which torch then leaves out
 _LOADER_LOOKS, _LOADER_PAUSE = 10, 0.02
 _LATE = "it hangs or is slow before it calls train(): see its log; --join-timeout waits longer"
@@ -158,6 +168,28 @@ def early_exit(leaving: SystemExit, rank: int, generation: int, step: int, phase
     return replace(record, message=f"left with {code} before the run was done", exit_code=code or 1, hint=hint)
 
 
+def prefix(rank: int) -> str:
+    """Who speaks; the launcher puts that before what it passes on."""
+    return "" if rank == 0 or ENV_LAUNCHED in os.environ else f"[rank {rank}] "
+
+
+def if_it_never_began(asked: BaseException, phase: str, rank: int) -> None:
+    """End a call that was interrupted before training: a person changed their mind, and made no mistake.
+
+    Once training is under way signals are noted, so there it is the recipe's own exception, as one with a text is.
+
+    Raises:
+        SystemExit: with 130.
+    """
+    of_signal = isinstance(asked, KeyboardInterrupt) and not asked.args
+    if not of_signal or phase not in _BEFORE_TRAINING or program.in_notebook():
+        return
+    code = ExitCode.INTERRUPTED
+    if rank == 0 and ENV_LAUNCHED not in os.environ:  # else the launcher says it
+        print(f"samestep: {EXIT_MEANING[code]}; exit code {int(code)}", file=sys.stderr, flush=True)
+    raise SystemExit(int(code)) from None
+
+
 def is_to_tell(record: ErrorRecord, env: WorkerEnv, run_dir: RunDir) -> bool:
     """Write a mistake in usage down, and say whether this rank is the one that prints it.
 
@@ -167,12 +199,13 @@ def is_to_tell(record: ErrorRecord, env: WorkerEnv, run_dir: RunDir) -> bool:
     if not os.path.isdir(run_dir.path):  # noqa: PTH112 (which raises for a name that is too long)
         elastic_error.write(record, os.environ)
         return env.local_rank == 0 or not elastic_error.below_agent(os.environ)
-    write_record(record, run_dir)
+    if not write_record(record, run_dir) and record.phase == "closing":
+        return env.rank == 0  # where there is no room for records, nobody can ask: that late, all ranks say the same
     return env.rank == 0 or not said_by_rank_zero(record, run_dir)
 
 
-def write_record(record: ErrorRecord, run_dir: RunDir) -> None:
-    """Leave the record where launchers look; a full disk must not hide the error itself."""
+def write_record(record: ErrorRecord, run_dir: RunDir) -> bool:
+    """Leave the record where launchers look; a full disk must not hide the error itself. Whether it is there."""
     elastic_error.write(record, os.environ)
     temporary = run_dir.error(record.rank).with_suffix(f".tmp-{os.getpid()}")
     try:
@@ -183,6 +216,8 @@ def write_record(record: ErrorRecord, run_dir: RunDir) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         print(f"warning: no error record in {run_dir.errors}: {problem}", file=sys.stderr)
+        return False
+    return True
 
 
 def said_by_rank_zero(record: ErrorRecord, run_dir: RunDir, deadline_s: float = 2.0) -> bool:

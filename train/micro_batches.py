@@ -7,7 +7,6 @@ checkpoint, begins with twice as many parts on every rank. Global batch and weig
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from samestep.launcher.contract import ErrorRecord
+from samestep.train import last_start
 from samestep.train.data.cut import cut, obstacle
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.shards import MicroBatch, smallest_shard
@@ -34,11 +34,13 @@ class Agreed:
 
 
 def agree(asked: int | Literal["auto"], stored: dict[str, Any], note: Path, group: Group) -> Agreed:
-    """What rank zero finds: the option, else the last start's number, or the one noted since then. A collective."""
-    found: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(note.read_text())
-    count = max(int(stored.get("micro_batches", 1)), int(found.get("micro_batches", 1)))
+    """What rank zero finds: the option, else the last start's number, or the one noted since then. A collective.
+
+    Raises:
+        UsageError: the note was edited into none.
+    """
+    found = last_start.settings(note)
+    count = max(stored.get("micro_batches", 1), found.get("micro_batches", 1))
     mine = [count, str(found.get("why", ""))] if asked == "auto" else [asked, ""]
     count, why = json.loads(group.gather_bytes(json.dumps(mine).encode())[0])
     return Agreed(count, why)

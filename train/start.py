@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from samestep.launcher import manifest
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RunDir, UsageError
 from samestep.launcher.lock import RunLock
 from samestep.launcher.secret_names import without_secrets
@@ -26,7 +25,7 @@ from samestep.train.loop import Run
 from samestep.train.observe.guards.check import listed
 from samestep.train.parallel.join import Membership
 from samestep.train.state import checkpoint
-from samestep.train.state.resume import is_elsewhere, look
+from samestep.train.state.resume import look
 
 # Options that may change between two starts of a run without anybody noticing.
 _FREE = frozenset(
@@ -61,35 +60,6 @@ def make(run_dir: RunDir) -> None:
             f"--run-dir is expected to be a folder that can be written, but {run_dir.path}: {error.strerror}",
             "pass --run-dir with another folder",
         ) from None
-
-
-def stored_config(run_dir: RunDir, resume: str) -> dict[str, Any]:
-    """What an earlier start of this run wrote, or the run and checkpoint that it begins with; empty for a new run."""
-    own = manifest.committed(run_dir.checkpoints)
-    if own or not is_elsewhere(run_dir, resume):
-        return _written(run_dir) or _facts(own)
-    path = Path(resume).resolve()
-    other = RunDir(path.parent.parent)
-    theirs = _written(other) if path.parent == other.checkpoints else {}  # else it was copied out of its run
-    told = "config", "environment", "code"
-    settings = {name: theirs[name] for name in told if isinstance(theirs.get(name), dict)}
-    return settings | _facts([path])
-
-
-def _written(run_dir: RunDir) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        stored = json.loads(run_dir.config.read_text())
-        if isinstance(stored, dict):
-            return stored
-    return {}
-
-
-def _facts(checkpoints: Sequence[Path]) -> dict[str, Any]:
-    for folder in checkpoints:
-        with contextlib.suppress(ValueError):
-            facts = manifest.read(folder)
-            return {name: facts[name] for name in ("shards", "threads", "micro_batches") if name in facts}
-    return {}
 
 
 def choose_shards(config: TrainConfig, stored: dict[str, Any], world_size: int) -> int:

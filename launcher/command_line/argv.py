@@ -155,6 +155,25 @@ def interleaved(argv: Sequence[str], config_type: type[Any], program: str) -> tu
     return own, [*words, *argv[end + 1 :]]
 
 
+def one_word(
+    argv: Sequence[str], command: str, what: str, usage: str, flags: Sequence[str] = ()
+) -> tuple[str, list[str]]:
+    """The word of a command that takes one, and which flags stand around it; after `--`, no word is a flag.
+
+    Raises:
+        UsageError: another number of words, or an unknown flag.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    words = [word for word in argv[:end] if word not in flags]
+    for word in words:
+        if word.startswith("-"):
+            raise UsageError(f"unknown option {word}", usage)
+    words += argv[end + 1 :]
+    if len(words) != 1:
+        raise UsageError(f"{command} is expected to be followed by one {what}, but got {len(words)} words", usage)
+    return words[0], [word for word in argv[:end] if word in flags]
+
+
 def _flags(config_type: type[Any]) -> dict[str, _Flag]:
     hints = get_type_hints(config_type, include_extras=True)
     known = {word: _Flag(word, False) for word in (*HELP, PRINT_CONFIG)}

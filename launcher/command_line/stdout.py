@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 _SPELLED = "samestep.spelled"  # name of a way to handle errors, as "strict" is
 
@@ -23,16 +24,22 @@ def prepare() -> None:
     Paths that are not UTF-8 are printed as they are. With PYTHONUNBUFFERED, stdout gets a buffer of a line: without
     any, what could not be written would be forgotten, and `flushed` would not know.
     """
+    open_all()
+    if isinstance(sys.stdout, io.TextIOWrapper) and not isinstance(sys.stdout.buffer, io.BufferedWriter):
+        sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115 (see above)
+    spell_out()
+
+
+def open_all() -> None:
+    """/dev/null takes the place of a descriptor that is closed, and of a stream that is closed or None."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115 (a descriptor)
-    if isinstance(sys.stdout, io.TextIOWrapper) and not isinstance(sys.stdout.buffer, io.BufferedWriter):
-        sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115 (see above)
-    spell_out()
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):
+            setattr(sys, name, Path(os.devnull).open("w" if fd else "r"))  # noqa: SIM115 (as long as the process lives)
 
 
 def spell_out() -> None:

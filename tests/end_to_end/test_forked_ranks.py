@@ -1,7 +1,9 @@
 """A rank that is forked can't be told from a program of its own: same words, same status, same errors."""
 
+import py_compile
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,18 @@ def test_a_file_beside_the_recipe_that_hides_a_module_is_found_by_it(tmp_path):
         (tmp_path / f"{name}.py").write_text("MINE = 'mine'\n")
     code, out, _, _ = told(["mine.py"], tmp_path)
     assert (code, out) == (0, ["mine mine"])
+
+
+@pytest.mark.parametrize("name", ["mine.pyc", "mine.pyz"])
+def test_what_is_compiled_or_an_archive_is_run_by_python_itself_where_run_dir_says(name, tmp_path):
+    source = tmp_path / "mine.py"
+    source.write_text("import sys\nif len(sys.argv) > 9:\n    import samestep.train\nprint(sys.argv[1:])\n")
+    if name.endswith("c"):
+        py_compile.compile(str(source), str(tmp_path / name))
+    else:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(source, "__main__.py")
+    code, out, _, _ = told([name, "--run-dir", "here"], tmp_path)
+    assert (code, out) == (0, ["['--run-dir', 'here']"])
+    assert (tmp_path / "here" / "logs" / "rank-0.log").exists()
+    assert not (tmp_path / "runs").exists()

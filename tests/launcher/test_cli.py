@@ -29,6 +29,18 @@ def test_every_command_has_a_page_of_its_own(word, flag, samestep):
     assert ended.stdout.startswith(f"usage: samestep {word} ")
 
 
+@pytest.mark.parametrize("words", ["digest", "digest --json", "stacks", "report", "watch --once", "plan"])
+def test_behind_two_dashes_a_run_directory_may_begin_with_a_dash(words, samestep):
+    refused = samestep(*words.split(), "--", "-nosuch")
+    assert (refused.code, "unknown option" in refused.stderr) == (2, False)
+    assert "-nosuch" in refused.stderr.splitlines()[0]
+
+
+def test_behind_two_dashes_no_word_is_a_flag(samestep, tmp_path):
+    assert "but got 2 words" in samestep("digest", "--", "run", "--json").stderr
+    assert "but got 0 words" in samestep("stacks", "--").stderr
+
+
 def test_help_of_run_lists_every_option_with_its_other_names(samestep):
     shown = samestep("run", "--help").stdout
     for flag in ("--nproc-per-node", "--num-processes", "--main-process-port", "--max-restarts", "--dry-run", "-m"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import py_compile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,26 @@ FILES: dict[str, tuple[dict[str, str], bool]] = {
     "each other": ({"main.py": "import a\n", "a.py": "import b\n", "b.py": "import a\n"}, False),
     "what is no Python": ({"main.py": "import lib\ndef\n", "lib.py": TRAINS}, False),
 }
+
+
+@pytest.mark.parametrize(("text", "expected"), [(TRAINS, True), ("import torch\n", False)])
+@pytest.mark.parametrize("compression", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_recipe_that_is_compiled_or_an_archive_is_known_too(tmp_path, text, expected, compression):
+    source, path = tmp_path / "main.py", tmp_path / "main.app"
+    source.write_text(text)
+    if compression is None:
+        py_compile.compile(str(source), str(path))
+    else:
+        path.write_bytes(b"#!/usr/bin/env python3\n")
+        with zipfile.ZipFile(path, "a", compression) as archive:
+            archive.write(source, "__main__.py")
+    assert trains(Recipe(str(path))) == expected
+
+
+@pytest.mark.parametrize("content", [b"\0", b"PK\x03\x04\0broken", b"\x7fELF\0"])
+def test_what_is_neither_is_no_recipe(tmp_path, content):
+    (tmp_path / "main.app").write_bytes(content)
+    assert not trains(Recipe(str(tmp_path / "main.app")))
 
 
 def write(folder: Path, files: dict[str, str]) -> None:

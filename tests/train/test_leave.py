@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from samestep.launcher.contract import ErrorRecord, RunDir, UsageError
+from samestep.launcher.contract import ErrorRecord, RunDir, UsageError, WorkerEnv
 from samestep.launcher.lock import SupersededError
 from samestep.train import leave
 
@@ -172,6 +172,18 @@ def test_a_record_that_does_not_fit_leaves_no_file(
     leave.write_record(leave.error_record(ValueError(), 1, 0, 0, "build"), RunDir(tmp_path))
     assert list(RunDir(tmp_path).errors.iterdir()) == []
     assert "File too large" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("phase", "told"), [("closing", [True, False]), ("build", [True, True])])
+def test_what_all_ranks_come_to_at_the_end_is_told_once_also_where_no_record_fits(
+    tmp_path: Path, limit: Any, phase: str, told: list[bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit(10)
+    records = [leave.error_record(UsageError("what"), rank, 0, 9, phase) for rank in (0, 1)]
+    ranks = [WorkerEnv(rank=rank, world_size=2, local_rank=rank) for rank in (0, 1)]
+    seen = [leave.is_to_tell(record, env, RunDir(tmp_path)) for record, env in zip(records, ranks, strict=True)]
+    assert seen == told
+    assert capsys.readouterr().err.count("File too large") == 2
 
 
 def test_a_rank_learns_that_rank_zero_says_the_same(tmp_path: Path) -> None:

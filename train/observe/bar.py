@@ -51,7 +51,7 @@ class PlainLines:
 
 def _printable(line: str, stream: TextIO) -> str:
     """The line, with escapes for what the stream's encoding lacks, as of a terminal that was told LC_ALL=C."""
-    encoding = stream.encoding or "utf-8"
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # a recipe may have put its own object there
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -99,6 +99,6 @@ def bar(stream: TextIO | None, total_steps: int, epochs: int) -> Bar:
     """The view on a terminal or in a notebook, else plain lines, also where a debugger needs the terminal."""
     if is_of_notebook(stream):
         return NotebookView(total_steps, epochs)
-    if stream is None or not stream.isatty() or ENV_PDB in os.environ:  # None: it was closed before the program began
+    if stream is None or not getattr(stream, "isatty", bool)() or ENV_PDB in os.environ:  # None: nobody has any
         return PlainLines()
     return LiveView(stream, total_steps, epochs)
