@@ -19,7 +19,7 @@ from torch import nn
 
 from samestep.launcher.contract import ErrorRecord
 from samestep.train.data.cut import cut, obstacle
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 from samestep.train.parallel.shards import MicroBatch, smallest_shard
 
 _ACTIVE = ("forward", "backward", "sync")  # where activations are in memory, which smaller batches make smaller
@@ -40,7 +40,7 @@ def agree(asked: int | Literal["auto"], stored: dict[str, Any], note: Path, grou
         found = json.loads(note.read_text())
     count = max(int(stored.get("micro_batches", 1)), int(found.get("micro_batches", 1)))
     mine = [count, str(found.get("why", ""))] if asked == "auto" else [asked, ""]
-    count, why = json.loads(group.gather_bytes(json.dumps(mine).encode())[0])
+    count, why = gather_json(group, mine)[0]
     return Agreed(count, why)
 
 

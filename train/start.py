@@ -23,6 +23,7 @@ from samestep.launcher.secret_names import without_secrets
 from samestep.train.config import TrainConfig, plain
 from samestep.train.loop import Run
 from samestep.train.observe.guards.check import listed
+from samestep.train.parallel.group import gather_json
 from samestep.train.parallel.join import Membership
 from samestep.train.state import checkpoint
 from samestep.train.state.resume import is_elsewhere, look
@@ -142,7 +143,7 @@ def on_rank_zero(look: Callable[[], dict[str, Any]], member: Membership) -> dict
             seen = look()
         except UsageError as error:
             seen = {"error": [error.message, error.hint, int(error.exit_code)]}
-    seen = json.loads(member.group.gather_bytes(json.dumps(seen).encode())[0])
+    seen = gather_json(member.group, seen)[0]
     if "error" in seen:
         message, hint, code = seen["error"]
         raise UsageError(message, hint, ExitCode(code))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from samestep.launcher.contract import ExitCode, UsageError
 from samestep.train.data.order import key
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 
 WIDTH = 4
 _NAMES = ("weights", "step", "cursor", "configuration")
@@ -33,7 +33,7 @@ class StateFingerprint:
             UsageError: a rank has another value; names rank, key and both values.
         """
         texts = {name: str(value) for name, value in settings.items()}
-        by_rank = [json.loads(part) for part in group.gather_bytes(json.dumps(texts).encode())]
+        by_rank = gather_json(group, texts)
         for rank, other in enumerate(by_rank):
             for name, value in by_rank[0].items():
                 if other.get(name) != value:
