@@ -94,17 +94,12 @@ def _answer(launcher: socket.socket, answer: dict[str, Any]) -> None:
 
 def _unfit(job: dict[str, Any], own: Collection[str]) -> str:
     """Why this rank must be a program of its own, or an empty string."""
-    if threads() != 1:
-        return f"the fork server has {threads()} threads"
+    threads = psutil.Process().num_threads()
+    if threads != 1:
+        return f"the fork server has {threads} threads"
     folder = Path.cwd() if job["is_module"] else Path(job["target"]).resolve().parent
     hidden = shadowed([path.name for path in folder.iterdir()], own) if folder.is_dir() else ""
     return f"{hidden} in the recipe's folder has the name of a module that is imported already" if hidden else ""
-
-
-def threads() -> int:
-    """Threads of this process, as the kernel counts them."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("Threads:")[2].split()[0])
 
 
 def shadowed(names: Collection[str], modules: Collection[str]) -> str:
