@@ -136,7 +136,15 @@ def find_state(run_dir: RunDir, config: TrainConfig, member: Membership) -> Foun
 
 
 def on_rank_zero(look: Callable[[], dict[str, Any]], member: Membership) -> dict[str, Any]:
-    """What rank zero finds, on every rank; its usage error too. A collective."""
+    """What rank zero finds, on every rank. A collective.
+
+    Args:
+        look: called on rank zero alone; what it returns has to be such that JSON can write it.
+        member: all ranks of the run.
+
+    Raises:
+        UsageError: `look` raised it on rank zero; all ranks raise the same one, so that none waits for the others.
+    """
     seen: dict[str, Any] = {}
     if member.group.rank == 0:
         try:
