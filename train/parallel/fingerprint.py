@@ -13,7 +13,6 @@ from samestep.launcher.contract import ExitCode, UsageError
 from samestep.train.data.order import key
 from samestep.train.parallel.group import Group, gather_json
 
-WIDTH = 4
 _NAMES = ("weights", "step", "cursor", "configuration")
 
 
@@ -48,13 +47,13 @@ class StateFingerprint:
         return fingerprint
 
     def row(self, step: int, cursor: int) -> Tensor:
-        """This rank's fingerprint: int64, shape (WIDTH,), on the parameters' device."""
+        """This rank's fingerprint: int64, shape (4,) in the order of `_NAMES`, on the parameters' device."""
         sums = self._sums()
         rest = torch.tensor([step, cursor, self.configuration], device=sums.device)
         return torch.cat([sums.sum().reshape(1), rest])
 
     def compare(self, rows: Tensor, step: int) -> None:
-        """Judge the gathered rows, shape (world_size, WIDTH). A collective where they differ.
+        """Judge the gathered rows, shape (world_size, 4). A collective where they differ.
 
         Raises:
             UsageError: (exit code 1) a rank differs; names rank, step and key, and for weights the first tensor.
