@@ -177,18 +177,18 @@ class LaunchConfig:
                 "--module and --no-python are expected one at a time, but both are set", "drop one of them"
             )
         if self.max_restarts is not None and self.max_restarts < 0:
-            raise _refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
+            raise refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
         if not 0 < self.join_timeout < float("inf"):
-            raise _refused("--join-timeout", "above 0 seconds", self.join_timeout, "leave it out for 120 seconds")
+            raise refused("--join-timeout", "above 0 seconds", self.join_timeout, "leave it out for 120 seconds")
         if self.pdb is not None and self.pdb < 0:
-            raise _refused("--pdb", "a rank, from 0", self.pdb, "--pdb 0")
+            raise refused("--pdb", "a rank, from 0", self.pdb, "--pdb 0")
         if self.min_ranks is not None and self.min_ranks < 1:
-            raise _refused("--min-ranks", "at least 1", self.min_ranks, "leave it out to keep all ranks")
+            raise refused("--min-ranks", "at least 1", self.min_ranks, "leave it out to keep all ranks")
         if self.master_port is not None and not 0 <= self.master_port <= 65535:
-            raise _refused("--master-port", "between 0 and 65535", self.master_port, "leave it out for a free port")
+            raise refused("--master-port", "between 0 and 65535", self.master_port, "leave it out for a free port")
         for name, value in (("--shutdown-timeout", self.shutdown_timeout), ("--grace-seconds", self.grace_seconds)):
             if value is not None and not 0 <= value < float("inf"):
-                raise _refused(name, "at least 0 seconds", value, "leave it out for the default")
+                raise refused(name, "at least 0 seconds", value, "leave it out for the default")
         _check_hang_timeout(self.hang_timeout)
         streams("--redirects", self.redirects, 0)
         streams("--tee", self.tee, 0)
@@ -219,7 +219,7 @@ def _check_hang_timeout(text: str) -> None:
             return
     except ValueError:
         pass
-    raise _refused("--hang-timeout", "auto, off or more than 0 seconds", repr(text), "leave it out for auto")
+    raise refused("--hang-timeout", "auto, off or more than 0 seconds", repr(text), "leave it out for auto")
 
 
 def _check_binding(config: LaunchConfig) -> None:
@@ -230,7 +230,8 @@ def _check_binding(config: LaunchConfig) -> None:
         )
 
 
-def _refused(setting: str, expected: str, actual: object, hint: str) -> UsageError:
+def refused(setting: str, expected: str, actual: object, hint: str) -> UsageError:
+    """The error, to be raised, of an option whose value is not as expected; `hint` says what to type instead."""
     return UsageError(f"{setting} is expected to be {expected}, but is {actual}", hint)
 
 
@@ -246,7 +247,7 @@ def streams(setting: str, text: str, local_rank: int) -> frozenset[str]:
     for part in text.split(","):
         rank, colon, value = part.partition(":")
         if not (colon and rank.isdecimal() and value in _STREAMS):
-            raise _refused(
+            raise refused(
                 setting, "0, 1, 2, 3 or a list such as 0:1,1:2", repr(text), f"{setting} 3 means both streams"
             )
         if int(rank) == local_rank:
@@ -264,7 +265,7 @@ def shown_ranks(text: str) -> frozenset[int] | None:
         return None
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
-        raise _refused("--local-ranks-filter", "a list of local ranks", repr(text), "--local-ranks-filter 0,1")
+        raise refused("--local-ranks-filter", "a list of local ranks", repr(text), "--local-ranks-filter 0,1")
     return frozenset(int(part) for part in parts)
 
 

@@ -114,7 +114,7 @@ class _Run(Job):
 
 
 def _generations(run: _Run, facts: Facts) -> LaunchResult:
-    memory = policy.Memory(_committed(run.directory))
+    memory = policy.Memory(manifest.newest_step(run.directory.checkpoints))
     while True:
         if facts.forks:
             run.starter.prepare_forks(facts.python, fork_server_environment(facts))
@@ -129,7 +129,7 @@ def _generations(run: _Run, facts: Facts) -> LaunchResult:
             continue
         failure = _failure(run, commands, ended)
         code = None if failure is None else policy.meant(failure.exit_code, ours=failure.told or _ours(run, facts))
-        memory = memory.after(_committed(run.directory), _signature(failure))
+        memory = memory.after(manifest.newest_step(run.directory.checkpoints), _signature(failure))
         remedied = failure is not None and failure.remedied
         final = failure is not None and (failure.final or policy.never_began(failure.cause, failure.phase))
         verdict = policy.decide(
@@ -181,7 +181,7 @@ def _without_lost_device(run: _Run, facts: Facts, failure: Failure) -> Facts:
 def _stopped(run: _Run, facts: Facts, ended: Generation, signum: int | None) -> ExitCode | None:
     if signum is None:
         return None
-    ours, committed = _ours(run, facts), _committed(run.directory) >= 0
+    ours, committed = _ours(run, facts), manifest.newest_step(run.directory.checkpoints) >= 0
     codes = [policy.meant(end.returncode, ours=ours) for end in ended.ends]
     trained = facts.generation > 0 or any(end.step for end in ended.ends)
     about = {"forced": ended.forced, "committed": committed, "trained": trained}
@@ -196,7 +196,7 @@ def _ours(run: _Run, facts: Facts) -> bool:
 def _tell_stopped(run: _Run, exit_code: int) -> None:
     if run.config.quiet or exit_code == ExitCode.DONE:
         return
-    step = _committed(run.directory)
+    step = manifest.newest_step(run.directory.checkpoints)
     newest = f" (step {step})" if exit_code in policy.PREEMPTED and step >= 0 else ""
     run.console.say(f"samestep: {EXIT_MEANING[ExitCode(exit_code)]}{newest}; exit code {int(exit_code)}")
 
@@ -208,11 +208,6 @@ def _report(directory: RunDir, console: Console) -> None:
     problem = at_the_end(directory)
     if problem:
         console.say(f"samestep: no report: {problem}")
-
-
-def _committed(directory: RunDir) -> int:
-    newest = manifest.committed(directory.checkpoints)
-    return manifest.step_of(newest[0]) if newest else -1
 
 
 def _signature(failure: Failure | None) -> tuple[object, ...] | None:

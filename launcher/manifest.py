@@ -98,6 +98,12 @@ def committed(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def newest_step(checkpoints: Path) -> int:
+    """Optimizer steps of the newest checkpoint folder, verified or not; -1 where there is none."""
+    newest = committed(checkpoints)
+    return step_of(newest[0]) if newest else -1
+
+
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest folder that verifies, and the newer ones that do not, each with the reason."""
     damaged: list[tuple[Path, str]] = []

@@ -80,7 +80,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "finite": {"data", "finite_gradients", "parallel"},
     "finite_gradients": set(),
     "fused": set(),
-    "preemption": {"loop"},
+    "preemption": {"loop", "parallel"},
     "progress": {"leave", "micro_batches", "observe", "parallel"},
     "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "state", "step"},
 }

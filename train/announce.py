@@ -19,6 +19,7 @@ from samestep.train.config import plain
 from samestep.train.fused import fused_hint
 from samestep.train.loop import Run
 from samestep.train.observe.memory import memory_at_start
+from samestep.train.parallel.group import gather_json
 from samestep.train.parallel.join import Membership
 from samestep.train.start import Found
 
@@ -48,7 +49,7 @@ def _record(run: Run, run_dir: RunDir, member: Membership, begin: tuple[int, int
     memory = memory_at_start(run.components.model, env.rank, env.world_size, shards, parts)
     host, pid = socket.gethostname(), os.getpid()
     here: RankInfo = {"rank": env.rank, "local_rank": env.local_rank, "host": host, "pid": pid, **memory}
-    ranks = [json.loads(part) for part in member.group.gather_bytes(json.dumps(here).encode())]
+    ranks = gather_json(member.group, here)
     problem = ""
     if member.group.rank == 0:
         content = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 
 _MANY = 64  # graphs: each shard size of training and evaluation gets its own, and hardly anything else should
 # Past its own limits torch runs a function uncompiled, in other bits, and sooner on a rank of more shards.
@@ -31,7 +31,7 @@ def compile_in_place(
     """
     # A worker pool of the compiler's own would be left behind by a rank that is killed.
     torch._inductor.config.compile_threads = 1
-    problems = [part.decode() for part in group.gather_bytes(_problem(device).encode())]
+    problems = gather_json(group, _problem(device))
     for rank, problem in enumerate(problems):
         if problem:
             return f"--compile is left out, because torch.compile does not work here (rank {rank}: {problem})"

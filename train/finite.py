@@ -20,7 +20,7 @@ from torch import Tensor
 from samestep.launcher.contract import RefusedStepError, RunDir
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.finite_gradients import any_not_finite
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 from samestep.train.parallel.shards import StepPlan
 
 MOST_IN_A_ROW = 10  # a run that leaves out more steps than that one after another learns nothing any more
@@ -91,7 +91,7 @@ class Investigation:
         """Look at the losses of this rank's shards, and at what the others found."""
         shards = plan.present(self.sampler.owned)
         mine = [shard for shard, row in zip(shards, rows, strict=True) if not math.isfinite(float(row[0]))]
-        by_rank = [json.loads(part) for part in self.group.gather_bytes(json.dumps(mine).encode())]
+        by_rank = gather_json(self.group, mine)
         guilty = [shard for found in by_rank for shard in found] or range(plan.shards)
         samples = tuple(sample for shard in guilty for sample in self.sampler.samples_of(plan, shard))
         bad = BadStep(plan.step + 1, plan.epoch + 1, tuple(r for r, found in enumerate(by_rank) if found), samples)

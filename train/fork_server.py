@@ -94,8 +94,9 @@ def _answer(launcher: socket.socket, answer: dict[str, Any]) -> None:
 
 def _unfit(job: dict[str, Any], own: Collection[str]) -> str:
     """Why this rank must be a program of its own, or an empty string."""
-    if threads() != 1:
-        return f"the fork server has {threads()} threads"
+    threads = psutil.Process().num_threads()
+    if threads != 1:
+        return f"the fork server has {threads} threads"
     if not job["is_module"] and not _is_text(Path(job["target"])):
         return f"{job['target']} is compiled or an archive, which python itself runs"
     folder = Path.cwd() if job["is_module"] else Path(job["target"]).resolve().parent
@@ -108,12 +109,6 @@ def _is_text(path: Path) -> bool:
         return b"\0" not in path.read_bytes()
     except OSError:
         return True  # the rank will say what is wrong with it
-
-
-def threads() -> int:
-    """Threads of this process, as the kernel counts them."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("Threads:")[2].split()[0])
 
 
 def shadowed(names: Collection[str], modules: Collection[str]) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 from samestep.launcher.contract import ErrorRecord
 from samestep.train import last_start
 from samestep.train.data.cut import cut, obstacle
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 from samestep.train.parallel.shards import MicroBatch, smallest_shard
 
 _ACTIVE = ("forward", "backward", "sync")  # where activations are in memory, which smaller batches make smaller
@@ -42,7 +42,7 @@ def agree(asked: int | Literal["auto"], stored: dict[str, Any], note: Path, grou
     found = last_start.settings(note)
     count = max(stored.get("micro_batches", 1), found.get("micro_batches", 1))
     mine = [count, str(found.get("why", ""))] if asked == "auto" else [asked, ""]
-    count, why = json.loads(group.gather_bytes(json.dumps(mine).encode())[0])
+    count, why = gather_json(group, mine)[0]
     return Agreed(count, why)
 
 

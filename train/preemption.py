@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from typing import NoReturn
 from samestep.launcher import manifest
 from samestep.launcher.contract import ExitCode, RunDir
 from samestep.train.loop import Run
+from samestep.train.parallel.group import gather_json
 
 
 def verdict(step: int, newest: int | None, signum: int) -> ExitCode:
@@ -32,8 +32,8 @@ def leave_if_stopped(run: Run, run_dir: RunDir) -> None:
     if not stop:
         return
     committed = manifest.committed(run_dir.checkpoints)
-    seen = json.dumps(manifest.step_of(committed[0]) if committed else None).encode()
-    newest: int | None = json.loads(run.agreement.group.gather_bytes(seen)[0])
+    seen = manifest.step_of(committed[0]) if committed else None
+    newest: int | None = gather_json(run.agreement.group, seen)[0]
     if step >= run.max_steps and newest == step:
         return
     run.reporter.preempted(step, signal.Signals(stop).name, newest)

@@ -93,7 +93,11 @@ class LossScaling:
             self._scaler.unscale_(optimizer)
 
     def update(self, optimizer: Optimizer) -> bool:
-        """See Scaling; the scale falls where a step is left out."""
+        """See Scaling; the scale falls where a step is left out.
+
+        Raises:
+            RefusedStepError: the scale fell below `LEAST_SCALE`, since no step was finite for too long.
+        """
         if not _has_gradients(optimizer):
             direct.step(optimizer)
             return True

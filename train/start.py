@@ -23,6 +23,7 @@ from samestep.train import sources
 from samestep.train.config import TrainConfig, plain
 from samestep.train.loop import Run
 from samestep.train.observe.guards.check import listed
+from samestep.train.parallel.group import gather_json
 from samestep.train.parallel.join import Membership
 from samestep.train.state import checkpoint
 from samestep.train.state.resume import look
@@ -107,14 +108,22 @@ def find_state(run_dir: RunDir, config: TrainConfig, member: Membership) -> Foun
 
 
 def on_rank_zero(look: Callable[[], dict[str, Any]], member: Membership) -> dict[str, Any]:
-    """What rank zero finds, on every rank; its usage error too. A collective."""
+    """What rank zero finds, on every rank. A collective.
+
+    Args:
+        look: called on rank zero alone; what it returns has to be such that JSON can write it.
+        member: all ranks of the run.
+
+    Raises:
+        UsageError: `look` raised it on rank zero; all ranks raise the same one, so that none waits for the others.
+    """
     seen: dict[str, Any] = {}
     if member.group.rank == 0:
         try:
             seen = look()
         except UsageError as error:
             seen = {"error": [error.message, error.hint, int(error.exit_code)]}
-    seen = json.loads(member.group.gather_bytes(json.dumps(seen).encode())[0])
+    seen = gather_json(member.group, seen)[0]
     if "error" in seen:
         message, hint, code = seen["error"]
         raise UsageError(message, hint, ExitCode(code))

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
 from typing import Any
 
 from samestep.launcher.contract import RunDir
+from samestep.launcher.view.follow import Follower
 
 
-@dataclass(slots=True)
 class Trace:
     """Everything that events.jsonl says so far; call `update` to read on."""
 
-    run_dir: RunDir
-    events: list[dict[str, Any]] = field(default_factory=list)
-    step: int = 0  # steps done
-    _inode: int = 0
-    _offset: int = 0
+    def __init__(self, run_dir: RunDir) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.step = 0  # steps done
+        self._follower = Follower(run_dir.events, all_steps=True)
 
     def update(self) -> None:
         """Read what is new; a resume writes a shorter file, which is read from its beginning."""
-        try:
-            with self.run_dir.events.open("rb") as file:
-                about = self.run_dir.events.stat()
-                if about.st_ino != self._inode or about.st_size < self._offset:
-                    self._inode, self._offset, self.step, self.events = about.st_ino, 0, 0, []
-                file.seek(self._offset)
-                data = file.read()
-        except OSError:
-            return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        new = [event for event in map(_parse, whole.splitlines()) if event]
+        anew, new = self._follower.read()
+        if anew:
+            self.events, self.step = [], 0
         self.step = max([self.step, *(int(event["step"]) for event in new if event.get("event") == "step")])
         self.events += new
 
@@ -70,11 +58,3 @@ class Trace:
 
 
 _STARTS = frozenset({"run_started", "restarted"})
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}

@@ -78,7 +78,7 @@ class Head:
         world_size, nnodes = sum(sizes), len(sizes)
         place, store = meeting.open_store(self._address, None, self._address)
         place = replace(place, interface=interfaces.interface_toward(self._address, place.store_port))
-        self._generation, self._committed = facts.generation, _committed(self._run_dir)
+        self._generation, self._committed = facts.generation, manifest.newest_step(self._run_dir.checkpoints)
         self._saves = facts.resumes
         first = sizes[0]
         for node_rank, peer in enumerate(self._members, 1):
@@ -165,7 +165,7 @@ class Head:
             if count == self._place.most or (enough is not None and now - enough >= last_call):
                 return [self._callers[index] for index in chosen]
             if now - began > times.join_timeout:
-                kept = _committed(self._run_dir) >= 0
+                kept = manifest.newest_step(self._run_dir.checkpoints) >= 0
                 raise NotStartedError(
                     f"{self._place.fewest} machines are expected within {times.join_timeout:.0f} s, but {count} came",
                     ExitCode.PREEMPTED_KEPT if kept else ExitCode.FAILED,
@@ -176,7 +176,7 @@ class Head:
             callers = len(self._callers)
             signum = self._supervisor.pause(0.5, until=lambda: len(self._callers) != callers)  # noqa: B023 (called now)
             if signum is not None:
-                committed = _committed(self._run_dir) >= 0
+                committed = manifest.newest_step(self._run_dir.checkpoints) >= 0
                 code = policy.after_stop(signum, (), forced=False, saves=facts.resumes, committed=committed)
                 raise NotStartedError("stopped while waiting for other machines", code)
 
@@ -247,7 +247,7 @@ class Head:
         room = self._place.most - 1 - len(self._members)
         if not self._running or self._halted or not waiting or room <= 0:
             return []
-        if _committed(self._run_dir) <= self._committed:
+        if manifest.newest_step(self._run_dir.checkpoints) <= self._committed:
             return []
         self._reshaped = f"{min(waiting, room)} more machine{'s' if min(waiting, room) > 1 else ''}"
         patience = policy.Patience(0.0, _GROWTH_GRACE)
@@ -272,11 +272,6 @@ def _who(world_size: int, hosts: list[tuple[str, int]]) -> str:
 
 def _candidate(peer: Peer) -> Candidate:
     return Candidate(peer.facts["node_rank"], peer.facts["host"])
-
-
-def _committed(run_dir: RunDir) -> int:
-    newest = manifest.committed(run_dir.checkpoints)
-    return manifest.step_of(newest[0]) if newest else -1
 
 
 def _start(facts: Facts, place: Meeting, world_size: int, first: int, node_rank: int, nnodes: int) -> dict[str, Any]:

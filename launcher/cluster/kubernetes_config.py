@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from samestep.launcher.cluster import kubernetes_names as names
 from samestep.launcher.command_line.options import Option
+from samestep.launcher.config import refused
 from samestep.launcher.contract import UsageError
 
 Kind = Literal["indexed-job", "jobset", "trainjob"]
@@ -78,21 +79,21 @@ class KubernetesConfig:
         for field, hint in _AT_LEAST_ONE.items():
             value = getattr(self, field)
             if value is not None and value < 1:
-                raise _refused(f"--{field.replace('_', '-')}", "at least 1", value, hint)
+                raise refused(f"--{field.replace('_', '-')}", "at least 1", value, hint)
         if self.gpus < 0:
-            raise _refused("--gpus", "at least 0", self.gpus, "leave it out for pods without GPUs")
+            raise refused("--gpus", "at least 0", self.gpus, "leave it out for pods without GPUs")
         if self.max_restarts < 0:
-            raise _refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
+            raise refused("--max-restarts", "at least 0", self.max_restarts, "0 means that the first failure is final")
         if self.module and self.no_python:
             raise UsageError(
                 "--module and --no-python are expected one at a time, but both are set", "drop one of them"
             )
         if self.context.startswith("-"):
-            raise _refused("--context", "a name", repr(self.context), "kubectl config get-contexts lists them")
+            raise refused("--context", "a name", repr(self.context), "kubectl config get-contexts lists them")
         if self.grace_seconds < 1:
-            raise _refused("--grace-seconds", "at least 1 second", self.grace_seconds, "leave it out for 60 seconds")
+            raise refused("--grace-seconds", "at least 1 second", self.grace_seconds, "leave it out for 60 seconds")
         if not 1024 <= self.master_port <= 65535:
-            raise _refused("--master-port", "between 1024 and 65535", self.master_port, "leave it out for 29500")
+            raise refused("--master-port", "between 1024 and 65535", self.master_port, "leave it out for 29500")
         self._check_words()
 
     def _check_words(self) -> None:
@@ -122,7 +123,3 @@ class KubernetesConfig:
     def ranks(self) -> int:
         """Ranks of a pod."""
         return self.nproc_per_node or max(1, self.gpus)
-
-
-def _refused(setting: str, expected: str, actual: object, hint: str) -> UsageError:
-    return UsageError(f"{setting} is expected to be {expected}, but is {actual}", hint)

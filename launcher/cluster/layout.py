@@ -124,7 +124,13 @@ def _endpoint(text: str) -> tuple[str, int]:
 
 
 def timeouts(text: str) -> Timeouts:
-    """`join_timeout=60,last_call_timeout=5`; keys that concern torch's own engine are passed over."""
+    """How long machines wait for each other, from `--rdzv-conf`, such as `join_timeout=60,last_call_timeout=5`.
+
+    Keys that torchrun knows and that concern its own rendezvous alone are passed over.
+
+    Raises:
+        UsageError: a part is not KEY=VALUE, or the value of a key that counts is no number of seconds above 0.
+    """
     found = Timeouts()
     names = {field.name for field in fields(Timeouts)}
     for part in filter(None, (part.strip() for part in text.split(","))):

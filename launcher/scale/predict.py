@@ -78,7 +78,7 @@ class Prediction:
 
 def predict(work: Workload, question: Question, ranks: int) -> Prediction:
     """The step as the slowest rank sees it, then failures on top of it."""
-    step, communication, hidden_from_none, algorithm, batch = _step(work, question, ranks)
+    step, communication, not_hidden, algorithm, batch = _step(work, question, ranks)
     alone, _, _, _, alone_batch = _step(work, question, 1)
     rate = batch / step
     faults = Faults(run_mttf(question.rank_hours, ranks), question.save, question.restart)
@@ -90,7 +90,7 @@ def predict(work: Workload, question: Question, ranks: int) -> Prediction:
         batch=batch,
         step=step,
         communication=communication,
-        exposed=hidden_from_none,
+        exposed=not_hidden,
         algorithm=algorithm,
         samples_per_s=rate,
         efficiency=rate / ranks / (alone_batch / alone),

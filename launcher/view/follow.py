@@ -16,12 +16,16 @@ _LAST_STEPS = 200  # of a chunk: a display shows the newest ones, and a long pas
 class Follower:
     """Gives what was added since the last look; a file that was replaced or cut is read anew.
 
-    `past` limits how many bytes of what is there already are read; None reads all of it.
+    Args:
+        path: events.jsonl, which need not be there yet.
+        past: limits how many bytes of what is there already are read; None reads all of it.
+        all_steps: give every step; else, of many that come at once, the last ones alone, as a display needs them.
     """
 
-    def __init__(self, path: Path, past: int | None = None) -> None:
+    def __init__(self, path: Path, past: int | None = None, *, all_steps: bool = False) -> None:
         self._path = path
         self._past = past
+        self._all_steps = all_steps
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._partial = b""
@@ -29,7 +33,7 @@ class Follower:
     def read(self) -> tuple[bool, list[dict[str, Any]]]:
         """Whether the file is read anew, which makes everything told before void, and the next events in order.
 
-        Of many steps only the last ones are given. A line is given once it has its end.
+        A line is given once it has its end; one that is no JSON object is passed over.
         """
         try:
             file = self._path.open("rb")
@@ -41,7 +45,7 @@ class Follower:
             while data := file.read(_CHUNK):
                 self._offset += len(data)
                 *lines, self._partial = (self._partial + data).split(b"\n")
-                events += filter(None, map(_parse, sift(lines)))
+                events += filter(None, map(_parse, lines if self._all_steps else sift(lines)))
             return anew, events
 
     def _place(self, file: BinaryIO) -> bool:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from samestep.launcher.report.history import History, fold
 
 WORKERS = Path(__file__).resolve().parent.parent / "workers"
 DEADLINE = 30.0
@@ -192,7 +194,12 @@ def write_run(path: Path, events: list[Event], config: Event | None = None) -> P
     return path
 
 
+def history_of(events: Iterable[Event], name: str = "run") -> History:
+    """What the report makes of events, without a run directory."""
+    return fold(name, {}, (json.dumps(event).encode() for event in events))
+
+
 @pytest.fixture(scope="session")
 def made() -> SimpleNamespace:
-    """Ways to make events and run directories without a run."""
-    return SimpleNamespace(step=step_event, events=run_events, run=write_run)
+    """Ways to make events, what a report has read, and run directories, without a run."""
+    return SimpleNamespace(step=step_event, events=run_events, history=history_of, run=write_run)

@@ -40,6 +40,14 @@ def trained(start: Runs) -> Runs:
     return run
 
 
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, and the environment of a process that no launcher has started."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
 def slow_mix(value: int) -> int:
     """splitmix64's finaliser, one integer at a time."""
     value = (value + 0x9E3779B97F4A7C15) % 2**64

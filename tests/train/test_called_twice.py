@@ -47,14 +47,6 @@ def test_a_call_leaves_neither_its_model_nor_a_thread(tmp_path: Path, monkeypatc
     assert ended == []
 
 
-@pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, and the environment of a process that no launcher has started."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
 def recipe(data: Dataset[Any]) -> Components:
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -31,7 +31,7 @@ def test_without_a_compiler_the_model_stays_and_the_reason_is_said(monkeypatch: 
 def test_one_rank_without_a_compiler_is_enough_for_none_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     class Two(SoloGroup):
         def gather_bytes(self, data: bytes) -> list[bytes]:
-            return [data, b"no triton"]
+            return [data, b'"no triton"']
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model = nn.Linear(2, 1)

@@ -62,14 +62,6 @@ def raising(error: BaseException) -> Callable[[], None]:
     return fault
 
 
-@pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, and the environment of a process that no launcher has started."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
 class Disk:
     """Writes the first checkpoint when it is told to."""
 

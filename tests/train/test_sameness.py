@@ -24,7 +24,7 @@ def differing(trained: Any, *flags: object, shards: int, worlds: tuple[int, ...]
     return [world for world, bits in found.items() if bits != expected]
 
 
-@pytest.mark.parametrize(("shards", "worlds"), [(4, (3, 4)), (3, (2,))])
+@pytest.mark.parametrize(("shards", "worlds"), [(4, (2, 3, 4)), pytest.param(3, (2, 3), marks=pytest.mark.slow)])
 def test_everything_that_is_hard_has_the_same_bits_on_any_number_of_ranks(
     trained: Any, shards: int, worlds: tuple[int, ...]
 ) -> None:
@@ -59,14 +59,13 @@ def test_parameters_that_share_memory_by_transposing_share_it_on_any_number_of_r
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_autocast_keeps_the_promise(trained: Any, precision: str) -> None:
-    assert differing(trained, "--precision", precision, shards=4, worlds=(2, 3)) == []
+    assert differing(trained, "--precision", precision, shards=4, worlds=(3,)) == []
 
 
 def test_autocast_is_not_ignored(trained: Any) -> None:
-    runs = {
-        kind: trained("everything", "--shards", 2, "--precision", kind, cwd=kind) for kind in ("no", "bf16", "fp16")
-    }
-    assert len({ended.digest for ended in runs.values()}) == 3
+    flags = ("--shards", 2, "--max-steps", 2)
+    runs = [trained("everything", *flags, "--precision", kind, cwd=kind) for kind in ("no", "bf16", "fp16")]
+    assert len({ended.digest for ended in runs}) == 3
 
 
 def test_gradient_clipping_keeps_the_promise_and_clips(trained: Any) -> None:
@@ -125,7 +124,7 @@ def test_a_finished_run_started_again_says_its_digest_and_changes_nothing(traine
 
 def test_other_seeds_and_shards_have_other_bits(trained: Any) -> None:
     digests = {
-        trained("everything", "--shards", shards, "--seed", seed, cwd=f"{shards}-{seed}").digest
+        trained("everything", "--max-steps", 2, "--shards", shards, "--seed", seed, cwd=f"{shards}-{seed}").digest
         for shards, seed in ((4, 0), (3, 0), (4, 1))
     }
     assert len(digests) == 3
@@ -202,12 +201,13 @@ def test_what_one_forward_does_not_show_to_be_used_is_summed_on_any_number_of_ra
 @pytest.mark.compiler
 def test_a_loss_that_transforms_the_model_has_the_same_bits_on_any_number_of_ranks(trained: Any) -> None:
     flags = ("--shards", 3, "--global-batch-size", 6, "--epochs", 2)
-    one, two, three = (trained("transformed", *flags, ranks=ranks, cwd=f"of {ranks}") for ranks in (1, 2, 3))
-    assert one.bits == two.bits == three.bits
+    one, two = (trained("transformed", *flags, ranks=ranks, cwd=f"of {ranks}") for ranks in (1, 2))
+    assert one.bits == two.bits
 
 
 @pytest.mark.parametrize("way", ["names", "modules", "attribute", "sets", "outside", "layers"])
 def test_a_loss_gets_the_model_itself_on_any_number_of_ranks(trained, way):
-    alone, *others = (trained("looking", "--way", way, "--shards", 3, ranks=n, cwd=f"{n}") for n in (1, 2, 3))
-    assert [other.bits for other in others] == [alone.bits] * 2
+    """Of two ranks one has two shards, and so runs the model both without DDP and through it; the other has one."""
+    alone, two = (trained("looking", "--way", way, "--shards", 3, ranks=n, cwd=f"{n}") for n in (1, 2))
+    assert two.bits == alone.bits
     assert alone.bits != trained("looking", "--shards", 3, cwd="plain").bits or way in ("outside", "layers")

@@ -6,10 +6,9 @@ and the other way round. Ranks of one host read one clock, and so do hosts as fa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 
 Round = Sequence[int]  # entered and left, in nanoseconds of the rank's own clock
 _ROUNDS = 8
@@ -22,7 +21,7 @@ def measure_offsets(group: Group, now: Callable[[], int]) -> list[int]:
         entered = now()
         group.gather_bytes(b"")  # waits for the device too, which a barrier does not
         rounds.append((entered, now()))
-    by_rank = [json.loads(part) for part in group.gather_bytes(json.dumps(rounds).encode())]
+    by_rank = gather_json(group, rounds)
     return [offset(by_rank[0], rounds) for rounds in by_rank]
 
 

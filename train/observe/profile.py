@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from samestep.launcher.heartbeat import Device, Pulse
 from samestep.train.observe.clocks import measure_offsets
 from samestep.train.observe.trace import Mark, Place, part
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 
 NAME = "profile.json.gz"  # in the run directory
 PARTS = ".profile-parts"
@@ -114,7 +114,7 @@ class Profile:
     def _open(self, step: int) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
         offsets = measure_offsets(self.group, self.now)
-        base = int(self.group.gather_bytes(str(self.now()).encode())[0])
+        base = gather_json(self.group, self.now())[0]
         place = Place(self.group.rank, self.group.world_size, base, offsets[self.group.rank])
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         self._window = _Window(profile(activities=kinds), step, place)
@@ -123,8 +123,7 @@ class Profile:
     def _close(self, window: _Window, step: int) -> None:
         self._window, self._done = None, True
         window.profiler.stop()
-        problem = self._write(window, self.now())
-        problems = [text.decode() for text in self.group.gather_bytes(problem.encode())]
+        problems = gather_json(self.group, self._write(window, self.now()))
         if self.group.rank == 0 and not any(problems):
             problems[0] = _or_problem(lambda: merge(self.folder, self.group.world_size))
         self.group.barrier()  # nobody's next step waits for rank zero

@@ -9,14 +9,13 @@ of a loss that brings its own weights these are also summed over all ranks befor
 from __future__ import annotations
 
 import itertools
-import json
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from samestep.launcher.contract import UsageError
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 from samestep.train.parallel.shards import MicroBatch, StepPlan
 from samestep.train.recipe import Outcome, SampleWeighted
 
@@ -121,8 +120,7 @@ class StepTally:
             self._agree(names)
 
     def _agree(self, names: list[str]) -> None:
-        record = json.dumps({"extras": names, "own_weights": sorted(self._kinds)}).encode()
-        records = [json.loads(part) for part in self.group.gather_bytes(record)]
+        records = gather_json(self.group, {"extras": names, "own_weights": sorted(self._kinds)})
         kinds = {kind for part in records for kind in part["own_weights"]}
         if len(kinds) > 1:
             raise UsageError(

@@ -14,7 +14,6 @@ do not. On a GPU that is read where losses are read, so that no step waits for i
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.buffer_mistakes import changed_late, gone, is_complex, reshaped, unlike
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 from samestep.train.parallel.no_buffers import NOTHING
 from samestep.train.parallel.shards import MicroBatch, StepPlan, owned_span
 
@@ -228,8 +227,7 @@ class BufferCombiner:
 
     def _agree(self) -> None:
         """All ranks learn which buffers change, and whether integer ones do so alike."""
-        record = json.dumps([sorted(self._changed), sorted(self._touched), sorted(self._reshaped)]).encode()
-        told = [json.loads(part) for part in self.group.gather_bytes(record)]
+        told = gather_json(self.group, [sorted(self._changed), sorted(self._touched), sorted(self._reshaped)])
         changed, touched, self._reshaped = ({name for part in told for name in part[kind]} for kind in range(3))
         for name in sorted(self._reshaped & self._saved):
             raise reshaped(name, self._plan.step)
@@ -244,7 +242,7 @@ class BufferCombiner:
                 raise is_complex(name)
         if self._single or not any(map(self._is_integer, self.changing)):
             return
-        records = [json.loads(part) for part in self.group.gather_bytes(json.dumps(self._values()).encode())]
+        records = gather_json(self.group, self._values())
         for name in filter(self._is_integer, self.changing):
             first, *others = [value for part in records for value in part.get(name, [])]
             for other in others:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from samestep.launcher.contract import ExitCode, UsageError
 from samestep.train.data.order import key
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 
-WIDTH = 4
 _NAMES = ("weights", "step", "cursor", "configuration")
 
 
@@ -33,7 +32,7 @@ class StateFingerprint:
             UsageError: a rank has another value; names rank, key and both values.
         """
         texts = {name: str(value) for name, value in settings.items()}
-        by_rank = [json.loads(part) for part in group.gather_bytes(json.dumps(texts).encode())]
+        by_rank = gather_json(group, texts)
         for rank, other in enumerate(by_rank):
             for name, value in by_rank[0].items():
                 if other.get(name) != value:
@@ -48,13 +47,13 @@ class StateFingerprint:
         return fingerprint
 
     def row(self, step: int, cursor: int) -> Tensor:
-        """This rank's fingerprint: int64, shape (WIDTH,), on the parameters' device."""
+        """This rank's fingerprint: int64, shape (4,) in the order of `_NAMES`, on the parameters' device."""
         sums = self._sums()
         rest = torch.tensor([step, cursor, self.configuration], device=sums.device)
         return torch.cat([sums.sum().reshape(1), rest])
 
     def compare(self, rows: Tensor, step: int) -> None:
-        """Judge the gathered rows, shape (world_size, WIDTH). A collective where they differ.
+        """Judge the gathered rows, shape (world_size, 4). A collective where they differ.
 
         Raises:
             UsageError: (exit code 1) a rank differs; names rank, step and key, and for weights the first tensor.

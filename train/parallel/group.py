@@ -5,6 +5,7 @@ Both have the same methods, so nothing above asks whether there are other ranks.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +40,16 @@ class Group(Protocol):
 
     def collectives(self) -> int:
         """How many collectives this rank has entered, whoever called them. Not a collective."""
+
+
+def gather_json(group: Group, value: Any) -> list[Any]:
+    """What each rank brings, in the order of the ranks. A collective.
+
+    Args:
+        group: all ranks call with the same one.
+        value: what JSON can write. It comes back as JSON reads it, also on the rank that brought it: tuples are lists.
+    """
+    return [json.loads(data) for data in group.gather_bytes(json.dumps(value).encode())]
 
 
 @dataclass(slots=True)

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from samestep.launcher.report.history import fold
 from samestep.launcher.report.tables import facts, verdicts
-
-
-def folded(events, name="run"):
-    return fold(name, {}, (json.dumps(event).encode() for event in events))
 
 
 def test_the_evaluation_that_is_shown_is_the_last_one_of_however_many(made):
@@ -20,23 +13,27 @@ def test_the_evaluation_that_is_shown_is_the_last_one_of_however_many(made):
         for n, value in enumerate(values)
     ]
     for count in (1, 2, 900, 4998, 4999, 5000):
-        assert facts(folded(events[: count + 1]))["Evaluation: loss"] == f"{values[count - 1]:.5g}"
+        assert facts(made.history(events[: count + 1]))["Evaluation: loss"] == f"{values[count - 1]:.5g}"
     events.append({"event": "eval", "time": 9000.0, "step": 5001, "metrics": {"loss": None}})
-    assert facts(folded(events))["Evaluation: loss"] == "-"
+    assert facts(made.history(events))["Evaluation: loss"] == "-"
 
 
 def test_memory_of_hosts_and_devices_is_told_apart(made):
     memory = {"host": [5 << 30, 4 << 30], "device": [60 << 30, 70 << 30]}
     loads = {"rank_seconds": {phase: [0.0, 0.0] for phase in made.step(1)["seconds"]}, "memory": memory}
-    told = facts(folded([*made.events(0, finish=False), made.step(1, **loads)]))
+    told = facts(made.history([*made.events(0, finish=False), made.step(1, **loads)]))
     assert told["Peak host memory of a rank"] == "5.00 GiB"
     assert told["Peak device memory of a rank"] == "70.00 GiB"
-    assert "Peak device memory of a rank" not in facts(folded(made.events(20)))
+    assert "Peak device memory of a rank" not in facts(made.history(made.events(20)))
 
 
 def test_runs_without_a_step_in_common_are_not_called_the_same(made):
     events = [made.step(step) for step in range(1, 11)]
-    first, later, shorter = folded(events[:5], "first"), folded(events[5:], "later"), folded(events[:3], "shorter")
+    first, later, shorter = (
+        made.history(events[:5], "first"),
+        made.history(events[5:], "later"),
+        made.history(events[:3], "shorter"),
+    )
     (apart,), (same,) = verdicts([first, later]), verdicts([first, shorter])
     assert (apart.text, apart.good) == ("The losses of first and later have no step in common", False)
     assert (same.text, same.good) == (

@@ -6,7 +6,6 @@ warning is written by rank zero, once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
@@ -28,7 +27,7 @@ from samestep.train.observe.guards.schedule import LearningRate, SteppedOnce
 from samestep.train.observe.guards.threads import KeptThreads
 from samestep.train.observe.guards.uncalled import UncalledHooks
 from samestep.train.observe.guards.weights import OutsideChanges, unchanged
-from samestep.train.parallel.group import Group
+from samestep.train.parallel.group import Group, gather_json
 from samestep.train.parallel.shards import StepPlan, owned_span
 from samestep.train.recipe import Loss
 
@@ -181,7 +180,7 @@ class WatchingGuards:
 
 def _of_all_ranks(found: list[Finding], group: Group) -> list[Finding]:
     """The findings of all ranks, each once, in the order of the ranks. A collective."""
-    by_rank = [json.loads(row) for row in group.gather_bytes(json.dumps([asdict(one) for one in found]).encode())]
+    by_rank = gather_json(group, [asdict(one) for one in found])
     return list(dict.fromkeys(Finding(**one) for row in by_rank for one in row))
 
 
