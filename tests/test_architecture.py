@@ -72,7 +72,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "replay": {"config"},
     "state_metrics": {"parallel"},
     "evaluate": {"data", "observe", "parallel", "recipe", "state_metrics"},
-    "last_start": {"state"},
+    "last_start": {"config", "sources", "state"},
     "micro_batches": {"data", "last_start", "parallel"},
     "moving_average": {"state"},
     "step": {"data", "finite", "micro_batches", "observe", "parallel", "recipe", "scaling"},

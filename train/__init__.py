@@ -2,7 +2,8 @@
 
 from samestep.train.config import TrainConfig
 from samestep.train.data.sampler import SameOrderSampler
-from samestep.train.entry import Result, train
+from samestep.train.entry import train
+from samestep.train.finish import Result
 from samestep.train.recipe import Components, Weighted
 from samestep.train.state_metrics import StateMetric
 from samestep.train.supervised import supervised

@@ -52,7 +52,7 @@ from samestep.train.data.fingerprint import look_at
 from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.data.shield import kill_the_rest
-from samestep.train.finish import close, goodput
+from samestep.train.finish import Result, close, goodput
 from samestep.train.loop import Run
 from samestep.train.micro_batches import Agreed
 from samestep.train.observe import profile, trackers
@@ -62,24 +62,6 @@ from samestep.train.recipe import Components
 from samestep.train.signals import StopSignals
 
 Config = TypeVar("Config", bound=TrainConfig)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Outcome of a run, the same on every rank.
-
-    Attributes:
-        digest: sha256 of the final weights, 64 hex characters (see `samestep digest`); with `Components.ema` of those
-            that were trained, not of their average, which is what weights.safetensors holds.
-        steps: optimizer steps of the whole run.
-        metrics: values of the last evaluation; empty without `eval_data`.
-        run_dir: where everything of the run lies.
-    """
-
-    digest: str
-    steps: int
-    metrics: dict[str, float]
-    run_dir: Path
 
 
 def train(
@@ -225,6 +207,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     config, run_dir, progress = call.config, call.run_dir, call.progress
     run: Run
     found = start.find_state(run_dir, config, member)
+
     # --- build
     progress(0, "build")
     components, told = environment.keeping_threads(lambda: _built(build, config, member, shards), member.device)
@@ -247,24 +230,32 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     run.held.require_loadable()
     warnings = [*told, *options.misspelt(type(config), os.environ), *without_use(components), *found.warnings]
     warnings += micro_batches.warnings(joined.micro_batches, joined.stored, components.model)
-    if found.snapshot is not None:
-        warnings += start.restore(run, found.snapshot, found.source)
-    if found.snapshot is not None or config.replay is not None:
-        record, plateau = environment.record(member.device), isinstance(components.scheduler, ReduceLROnPlateau)
-        warnings += start.changes(config, joined.stored, record, follows_evaluations=plateau, elsewhere=found.elsewhere)
+    edited = [] if found.snapshot is None else start.restore(run, found.snapshot, found.source)
+    changed = _changed(components, joined, found)
     run.state.note_not_finite()
     start.count(run, found, call.generation)
 
     # --- train
     if found.ended and run.state.step >= run.max_steps:
         digest = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
-        run.reporter.already_finished(digest, run.state.step)
+        run.reporter.already_finished(digest, run.state.step, [*edited, *changed])
         member.group.barrier()
     else:
+        warnings += [*edited, *(f"{what}: the bits of the following steps can differ" for what in changed)]
         announce(run, run_dir, member, (shards, call.generation, found), [uncompiled, *warnings])
         with signals:
             digest = _to_the_end(run, member, run_dir, progress)
     return Result(digest, run.state.step, run.state.metrics, run_dir.path)
+
+
+def _changed(components: Components, joined: _Joined, found: start.Found) -> list[str]:
+    """What is not as at the last start, where this one goes on from there."""
+    config, device = joined.call.config, joined.member.device
+    if found.snapshot is None and config.replay is None:
+        return []
+    plateau = isinstance(components.scheduler, ReduceLROnPlateau)
+    now = config, joined.stored, environment.record(device)
+    return last_start.changes(*now, follows_evaluations=plateau, elsewhere=found.elsewhere)
 
 
 def _built(build: Callable[[Any], Components], config: Any, member: Membership, shards: int) -> Components:

@@ -1,9 +1,10 @@
-"""What is done once the last step is: the weights for everybody else, and what the time was good for."""
+"""What is done once the last step is: the weights for everybody else, what the time was good for, and the outcome."""
 
 from __future__ import annotations
 
 import errno
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,24 @@ from samestep.train.parallel.join import Membership
 from samestep.train.state.export import export_weights
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Outcome of a run, the same on every rank.
+
+    Attributes:
+        digest: sha256 of the final weights, 64 hex characters (see `samestep digest`); with `Components.ema` of those
+            that were trained, not of their average, which is what weights.safetensors holds.
+        steps: optimizer steps of the whole run.
+        metrics: values of the last evaluation; empty without `eval_data`.
+        run_dir: where everything of the run lies.
+    """
+
+    digest: str
+    steps: int
+    metrics: dict[str, float]
+    run_dir: Path
 
 
 def close(run: Run, run_dir: RunDir, member: Membership) -> str:

@@ -1,4 +1,4 @@
-"""What the last start of a run has left in its run directory, for the next one: files that people edit by hand."""
+"""What the last start of a run has left in its run directory, and what the next one does otherwise."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from typing import Any
 
 from samestep.launcher import manifest
 from samestep.launcher.contract import RunDir, UsageError
+from samestep.launcher.secret_names import without_secrets
+from samestep.train import sources
+from samestep.train.config import TrainConfig, plain
 from samestep.train.state.resume import is_elsewhere
 
 _COUNTS = ("shards", "threads", "micro_batches")
 _TABLES = ("config", "environment", "code")
 _LARGEST = (1 << 31) - 1  # torch's own, of threads
+# Options that may change between two starts of a run without anybody noticing.
+_FREE = frozenset(
+    "epochs max_steps log_every eval_every checkpoint_every checkpoint_seconds keep_checkpoints "
+    "resume run_dir num_workers config shards threads micro_batches weights best check trackers replay debug "
+    "profile".split()
+)
 
 
 def stored_config(run_dir: RunDir, resume: str) -> dict[str, Any]:
@@ -58,6 +67,34 @@ def _edited(file: Path, name: str, expected: str, value: object) -> UsageError:
         f"{name} in {file} is expected to be {expected}, but is {json.dumps(value)[:80]}",
         f"put back what it was, or remove {name} from the file",
     )
+
+
+def changes(
+    config: TrainConfig,
+    stored: dict[str, Any],
+    record: dict[str, Any],
+    *,
+    follows_evaluations: bool = False,
+    elsewhere: bool = False,
+) -> list[str]:
+    """What of settings and code is not as at the last start and can change bits, but neither order nor shapes.
+
+    `follows_evaluations`: the learning rate does (ReduceLROnPlateau), so when they come matters. `elsewhere`: it begins
+    with another run's checkpoint, so that run's settings are meant.
+    """
+    since = "the run that this one begins with" if elsewhere else "the last start"
+    if "config" not in stored:
+        return [f"what changed since {since} can't be told: its config.json can't be read"]
+    free = _FREE - {"eval_every"} if follows_evaluations else _FREE
+    before, after = without_secrets(stored["config"]), plain(config)
+    differing = [(f"--{name.replace('_', '-')}", before[name], after[name]) for name in after if name in before]
+    differing = [(name, old, new) for name, old, new in differing if name[2:].replace("-", "_") not in free]
+    environment = stored.get("environment", {})
+    differing += [(name, environment.get(name), record.get(name)) for name in record | environment]
+    told = [f"{n} changed from {old} to {new}" for n, old, new in differing if old != new and n != "python"]
+    edited = sources.changed(stored.get("code", {}), sources.of_recipe())
+    told += [f"the recipe's code changed in {edited}"] if edited else []
+    return [f"{what} since {since}" for what in told]
 
 
 def _facts(checkpoints: Sequence[Path]) -> dict[str, Any]:

@@ -17,9 +17,7 @@ from safetensors.torch import load_file
 
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RunDir, UsageError
 from samestep.launcher.lock import RunLock
-from samestep.launcher.secret_names import without_secrets
-from samestep.train import sources
-from samestep.train.config import TrainConfig, plain
+from samestep.train.config import TrainConfig
 from samestep.train.loop import Run
 from samestep.train.observe.guards.check import listed
 from samestep.train.parallel.group import gather_json
@@ -27,12 +25,6 @@ from samestep.train.parallel.join import Membership
 from samestep.train.state import checkpoint
 from samestep.train.state.resume import look
 
-# Options that may change between two starts of a run without anybody noticing.
-_FREE = frozenset(
-    "epochs max_steps log_every eval_every checkpoint_every checkpoint_seconds keep_checkpoints "
-    "resume run_dir num_workers config shards threads micro_batches weights best check trackers replay debug "
-    "profile".split()
-)
 # What people edit; other entries of a group may be an optimizer's own counters.
 _BESIDE_A_SCHEDULER = frozenset(
     "alpha amsgrad centered dampening eps initial_lr maximize nesterov weight_decay".split()
@@ -211,34 +203,6 @@ def count(run: Run, found: Found, generation: int) -> None:
         state.restarts, state.useful_seconds, state.started_at = 0, 0.0, time.time()
     state.restarts = max(state.restarts, generation, len(found.starts))
     state.started_at = min(state.started_at, *found.starts, time.time())
-
-
-def changes(
-    config: TrainConfig,
-    stored: dict[str, Any],
-    record: dict[str, Any],
-    *,
-    follows_evaluations: bool = False,
-    elsewhere: bool = False,
-) -> list[str]:
-    """Sentences about settings and code that are not as at the last start and can change bits, not order or shapes.
-
-    `follows_evaluations`: the learning rate does (ReduceLROnPlateau), so when they come matters. `elsewhere`: it begins
-    with another run's checkpoint, so that run's settings are meant.
-    """
-    since = "the run that this one begins with" if elsewhere else "the last start"
-    if "config" not in stored:
-        return [f"what changed since {since} can't be told: its config.json can't be read"]
-    free = _FREE - {"eval_every"} if follows_evaluations else _FREE
-    before, after = without_secrets(stored["config"]), plain(config)
-    differing = [(f"--{name.replace('_', '-')}", before[name], after[name]) for name in after if name in before]
-    differing = [(name, old, new) for name, old, new in differing if name[2:].replace("-", "_") not in free]
-    environment = stored.get("environment", {})
-    differing += [(name, environment.get(name), record.get(name)) for name in record | environment]
-    told = [f"{n} changed from {old} to {new}" for n, old, new in differing if old != new and n != "python"]
-    edited = sources.changed(stored.get("code", {}), sources.of_recipe())
-    told += [f"the recipe's code changed in {edited}"] if edited else []
-    return [f"{what} since {since}: the bits of the following steps can differ" for what in told]
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:

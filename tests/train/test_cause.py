@@ -18,7 +18,7 @@ from samestep.train.data.fingerprint import look_at
 from samestep.train.data.loader import build_loader
 from samestep.train.data.sampler import SameOrderSampler, ShardSamples
 from samestep.train.data.shard_dataset import ShardDataset
-from samestep.train.start import changes
+from samestep.train.last_start import changes
 
 
 class TwoWordsError(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -56,8 +56,8 @@ class Reporter:
     def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
         """Stopped after `step` because it was asked for; `checkpoint` is the newest committed step. The last call."""
 
-    def already_finished(self, digest: str, steps: int) -> None:
-        """A finished run was started again; nothing was done."""
+    def already_finished(self, digest: str, steps: int, changed: Sequence[str]) -> None:
+        """A finished run was started again, with what changed since; nothing was done."""
 
     def close(self) -> None:
         """The run is over, however it ended; again where it was finished or preempted."""
@@ -192,9 +192,12 @@ class RankZeroReporter(Reporter):
         self._print(f"Stopped by {signal_name} after step {step}: {'saved' if checkpoint == step else found}")
         self.close()
 
-    def already_finished(self, digest: str, steps: int) -> None:
-        """Print the digest that the run ended with."""
+    def already_finished(self, digest: str, steps: int, changed: Sequence[str]) -> None:
+        """Print the digest that the run ended with, and what did not go into it."""
         self._print(f"Already finished: {steps} steps, digest {digest}")
+        for what in changed:
+            ended = "the run had ended before; to train so, pass another --run-dir"
+            self._bar.print(f"warning: {what}: {ended}", sys.stderr)
 
     def close(self) -> None:
         """Close the bar; lines are plain from then on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,9 +261,9 @@ class TrackedReporter(Reporter):
         """Nothing for a tracker."""
         self.inner.note(text)
 
-    def already_finished(self, digest: str, steps: int) -> None:
+    def already_finished(self, digest: str, steps: int, changed: Sequence[str]) -> None:
         """Nothing for a tracker."""
-        self.inner.already_finished(digest, steps)
+        self.inner.already_finished(digest, steps, changed)
 
     def preempted(self, step: int, signal_name: str, checkpoint: int | None) -> None:
         """Close the trackers."""

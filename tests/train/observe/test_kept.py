@@ -25,10 +25,13 @@ X = torch.arange(6.0).reshape(3, 2)
 
 def told(model: nn.Module, loss: Any, losses: int = 3) -> list[str]:
     check = PlainAttributes(Subject(model, torch.optim.SGD(model.parameters(), lr=0.1), loss))
-    for _ in range(losses):
+    for step in range(losses):
+        plan = StepPlan(step, 0, 0, 3, 1)
+        check.before_step(plan)
         check.before_loss(None, 3)
         loss(model, (X, X))
         check.after_loss()
+        check.after_step(plan)
     return [finding.text for finding in check.conclude()]
 
 
@@ -197,3 +200,88 @@ def test_a_collate_fn_is_looked_into() -> None:
         check.before_step(plan)
         check.after_step(plan)
     assert list(check.conclude()) == []
+
+
+GENERATOR = torch.Generator().manual_seed(3)
+CALLS = {"n": 0}
+
+
+def dropped(hidden: Tensor) -> Tensor:
+    return hidden * (torch.rand(hidden.shape, generator=GENERATOR) > 0.5)
+
+
+def count_calls() -> None:
+    CALLS["n"] += 1
+
+
+class DrawsInForward(Keeps):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._rest(self.layer(x))
+
+    def _rest(self, hidden: Tensor) -> Tensor:
+        return dropped(hidden)
+
+
+class CountsInForward(Keeps):
+    def forward(self, x: Tensor) -> Tensor:
+        count_calls()
+        return self.layer(x)
+
+
+class CountsOnItsClass(Keeps):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        CountsOnItsClass.calls += 1
+        return self.layer(x)
+
+
+def hooked() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.register_forward_hook(lambda module, args, output: count_calls())
+    return model
+
+
+def calling(model: Any, batch: Any) -> Tensor:
+    count_calls()
+    return model(batch[0]).sum()
+
+
+def plain(model: Any, batch: Any) -> Tensor:
+    return model(batch[0]).sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "expected"),
+    [
+        (DrawsInForward, plain, DRAWN + "GENERATOR"),
+        (CountsInForward, plain, LOSS + "CALLS"),
+        (CountsOnItsClass, plain, STATE + "CountsOnItsClass.calls"),
+        (hooked, plain, LOSS + "CALLS"),
+        (lambda: nn.Linear(2, 2), calling, LOSS + "CALLS"),
+        (lambda: nn.Linear(2, 2), supervised(nn.MSELoss()), ""),
+    ],
+)
+def test_what_the_functions_of_loss_and_modules_reach_is_named(make: Any, loss: Any, expected: str) -> None:
+    found = told(make(), loss)
+    assert len(found) == bool(expected), found  # a collate_fn, of which there is none, is not blamed
+    assert all(expected in text for text in found)
+
+
+def test_a_learning_rate_that_the_loss_changes_is_named() -> None:
+    model = nn.Linear(2, 2)
+    groups: list[dict[str, Any]] = [{"params": [model.weight]}, {"params": [model.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+
+    def decaying(model: Any, batch: Any) -> Tensor:
+        optimizer.param_groups[1]["lr"] *= 0.9
+        return model(batch[0]).sum()
+
+    check = PlainAttributes(Subject(model, optimizer, decaying))
+    for _ in range(3):
+        check.before_loss(None, 3)
+        decaying(model, (X, X))
+        check.after_loss()
+    assert [finding.text for finding in check.conclude()] == [
+        "the loss changes settings of the optimizer: lr of group 1"
+    ]

@@ -56,6 +56,17 @@ def test_a_finished_run_started_again_says_its_digest_and_changes_nothing(go):
     assert (again.run_dir / "events.jsonl").read_bytes() == before
 
 
+def test_a_finished_run_started_again_with_other_options_names_them_and_changes_nothing(go):
+    first = go()
+    before = (first.run_dir / "events.jsonl").read_bytes()
+    for _ in range(2):  # the options of the run are still those that it was trained with
+        again = go("--global-batch-size", "8")
+        assert "Already finished: 14 steps" in again.stdout
+        told = "warning: --global-batch-size changed from 16 to 8 since the last start: the run had ended before"
+        assert told in again.stderr
+        assert (again.run_dir / "events.jsonl").read_bytes() == before
+
+
 def test_a_run_that_is_to_end_before_the_step_that_it_has_come_to_has_that_many(go):
     ended = go("--max-steps", "6")
     events = ended.run_dir / "events.jsonl"

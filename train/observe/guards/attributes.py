@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from samestep.train.observe.guards.check import Check, Finding, Subject, listed
-from samestep.train.observe.guards.kept import Drawn, beside_state_dict, of_late_buffers, of_loss, of_model
+from samestep.train.observe.guards.kept import (
+    Drawn,
+    beside_state_dict,
+    of_functions,
+    of_groups,
+    of_late_buffers,
+    of_loss,
+    of_model,
+)
 from samestep.train.parallel.shards import StepPlan
 
 _TWICE = 2  # a number that changes once is what was cached, such as a length
@@ -22,10 +30,12 @@ class PlainAttributes(Check):
     def __init__(self, subject: Subject) -> None:
         model, known = subject.model, {name for name, _ in subject.model.named_buffers()}
         self._model = _Kept(lambda: {**dict(of_model(model)), **dict(of_late_buffers(model, known))})
-        self._loss = _Kept(lambda: dict(of_loss(subject.loss, model)))
+        self._loss = _Kept(lambda: {**dict(of_loss(subject.loss, model)), **dict(of_functions(model))})
         self._collate = _Kept(lambda: dict(of_loss(subject.collate_fn, model)))
         self._optimizer = _Kept(lambda: dict(beside_state_dict(subject.optimizer)))
         self._scheduler = _Kept(lambda: dict(beside_state_dict(subject.scheduler)))
+        self._groups = _Kept(lambda: dict(of_groups(subject.optimizer)))
+        self._of_losses = self._model, self._loss, self._groups
         self._of_steps = self._collate, self._optimizer, self._scheduler
 
     def before_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
@@ -36,14 +46,14 @@ class PlainAttributes(Check):
 
     def before_loss(self, batch: object, samples: int) -> tuple[()]:  # noqa: ARG002
         """Remember all."""
-        self._model.begin()
-        self._loss.begin()
+        for kept in self._of_losses:
+            kept.begin()
         return ()
 
     def after_loss(self) -> tuple[()]:
         """Count who changed."""
-        self._model.end()
-        self._loss.end()
+        for kept in self._of_losses:
+            kept.end()
         return ()
 
     def after_step(self, plan: StepPlan) -> tuple[()]:  # noqa: ARG002
@@ -54,7 +64,7 @@ class PlainAttributes(Check):
 
     def forget(self) -> None:
         """What was counted belongs to steps that are done again."""
-        for kept in (self._model, self._loss, *self._of_steps):
+        for kept in (*self._of_losses, *self._of_steps):
             kept.forget()
 
     def conclude(self) -> Iterator[Finding]:
@@ -70,6 +80,11 @@ class PlainAttributes(Check):
                 f"the loss changes what it keeps outside of the model: {listed(of_loss_.state)}",
                 f"{_HINT} of the model, a criterion as one of its modules, or derive them from the batch; fine where "
                 "no loss depends on them",
+            )
+        if settings := self._groups.conclude().state:
+            yield Finding(
+                f"the loss changes settings of the optimizer: {listed(settings)}",
+                "a rank does so once a shard, so they depend on the number of ranks: pass Components a scheduler",
             )
         if changed := of_collate.state + of_collate.generators:
             yield Finding(

@@ -1,7 +1,8 @@
 """What a model or a loss keeps beside parameters and buffers, as marks that are equal while nothing has changed.
 
-Numbers, tensors without a graph, arrays, generators, and containers of these, in attributes of modules; of a loss also
-in what its function closes over, in its defaults and in the globals that it names.
+Numbers, tensors without a graph, arrays, generators, and containers of these, in attributes of modules and of their
+classes; and in what the functions of the loss, of modules and of their hooks close over, have as defaults, or name as
+globals, and the user's functions that they call.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import types
 import zlib
 from collections import deque
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _MOST_BYTES = 1 << 22  # of a tensor or array that is looked at: a larger one is data rather than a state
 _MOST_ITEMS = 64  # of a container, further ones count by their number
 _DEPTH = 3  # of containers in containers
+_MOST_FUNCTIONS = 256  # that are looked into, one calling the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,29 @@ def of_model(model: nn.Module) -> Iterator[tuple[str, Hashable]]:
             if key in _OF_EVERY_MODULE or (of_torch and key.startswith("_")):
                 continue
             yield from _marked(f"{path or type(model).__name__}.{key}", value)
+    for kind in _own_classes(model):
+        for key, value in vars(kind).items():
+            if not key.startswith("__") and (marked := mark(value)) is not None:
+                yield f"{kind.__name__}.{key}", marked
+
+
+def _own_classes(model: nn.Module) -> dict[type, None]:
+    """Of its modules, in their order: the user's."""
+    found = (kind for module in model.modules() for kind in type(module).__mro__)
+    return {kind: None for kind in found if _is_the_users(kind.__module__)}
+
+
+def _own_functions(model: nn.Module) -> Iterator[types.FunctionType]:
+    """Methods and hooks of its modules: the user's."""
+    for kind in _own_classes(model):
+        yield from (value for value in vars(kind).values() if isinstance(value, types.FunctionType))
+    for module in model.modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        hooks += (*module._backward_pre_hooks.values(), *module._backward_hooks.values())
+        for hook in hooks:
+            function = hook.func if isinstance(hook, functools.partial) else hook
+            if isinstance(function, types.FunctionType) and _is_the_users(function.__module__):
+                yield function
 
 
 def of_late_buffers(model: nn.Module, known: Collection[str]) -> Iterator[tuple[str, Hashable]]:
@@ -58,17 +83,45 @@ def of_late_buffers(model: nn.Module, known: Collection[str]) -> Iterator[tuple[
 
 def of_loss(loss: Any, model: nn.Module) -> Iterator[tuple[str, Hashable]]:
     """By the names that the code has for them; the model and its parts are left out, other modules are looked into."""
+    yield from _outside(model, _reached(_held(loss)))
+
+
+def of_functions(model: nn.Module) -> Iterator[tuple[str, Hashable]]:
+    """What the methods and hooks of its modules keep outside of them, by the names that the code has for it."""
+    yield from _outside(model, _reached((function.__name__, function) for function in _own_functions(model)))
+
+
+def _outside(model: nn.Module, held: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Hashable]]:
     inside = {id(module) for module in model.modules()}
-    for name, value in _held(loss):
+    for name, value in held:
         if isinstance(value, nn.Module) and id(value) not in inside:
             state = (*value.named_buffers(), *value.named_parameters())
             yield from ((f"{name}.{key}", marked) for key, part in state if (marked := mark(part)) is not None)
             yield from ((f"{name}: {key}", marked) for key, marked in of_model(value))
-        elif isinstance(value, types.FunctionType) and _is_the_users(value.__module__):
-            called = ((inner, found) for inner, found in _of_function(value) if not isinstance(found, nn.Module))
-            yield from (pair for inner, found in called for pair in _marked(inner, found))
         else:
             yield from _marked(name, value)
+
+
+def _reached(held: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """What is held, and what the user's functions in it hold, and so on."""
+    seen: set[int] = set()
+    waiting = deque(held)
+    while waiting:
+        name, value = waiting.popleft()
+        if not isinstance(value, types.FunctionType):
+            yield name, value
+        elif id(value) not in seen and len(seen) < _MOST_FUNCTIONS and _is_the_users(value.__module__):
+            seen.add(id(value))
+            waiting.extend(_of_function(value))
+
+
+def of_groups(optimizer: Optimizer) -> Iterator[tuple[str, Hashable]]:
+    """Learning rates and other settings of an optimizer's groups."""
+    groups = getattr(optimizer, "param_groups", [])
+    for number, group in enumerate(groups):
+        where = f" of group {number}" if len(groups) > 1 else ""
+        settings = ((key, mark(value)) for key, value in group.items() if key != "params")
+        yield from ((f"{key}{where}", marked) for key, marked in settings if marked is not None)
 
 
 def beside_state_dict(part: Any) -> Iterator[tuple[str, Hashable]]:
