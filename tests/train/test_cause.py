@@ -12,13 +12,12 @@ from torch._utils import ExceptionWrapper
 
 from samestep.launcher import lock
 from samestep.launcher.contract import RunDir
-from samestep.train import TrainConfig, leave
+from samestep.train import leave
 from samestep.train.cause import blame, cause_of
 from samestep.train.data.fingerprint import look_at
 from samestep.train.data.loader import build_loader
 from samestep.train.data.sampler import SameOrderSampler, ShardSamples
 from samestep.train.data.shard_dataset import ShardDataset
-from samestep.train.last_start import changes
 
 
 class TwoWordsError(Exception):
@@ -222,10 +221,3 @@ def test_a_message_of_megabytes_is_cut_where_people_read_it():
     cause = cause_of(ValueError("k" * 3_000_000))
     assert len(cause.message) < 5000
     assert cause.message.endswith("... and 2996000 characters more, in the log")
-
-
-def test_when_evaluations_come_is_a_change_of_bits_where_the_learning_rate_follows_them():
-    config, stored = TrainConfig(eval_every=3), {"config": {"eval_every": 5}}
-    assert changes(config, stored, {}) == []
-    (text,) = changes(config, stored, {}, follows_evaluations=True)
-    assert text.startswith("--eval-every changed from 5 to 3 since the last start")

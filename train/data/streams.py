@@ -67,7 +67,7 @@ class PythonStream:
 
         The 624 words of a sample's state are the halves of `extend(value, 0)`, `extend(value, 1)`, … (see order.py),
         made for many samples at once and put in place. `random.seed` spreads a number over the words one after the
-        other, and the first draw mixes them all once more: together they take 4 times as long.
+        other, and the first draw mixes them all once more: together they take twice as long.
         """
         for begin in range(0, len(values), _AT_ONCE):
             tables = key_tables(values[begin : begin + _AT_ONCE], _MT19937_WORDS // 2)

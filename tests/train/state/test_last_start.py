@@ -1,4 +1,4 @@
-"""Files of the run directory that somebody has edited by hand end a start with one sentence, or change nothing."""
+"""What the last start left is read with care, also where it was edited by hand; what changed since is named."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from samestep.launcher.contract import UsageError
-from samestep.train.last_start import settings
+from samestep.train import TrainConfig, environment
+from samestep.train.config import plain
+from samestep.train.data import rng
+from samestep.train.last_start import changes, settings
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "small.py"
 
@@ -70,3 +74,20 @@ def test_settings_that_config_json_lacks_come_from_the_checkpoint(rank_server: A
     assert set(rank_server(tmp_path, *flags, 4).codes) == {0}
     after = json.loads((first.run_dir / "config.json").read_text())
     assert (after["shards"], after["threads"]) == (3, 1)
+
+
+def test_when_evaluations_come_is_a_change_of_bits_where_the_learning_rate_follows_them():
+    config, stored = TrainConfig(eval_every=3), {"config": {"eval_every": 5}}
+    assert changes(config, stored, {}) == []
+    (text,) = changes(config, stored, {}, follows_evaluations=True)
+    assert text.startswith("--eval-every changed from 5 to 3 since the last start")
+
+
+def test_a_run_that_drew_other_random_numbers_is_told_so() -> None:
+    now = environment.record(torch.device("cpu"))
+    assert now["random_numbers"] == rng.SPEC
+    before = {name: value for name, value in now.items() if name != "random_numbers"}
+    config = TrainConfig()
+    for known, was in ((before, None), (before | {"random_numbers": "other/1"}, "other/1")):
+        told = changes(config, {"config": plain(config), "environment": known}, now)
+        assert told == [f"random_numbers changed from {was} to {rng.SPEC} since the last start"]
