@@ -53,6 +53,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "elastic_error": set(),
     "leave": {"cause", "elastic_error", "program"},
     "post_mortem": {"cause", "leave"},
+    "failure": {"data", "elastic_error", "leave", "post_mortem", "progress"},
     "as_main": set(),
     "sources": set(),
     "doctor": set(),
@@ -91,6 +92,9 @@ COMPOSERS = {
     "entry",
     "finish",
     "fork_server",
+    "joined",
+    "own_loop",
+    "prepared",
     "rewind",
     "start",
 }  # connect the parts and may import all of them

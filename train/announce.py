@@ -6,33 +6,31 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from samestep.launcher import who_started
-from samestep.launcher.contract import RankInfo, RunDir, WorkerEnv
+from samestep.launcher.contract import RankInfo, WorkerEnv
 from samestep.train import environment, sources
 from samestep.train.accelerate_settings import fewer_than_asked, not_followed
 from samestep.train.config import plain
 from samestep.train.fused import fused_hint
+from samestep.train.joined import Joined
 from samestep.train.loop import Run
 from samestep.train.observe.memory import memory_at_start
 from samestep.train.parallel.group import gather_json
-from samestep.train.parallel.join import Membership
+from samestep.train.prepared import Prepared
 from samestep.train.start import Found
 
 
-def announce(
-    run: Run, run_dir: RunDir, member: Membership, begin: tuple[int, int, Found], warnings: Iterable[str]
-) -> None:
-    """Tell people and programs; `begin` is shards, generation and what was found. A collective."""
-    found = begin[2]
-    _record(run, run_dir, member, begin)
+def announce(prepared: Prepared, joined: Joined) -> None:
+    """Tell people and programs. A collective."""
+    run, found, member = prepared.run, prepared.found, joined.member
+    _record(run, found, joined)
     _say_who_started(member.env)
     alone = "" if member.env.distributed else fewer_than_asked(os.environ, environment.parent_command())
-    for text in filter(None, [alone, *not_followed(run.config, os.environ), *warnings]):
+    for text in filter(None, [alone, *not_followed(run.config, os.environ), *prepared.warnings]):
         run.reporter.warning(text)
     if found.note:
         run.reporter.note(found.note)
@@ -42,9 +40,9 @@ def announce(
         member.group.barrier()  # starting them takes rank zero seconds, which would count as the first step of others
 
 
-def _record(run: Run, run_dir: RunDir, member: Membership, begin: tuple[int, int, Found]) -> None:
+def _record(run: Run, found: Found, joined: Joined) -> None:
     """Write config.json and the first event; needs every rank's place. A collective."""
-    shards, generation, found = begin
+    member, shards, run_dir = joined.member, joined.shards, joined.call.run_dir
     env, parts = member.env, run.step.micro_batches.agreed.count
     memory = memory_at_start(run.components.model, env.rank, env.world_size, shards, parts)
     host, pid = socket.gethostname(), os.getpid()
@@ -67,7 +65,7 @@ def _record(run: Run, run_dir: RunDir, member: Membership, begin: tuple[int, int
             "code": sources.of_recipe(),
         }
         problem = _replace(run_dir.config, json.dumps(content, indent=1) + "\n")
-    run.reporter.started(max(generation, run.state.restarts), shards, ranks, run.max_steps)
+    run.reporter.started(max(joined.call.generation, run.state.restarts), shards, ranks, run.max_steps)
     if problem:
         run.reporter.warning(f"{run_dir.config} could not be written ({problem}); training goes on")
     for hint in filter(None, [fused_hint(run.components.optimizer, member.device)]):

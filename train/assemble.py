@@ -27,7 +27,7 @@ from samestep.train.micro_batches import Agreed, MicroBatches, largest_count
 from samestep.train.moving_average import MovingAverage
 from samestep.train.observe.event_log import EventLog
 from samestep.train.observe.guards.check import Subject
-from samestep.train.observe.guards.watch import Guards, guards_for
+from samestep.train.observe.guards.watch import Guards, NullGuards, guards_for
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.memory import gradient_bytes
 from samestep.train.observe.phases import CudaClock, HostClock
@@ -72,6 +72,7 @@ class Setting:
     signals: StopSignals = field(default_factory=StopSignals)
     micro_batches: Agreed = field(default_factory=Agreed)
     ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed however the call ends
+    guarded: bool = True  # --check watches the loss of Components; a loop of one's own has none
 
     @property
     def device(self) -> torch.device:
@@ -226,6 +227,8 @@ def _evaluator(
 
 
 def _guards(components: Components, setting: Setting, reporter: Reporter) -> Guards:
+    if not setting.guarded:
+        return NullGuards()
     beside = components.scheduler, components.scheduler_interval, components.collate_fn
     subject = Subject(components.model, components.optimizer, components.loss, *beside)
     place = setting.member.group, setting.shards, setting.device

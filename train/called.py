@@ -24,10 +24,19 @@ def check_call(build: object, config_type: object) -> None:
             "train(build, MyConfig), without parentheses after either",
         )
     require_arguments("build", build, "config")
+    check_config_type("train", config_type, "second")
+
+
+def check_config_type(function: str, config_type: object, place: str = "first") -> None:
+    """Judge a class of options.
+
+    Raises:
+        UsageError: `function` was given something else, or a class whose options would not count.
+    """
     if not (isinstance(config_type, type) and issubclass(config_type, TrainConfig)):
         raise UsageError(
-            f"train is expected to get a class derived from TrainConfig second, but got {kind(config_type)}",
-            "@dataclass above class MyConfig(TrainConfig): …, and then train(build, MyConfig)",
+            f"{function} is expected to get a class derived from TrainConfig {place}, but got {kind(config_type)}",
+            "@dataclass above class MyConfig(TrainConfig): …, and then MyConfig, without parentheses, is what it gets",
         )
     for cls in config_type.__mro__[: config_type.__mro__.index(TrainConfig)]:
         _check_options(cls, config_type)

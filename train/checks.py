@@ -56,7 +56,7 @@ def check_components(components: object) -> Components:
             f"{components.scheduler_interval!r}",
             'a step is a global batch: "step" calls scheduler.step() after each optimizer step',
         )
-    _check_materialised(components.model)
+    check_materialised(components.model)
     _check_parameters(components.model, components.optimizer)
     _check_update(components.optimizer)
     return components
@@ -69,7 +69,12 @@ def without_use(components: Components) -> list[str]:
     return []
 
 
-def _check_materialised(model: nn.Module) -> None:
+def check_materialised(model: nn.Module) -> None:
+    """Refuse tensors without shape or values.
+
+    Raises:
+        UsageError: names the first one.
+    """
     lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
     if lazy:
         raise UsageError(

@@ -50,12 +50,17 @@ def keeping_threads(build: Callable[[], Built], device: torch.device) -> tuple[B
         built = build()
     finally:
         require_default_device(device)
+    return built, threads_brought_back(threads, "build")
+
+
+def threads_brought_back(threads: int, what: str) -> list[str]:
+    """Set so many threads again; a sentence where there were others, which `what` has set."""
     found = torch.get_num_threads()
     if found == threads:
-        return built, []
+        return []
     torch.set_num_threads(threads)
-    return built, [
-        f"build sets {found} threads, but a rank goes on with {threads}: bits depend on it, so it follows from "
+    return [
+        f"{what} sets {found} threads, but a rank goes on with {threads}: bits depend on it, so it follows from "
         "--threads or --shards alone"
     ]
 

@@ -39,8 +39,11 @@ class Result:
 
 def close(run: Run, run_dir: RunDir, member: Membership) -> str:
     """Export the weights of a state that could be saved; the digest of its checkpoint, on every rank. A collective."""
+    run.progress(run.state.step, "closing")
     digest: str = start.on_rank_zero(lambda: _saved(run, run_dir), member)["digest"]
     start.on_rank_zero(lambda: _export(run, run_dir.path / "weights.safetensors"), member)
+    run.reporter.finished(digest, run.state.step, run.state.restarts, _goodput(run))
+    member.group.barrier()
     return digest
 
 
@@ -76,7 +79,7 @@ def _status(problem: OSError | None) -> ExitCode:
     return ExitCode.NO_PROGRESS if problem is not None and problem.errno in _FULL else ExitCode.FAILED
 
 
-def goodput(run: Run) -> float:
+def _goodput(run: Run) -> float:
     """Seconds in steps that count over seconds since the first start."""
     wall = time.time() - run.state.started_at
     return min(1.0, run.state.useful_seconds / wall) if wall > 0 else 1.0

@@ -6,8 +6,9 @@ the state is saved. Nothing here asks which rank it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -19,8 +20,10 @@ from samestep.train.evaluate import Evaluator
 from samestep.train.observe.guards.watch import Guards
 from samestep.train.observe.ledger import Ledger
 from samestep.train.observe.reporter import Reporter
+from samestep.train.observe.tally import Values
 from samestep.train.parallel.agreement import Agreement
 from samestep.train.parallel.bucket_trial import Buckets
+from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components
 from samestep.train.state.held import HeldParts
 from samestep.train.state.saver import Saver
@@ -64,9 +67,54 @@ class Run:
 
 def run_to_the_end(run: Run) -> None:
     """Train until the last step, or the one after which all ranks agreed to stop; return when its state is saved."""
-    while run.state.step < run.max_steps and not run.agreement.stop:
-        run.sampler.load_state_dict({"epoch": run.state.epoch, "cursor": run.state.cursor})
-        _rest_of_epoch(run)
+    for plan, batches, last in steps_to_go(run):
+        run.guards.before_step(plan)
+        rows = run.step(plan, batches)
+        run.guards.after_step(plan)
+        after_step(run, plan, rows, last=last)
+    save_the_end(run)
+
+
+def steps_to_go(run: Run) -> Iterator[tuple[StepPlan, Iterator[Any], bool]]:
+    """The steps of all epochs from where the state is: plan, the epoch's batches, and whether it is the last one."""
+    config, state = run.config, run.state
+    while state.step < (max_steps := run.max_steps) and not run.agreement.stop:
+        run.progress(state.step, "loading")
+        run.step.clock.skip()
+        run.sampler.load_state_dict({"epoch": state.epoch, "cursor": state.cursor})
+        batches = iter(run.loader)
+        run.components.model.train()
+        cut = (config.global_batch_size, run.sampler.shards, state.epoch, state.cursor, state.step)
+        for plan in epoch_plans(run.sampler.samples, *cut, run.step.micro_batches.agreed.count):
+            run.progress(plan.step, "step")
+            last = plan.step + 1 >= max_steps
+            yield plan, batches, last
+            if last or run.agreement.stop:
+                break
+
+
+def after_step(run: Run, plan: StepPlan, rows: Values, *, last: bool) -> None:
+    """Count a step with these losses as done, and do what is due: report, evaluate, end the epoch, save."""
+    config, state = run.config, run.state
+    run.held.after_step()
+    run.ledger.add(plan, rows, run.step.clock.take())
+    state.advance(plan)
+    run.saver.tell(run.reporter)
+    epoch_done = state.cursor == run.sampler.samples
+    evaluate, due = _evaluation_due(run, epoch_done), run.saver.due(state.step) or last
+    if state.step % config.log_every == 0 or epoch_done or evaluate or due:
+        _report(run)
+    better = evaluate and _evaluate(run)
+    if epoch_done:
+        _end_epoch(run)
+    if due or better:
+        run.progress(state.step, "checkpoint")
+        run.saver.save(state, run.reporter)
+        run.step.clock.skip()
+
+
+def save_the_end(run: Run) -> None:
+    """No batch is wanted any more; return when the state is on disk."""
     run.loader.close()
     if run.evaluator is not None:
         run.evaluator.loader.close()
@@ -75,45 +123,10 @@ def run_to_the_end(run: Run) -> None:
     run.saver.wait(run.reporter)
 
 
-def _rest_of_epoch(run: Run) -> None:
-    config, state, max_steps = run.config, run.state, run.max_steps
-    run.progress(state.step, "loading")
-    run.step.clock.skip()
-    batches = iter(run.loader)
-    run.components.model.train()
-    cut = (config.global_batch_size, run.sampler.shards, state.epoch, state.cursor, state.step)
-    plans = epoch_plans(run.sampler.samples, *cut, run.step.micro_batches.agreed.count)
-    for plan in plans:
-        # --- one step
-        run.progress(plan.step, "step")
-        run.guards.before_step(plan)
-        rows = run.step(plan, batches)
-        run.guards.after_step(plan)
-        run.held.after_step()
-        run.ledger.add(plan, rows, run.step.clock.take())
-        state.advance(plan)
-
-        # --- what is due after it
-        run.saver.tell(run.reporter)
-        epoch_done, last = state.cursor == run.sampler.samples, state.step >= max_steps
-        evaluate, due = _evaluation_due(run, epoch_done), run.saver.due(state.step) or last
-        if state.step % config.log_every == 0 or epoch_done or evaluate or due:
-            _report(run)
-        better = evaluate and _evaluate(run)
-        if epoch_done:
-            _end_epoch(run)
-        if due or better:
-            run.progress(state.step, "checkpoint")
-            run.saver.save(state, run.reporter)
-            run.step.clock.skip()
-        if last or run.agreement.stop:
-            break
-
-
 def _report(run: Run) -> None:
     run.held.require_same()
     run.step.guard.settle()
-    run.step.buffers.settle()
+    run.state.buffers.settle()
     run.ledger.epoch = run.state.sums
     records = run.ledger.flush(run.step.tally.extras or [])
     if records is None:

@@ -36,7 +36,7 @@ def _go_back(run: Run, bad: BadStep, member: Membership, run_dir: RunDir) -> Non
         raise RuntimeError(f"{bad}, and there is no checkpoint to go back to")
     known = run.state.passed_over | {bad.step}  # the checkpoint may be older than others of them
     starts = run.state.restarts, run.state.started_at  # nothing is started
-    start.restore(run, found.snapshot, found.source)
+    start.restore(run.state, found.snapshot, found.source)
     run.state.restarts, run.state.started_at = starts
     run.state.passed_over.update(known)
     run.ledger.forget()

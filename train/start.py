@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RunDir, UsageError
 from samestep.launcher.lock import RunLock
 from samestep.train.config import TrainConfig
-from samestep.train.loop import Run
 from samestep.train.observe.guards.check import listed
 from samestep.train.parallel.group import gather_json
 from samestep.train.parallel.join import Membership
 from samestep.train.state import checkpoint
 from samestep.train.state.resume import look
+from samestep.train.state.train_state import TrainState
 
 # What people edit; other entries of a group may be an optimizer's own counters.
 _BESIDE_A_SCHEDULER = frozenset(
@@ -151,24 +151,24 @@ def owned(run_dir: RunDir, member: Membership, environ: Mapping[str, str] = os.e
             lock.release()
 
 
-def restore(run: Run, snapshot: checkpoint.Snapshot, source: str) -> list[str]:
+def restore(state: TrainState, snapshot: checkpoint.Snapshot, source: str) -> list[str]:
     """Load a snapshot into the parts of a run; a sentence where `build` has given the optimizer other numbers.
 
     Raises:
         UsageError: seed, order, dataset or shards are not the snapshot's, or the model has other names or shapes.
     """
     for name in ("seed", "order", "dataset", "shards"):
-        before, now = snapshot.facts.get(name), run.state.facts[name]
+        before, now = snapshot.facts.get(name), state.facts[name]
         if before != now:
             harm = "the bits would be others" if name == "shards" else "samples would be repeated and left out"
             raise UsageError(
                 f"{name} is expected to be as in {source}, but changed from {before} to {now}",
                 f"{harm}: restore it, or start a new run with another --run-dir",
             )
-    optimizer, scheduled = run.components.optimizer, run.components.scheduler is not None
+    optimizer, scheduled = state.components.optimizer, state.components.scheduler is not None
     built = [dict(group) for group in getattr(optimizer, "param_groups", [])]
     try:
-        run.state.restore(snapshot)
+        state.restore(snapshot)
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         first = " ".join(str(error).split())[:300]
         raise UsageError(
@@ -196,9 +196,8 @@ def _overridden(
     return [f"the optimizer goes on as it was saved in {source}: {listed(found)} ({begin})"]
 
 
-def count(run: Run, found: Found, generation: int) -> None:
+def count(state: TrainState, found: Found, generation: int) -> None:
     """Restarts and time of this run directory: also of starts that no checkpoint knows, and of no other run."""
-    state = run.state
     if found.elsewhere:
         state.restarts, state.useful_seconds, state.started_at = 0, 0.0, time.time()
     state.restarts = max(state.restarts, generation, len(found.starts))

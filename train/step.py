@@ -21,7 +21,7 @@ from samestep.train.parallel.buffers import BufferCombiner
 from samestep.train.parallel.no_buffers import NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shards import MicroBatch, StepPlan
-from samestep.train.parallel.step_sums import StepSums, Sums
+from samestep.train.parallel.step_sums import StepSums, Sums, divide
 from samestep.train.recipe import Components, objective, require_gradient, weigh
 from samestep.train.scaling import Scaling
 
@@ -99,9 +99,7 @@ class OptimizerStep:
         if sums.weight == 0.0:
             self.warn(f"step {plan.step + 1} has no weight in its whole batch: no update")
             return False
-        # torch divides all at once by a weight of their own type, one after the other by another; the bits are the same
-        alike = all(gradient.dtype == torch.float32 for gradient in gradients)
-        torch._foreach_div_(gradients, sums.weights[0].float() if alike else sums.weights[0])
+        divide(gradients, sums)
         return True
 
     def _update(self) -> bool:

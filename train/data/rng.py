@@ -22,7 +22,7 @@ from samestep.train.data.streams import STREAMS, Stream
 SPEC = "splitmix64-mt19937/2"  # changes when the same place draws other numbers
 
 # Domains keep keys of different uses apart.
-_INIT, _SHARD, _SAMPLE, _COLLATE, _EVALUATION, _BATCH = range(1, 7)
+_INIT, _SHARD, _SAMPLE, _COLLATE, _EVALUATION, _BATCH, _PASS = range(1, 8)
 _BLOCK = 64
 
 
@@ -41,6 +41,11 @@ def seed_shard(seed: int, step: int, shard: int) -> None:
 def _keys_of_steps(seed: int, block: int) -> list[int]:
     """Keys of _BLOCK steps as far as all their shards share them: one at a time they take three times as long."""
     return extend_each(begin(4, _SHARD, seed), range(block * _BLOCK, (block + 1) * _BLOCK))
+
+
+def seed_of_pass(seed: int, number: int) -> int:
+    """What `seed_shard` is given for one of several passes over a step: for the first one, number 0, `seed` itself."""
+    return seed if number == 0 else key(_PASS, seed, number)
 
 
 def seed_evaluation(seed: int, batch: int, shard: int) -> None:

@@ -35,6 +35,13 @@ class Sums(NamedTuple):
     buffers: Tensor
 
 
+def divide(gradients: list[Tensor], sums: Sums) -> None:
+    """Divide in place by the sum of the weights that a loss brought."""
+    # torch divides all at once by a weight of their own type, one after the other by another; the bits are the same
+    alike = all(gradient.dtype == torch.float32 for gradient in gradients)
+    torch._foreach_div_(gradients, sums.weights[0].float() if alike else sums.weights[0])
+
+
 class StepSums(Protocol):
     """Used as begin; weigh after the forward and add after the backward of each shard of this rank; finish."""
 

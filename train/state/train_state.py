@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from samestep.train.observe.ledger import EpochSums
-from samestep.train.parallel.buffers import BufferCombiner
-from samestep.train.parallel.no_buffers import NoBuffers
+from samestep.train.parallel.no_buffers import ChangingBuffers, NoBuffers
 from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling
@@ -71,7 +70,7 @@ class TrainState:
     best_value: float | None = None
     loaded_step: int | None = None
     never_finite: dict[str, Tensor] = field(default_factory=dict)
-    buffers: BufferCombiner | NoBuffers = field(default_factory=NoBuffers)
+    buffers: ChangingBuffers = field(default_factory=NoBuffers)
     passed_over: set[int] = field(default_factory=set)
     _built: dict[str, bool] = field(init=False)  # whether a parameter trained where training began
 
