@@ -39,6 +39,7 @@ class ShardGradients:
         self._run: Run | None = None
         self._part: MicroBatch | None = None  # whose loss is waited for
         self._warned = False
+        self._open = False  # a pass is under way
         self._summed = -1  # the step of the newest pass
 
     def bind(self, run: Run, setting: Setting) -> None:
@@ -65,16 +66,13 @@ class ShardGradients:
         """
         run, plan = self._running(), step.plan
         self._plan = plan
-        if self._part is not None:
-            raise UsageError(
-                "over(step) is expected to be gone through to its end, but was left early",
-                "every rank has to come to the end of each pass: leave out break and return",
-            )
+        self.require_complete()
         self._look_at_mode(run, plan)
         self.reducer.begin(plan)
         self.buffers.begin(plan)
         self.tally.begin(plan, self.reducer.mine)
         self._sums.begin(plan, self.tally.width, self.buffers.width, self.reducer.sends_after)
+        self._open = True
         seed = seed_of_pass(run.config.seed, step.begin_pass())
         for number, shard in enumerate(self.reducer.mine):
             run.step.clock.enter("data")
@@ -91,6 +89,7 @@ class ShardGradients:
                     "call backward(loss) once for each batch; a loss of 0 * output.sum() adds nothing",
                 )
         self._finish(run, plan)
+        self._open = False
         step.seed_between(run.config.seed)
 
     def backward(self, loss: LossOutput) -> None:
@@ -138,6 +137,18 @@ class ShardGradients:
     def rows_of(self, step: Step) -> Values | None:
         """This rank's rows of the newest pass over `step` (see StepTally); None where there was none."""
         return self.tally.mine if self._summed == step.plan.step else None
+
+    def require_complete(self) -> None:
+        """Judge a pass that may have been left.
+
+        Raises:
+            UsageError: it was.
+        """
+        if self._open:
+            raise UsageError(
+                "over(step) is expected to be gone through to its end, but was left early",
+                "every rank has to come to the end of each pass: leave out break and return",
+            )
 
     def _look_at_mode(self, run: Run, plan: StepPlan) -> None:
         if not self.model.training and not self._warned:

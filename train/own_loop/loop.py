@@ -54,14 +54,12 @@ class OwnLoop(Generic[Config]):
         rank, world_size: this process among all.
         shards: V, the number of slices of a global batch.
         device: where this rank computes; models and batches are moved there.
-        result: outcome of the run, once `steps` has come to its end.
 
     Raises:
         SystemExit: as `train`.
     """
 
     config: Config
-    result: Result
 
     def __init__(
         self,
@@ -73,6 +71,8 @@ class OwnLoop(Generic[Config]):
         self._stack = ExitStack()
         self._gradients: list[ShardGradients] = []
         self._prepared: Prepared | None = None
+        self._result: Result | None = None
+        self._left_after = 0  # the step in which the user's lines left the loop
 
     def __enter__(self) -> OwnLoop[Config]:
         """Join. A collective."""
@@ -97,7 +97,22 @@ class OwnLoop(Generic[Config]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         """Tell and record what went wrong, and give the process back as it was."""
-        return self._stack.__exit__(kind, error, trace)
+        if kind is not None or not self._left_after:
+            return self._stack.__exit__(kind, error, trace)
+        early = self._unfinished()
+        self._stack.__exit__(UsageError, early, None)
+        raise early
+
+    @property
+    def result(self) -> Result:
+        """Outcome of the run.
+
+        Raises:
+            UsageError: it has not come to its end.
+        """
+        if self._result is None:
+            raise self._unfinished()
+        return self._result
 
     def gradients(self, model: nn.Module, *, find_unused_parameters: bool | None = None) -> ShardGradients:
         """Gradients of one model; the losses of the first one that is made are those of the run.
@@ -148,15 +163,22 @@ class OwnLoop(Generic[Config]):
                     for plan, batches, last in steps_to_go(run):
                         step = Step(plan, batches, run.sampler.owned)
                         step.seed_between(run.config.seed)
+                        self._left_after = step.number
                         yield step
+                        self._left_after = 0
                         step.finish()
                         after_step(run, plan, self._rows(run, step), last=last)
                     save_the_end(run)
                     preemption.leave_if_stopped(run, call.run_dir)
                 digest = close(run, call.run_dir, member)
-        self.result = Result(digest, run.state.step, {}, call.run_dir.path)
+        self._result = Result(digest, run.state.step, {}, call.run_dir.path)
 
     def _prepare(self, data: Any, keep: Mapping[str, Any], collate_fn: Any) -> tuple[Prepared, Run]:
+        if self._prepared is not None:
+            raise UsageError(
+                "loop.steps is expected to be gone through once, but was called again",
+                "make another OwnLoop for another run, with another --run-dir",
+            )
         joined = self._joined
         require_map_style(data, "the dataset")
         components = components_of(keep, data, collate_fn)
@@ -177,6 +199,14 @@ class OwnLoop(Generic[Config]):
         if joined.member.env.distributed:
             leave.end_hard(*self._gradients)
         return prepared, run
+
+    def _unfinished(self) -> UsageError:
+        where = f"in step {self._left_after}" if self._left_after else "before the first step"
+        return UsageError(
+            f"loop.steps is expected to be gone through to its end, but was left {where}: no weights are exported, and "
+            "the run goes on from its last checkpoint where it is started again",
+            "leave out break and return: --max-steps or --epochs end a run, on all ranks after the same step",
+        )
 
     def _resize(self, bucket_mb: float) -> None:
         for gradients in self._gradients:
@@ -199,6 +229,8 @@ class OwnLoop(Generic[Config]):
 
     def _rows(self, run: Run, step: Step) -> Values:
         """What is reported of a step: losses of the first model, and the others' means as further averages."""
+        for gradients in self._gradients:
+            gradients.require_complete()
         first, *others = self._gradients
         rows = first.rows_of(step)
         if rows is None:
