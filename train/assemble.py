@@ -47,7 +47,7 @@ from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shared_memory_exchange import ArenaExchange
 from samestep.train.parallel.step_sums import step_sums
 from samestep.train.recipe import Components
-from samestep.train.scaling import Scaling, scaling
+from samestep.train.scaling import Scaling, autocast_of, scaling
 from samestep.train.signals import StopSignals
 from samestep.train.state.first_update import with_savable_state
 from samestep.train.state.held import HeldParts
@@ -92,7 +92,7 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
         components.model, sampler.samples, config.global_batch_size, setting.shards, setting.micro_batches.count
     )
     fingerprint = StateFingerprint.of(components.model, group, setting.facts)
-    autocast = _autocast(config.precision, device)
+    autocast = autocast_of(config.precision, device.type)
     scaler = scaling(config.precision, device.type)
     ema = _ema(components)
     reporter = _reporter(setting, sampler)
@@ -293,11 +293,3 @@ def _reporter(setting: Setting, sampler: SameOrderSampler) -> Reporter:
     )
     rhythm = (sampler.samples, config.global_batch_size, config.log_every)
     return tracked(reporter, wanted(config.trackers), setting.run_dir.path, plain(config), rhythm)
-
-
-def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    if precision == "no":
-        return contextlib.nullcontext()
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    autocast: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
-    return autocast

@@ -24,19 +24,19 @@ def check_call(build: object, config_type: object) -> None:
             "train(build, MyConfig), without parentheses after either",
         )
     require_arguments("build", build, "config")
-    check_config_type("train", config_type, "second")
+    check_config_type(config_type, "train is expected to get {} second", "train(build, MyConfig)")
 
 
-def check_config_type(function: str, config_type: object, place: str = "first") -> None:
-    """Judge a class of options.
+def check_config_type(config_type: object, expected: str, example: str) -> None:
+    """Judge a class of options; `expected` and `example` say for whom it is.
 
     Raises:
-        UsageError: `function` was given something else, or a class whose options would not count.
+        UsageError: it is something else, or some of its options would not count.
     """
     if not (isinstance(config_type, type) and issubclass(config_type, TrainConfig)):
         raise UsageError(
-            f"{function} is expected to get a class derived from TrainConfig {place}, but got {kind(config_type)}",
-            "@dataclass above class MyConfig(TrainConfig): …, and then MyConfig, without parentheses, is what it gets",
+            f"{expected.format('a class derived from TrainConfig')}, but got {kind(config_type)}",
+            f"@dataclass above class MyConfig(TrainConfig): …, and then {example}",
         )
     for cls in config_type.__mro__[: config_type.__mro__.index(TrainConfig)]:
         _check_options(cls, config_type)

@@ -1,7 +1,8 @@
-"""What float16 needs around backward and the update, so that small gradients do not vanish; others need nothing."""
+"""Half precision: where it computes, and what float16 needs so that small gradients do not vanish."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,16 @@ from samestep.train import direct
 
 # A scale of one spares float16 any harm, and 2**-14, its smallest normal number, is 14 steps in a row below that.
 LEAST_SCALE = 2.0**-14
+
+
+def autocast_of(precision: str, device_type: str) -> AbstractContextManager[None]:
+    """Around forward and loss: torch's autocast for `--precision`, or nothing."""
+    if precision == "no":
+        return nullcontext()
+    autocast: AbstractContextManager[None] = torch.autocast(
+        device_type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16
+    )
+    return autocast
 
 
 class Scaling(Protocol):

@@ -26,7 +26,7 @@ SAID = {
     "leaves": "over(step) is expected to be gone through to its end, but was left early",
     "breaks": "loop.steps is expected to be gone through to its end, but was left in step 3",
     "again": "loop.steps is expected to be gone through once, but was called again",
-    "class": "OwnLoop is expected to get a class derived from TrainConfig first",
+    "class": "OwnLoop is expected to get a class derived from TrainConfig, but got",
 }
 
 
@@ -46,6 +46,15 @@ def test_it_ends_in_the_bits_of_a_hand_written_loop(start: Any, trained: Any) ->
     by_hand = start("own_loop", "--case", "by hand", cwd="by-hand")
     assert by_hand.codes == [0], by_hand.stderr
     assert by_hand.stdout.split() == trained("own_loop", "--case", "two").stdout.splitlines()[-1].split()
+
+
+def test_the_loop_of_the_page_runs_and_has_the_same_bits_on_two_ranks(trained: Any, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "own_loop.md").read_text()
+    script = tmp_path / "page.py"
+    script.write_text(page.partition("```python\n")[2].partition("```")[0])
+    one, two = (trained(script, "--shards", 2, "--max-steps", 9, ranks=n, cwd=str(n)) for n in (1, 2))
+    assert one.bits == two.bits
+    assert one.digest in one.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("case", "of_train"), [("plain", "train"), ("tokens", "tokens of train")])

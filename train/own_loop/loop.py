@@ -24,12 +24,11 @@ from samestep.train.joined import Joined, called, meet
 from samestep.train.loop import Run, after_step, save_the_end, steps_to_go
 from samestep.train.observe.memory import gradient_bytes
 from samestep.train.observe.tally import Values
+from samestep.train.own_loop.buffers import AllBuffers
 from samestep.train.own_loop.gradients import ShardGradients, column_of
 from samestep.train.own_loop.kept import components_of
 from samestep.train.own_loop.step import Step
 from samestep.train.parallel.bucket_trial import bucket_trial
-from samestep.train.parallel.buffers import BufferCombiner
-from samestep.train.parallel.no_buffers import NoBuffers
 from samestep.train.prepared import Prepared, prepare
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -67,7 +66,11 @@ class OwnLoop(Generic[Config]):
         *,
         argv: Sequence[str] | None = None,
     ) -> None:
-        self._called = called(lambda: check_config_type("OwnLoop", config_type), config_type, argv)
+        self._called = called(
+            lambda: check_config_type(config_type, "OwnLoop is expected to get {}", "OwnLoop(MyConfig)"),
+            config_type,
+            argv,
+        )
         self._stack = ExitStack()
         self._gradients: list[ShardGradients] = []
         self._prepared: Prepared | None = None
@@ -246,40 +249,6 @@ class OwnLoop(Generic[Config]):
             [*row, *(column_of(of[shard] if of else None, row[1], self.device) for of in columns)]
             for shard, row in enumerate(rows)
         ]
-
-
-class AllBuffers:
-    """Buffers that change in any model's passes, as the state of a run asks for them."""
-
-    def __init__(self, combiners: Sequence[BufferCombiner | NoBuffers], known: set[str]) -> None:
-        self._combiners = combiners
-        self.known = known
-
-    @property
-    def known(self) -> set[str]:
-        """Names of those that changed before the start of this process."""
-        return self._known
-
-    @known.setter
-    def known(self, names: set[str]) -> None:
-        self._known = names
-        for combiner in self._combiners:
-            combiner.known = names
-
-    @property
-    def changing(self) -> list[str] | None:
-        """Names of those that change; None before the first step."""
-        found = [combiner.changing for combiner in self._combiners]
-        return None if None in found else sorted({name for names in found for name in names or ()})
-
-    def unsaved(self) -> dict[str, torch.Tensor]:
-        """Those that change and are no part of a state_dict."""
-        return {name: buffer for combiner in self._combiners for name, buffer in combiner.unsaved().items()}
-
-    def settle(self) -> None:
-        """Judge what was not read from a GPU yet."""
-        for combiner in self._combiners:
-            combiner.settle()
 
 
 def _refuse_options_of_recipes(config: TrainConfig) -> None:
