@@ -40,7 +40,7 @@ ABOUT = {
 }
 TOUR = {  # where a stranger begins to read; each folder holds more
     *(f"launcher/{name}.py" for name in ("cli", "contract", "diagnose", "launch", "plan")),
-    *(f"train/{name}.py" for name in ("assemble", "config", "entry", "loop", "recipe", "step")),
+    *(f"train/{name}.py" for name in ("config", "entry", "loop", "recipe", "step")),
     "benchmarks/table.py",
 }
 SKIPPED_COMMANDS = {"torchrun", "accelerate", "python", "cd", "git", "export"}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from samestep.launcher import manifest
 from samestep.launcher.command_line import stdout
 from samestep.launcher.contract import ExitCode
 from samestep.train import environment, preemption, replay, rewind, start, without_compiler
@@ -15,7 +14,7 @@ from samestep.train.called import check_call
 from samestep.train.checks import check_among_ranks, check_components
 from samestep.train.config import TrainConfig
 from samestep.train.data.rng import seed_everything
-from samestep.train.finish import Result, close
+from samestep.train.finish import Result, already_closed, close
 from samestep.train.joined import Call, Joined, called, meet
 from samestep.train.prepared import Prepared, prepare
 from samestep.train.recipe import Components
@@ -68,9 +67,7 @@ def _train(build: Callable[[Any], Components], call: Call) -> Result:
     prepared = prepare(components, joined, found, told)
     run = prepared.run
     if prepared.is_over:
-        digest = manifest.read(call.run_dir.checkpoint(run.state.step))["digest"]
-        run.reporter.already_finished(digest, run.state.step, prepared.changed)
-        joined.member.group.barrier()
+        digest = already_closed(run, call.run_dir, joined.member, prepared.changed)
     else:
         announce(prepared, joined)
         digest = _to_the_end(prepared, joined)

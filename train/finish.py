@@ -47,6 +47,14 @@ def close(run: Run, run_dir: RunDir, member: Membership) -> str:
     return digest
 
 
+def already_closed(run: Run, run_dir: RunDir, member: Membership, changed: list[str]) -> str:
+    """Tell the digest that the run ended with at an earlier start, and what this one was asked besides. A collective."""
+    digest: str = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
+    run.reporter.already_finished(digest, run.state.step, changed)
+    member.group.barrier()
+    return digest
+
+
 def _saved(run: Run, run_dir: RunDir) -> dict[str, Any]:
     try:
         return {"digest": manifest.read(run_dir.checkpoint(run.state.step))["digest"]}

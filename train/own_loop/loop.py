@@ -10,7 +10,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from samestep.launcher import manifest
 from samestep.launcher.contract import UsageError
 from samestep.train import environment, leave, preemption, start, without_compiler
 from samestep.train.announce import announce
@@ -19,7 +18,7 @@ from samestep.train.checks import check_among_ranks, check_materialised
 from samestep.train.config import TrainConfig
 from samestep.train.data.map_style import require_map_style
 from samestep.train.data.rng import seed_everything
-from samestep.train.finish import Result, close
+from samestep.train.finish import Result, already_closed, close
 from samestep.train.joined import Joined, called, meet
 from samestep.train.loop import Run, after_step, save_the_end, steps_to_go
 from samestep.train.observe.memory import gradient_bytes
@@ -156,9 +155,7 @@ class OwnLoop(Generic[Config]):
         prepared, run = self._prepare(data, keep, collate_fn)
         call, member = self._joined.call, self._joined.member
         if prepared.is_over:
-            digest = manifest.read(call.run_dir.checkpoint(run.state.step))["digest"]
-            run.reporter.already_finished(digest, run.state.step, prepared.changed)
-            member.group.barrier()
+            digest = already_closed(run, call.run_dir, member, prepared.changed)
         else:
             announce(prepared, self._joined)
             with prepared.signals:
