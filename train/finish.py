@@ -48,7 +48,7 @@ def close(run: Run, run_dir: RunDir, member: Membership) -> str:
 
 
 def already_closed(run: Run, run_dir: RunDir, member: Membership, changed: list[str]) -> str:
-    """Tell the digest that the run ended with at an earlier start, and what this one was asked besides. A collective."""
+    """Tell the digest of a run that ended at an earlier start, and what this one asks besides. A collective."""
     digest: str = manifest.read(run_dir.checkpoint(run.state.step))["digest"]
     run.reporter.already_finished(digest, run.state.step, changed)
     member.group.barrier()
