@@ -58,7 +58,7 @@ def _record(run: Run, found: Found, joined: Joined) -> None:
             "total_steps": run.max_steps,
             "samples": run.sampler.samples,
             "threads": torch.get_num_threads(),
-            "exchange": run.step.reducer.exchange.through if env.world_size > 1 else "",
+            "exchange": run.step.shards.reducer.exchange.through if env.world_size > 1 else "",
             "seed": run.config.seed,
             "dataset": run.state.facts["dataset"],
             "environment": environment.record(member.device),

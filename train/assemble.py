@@ -36,18 +36,18 @@ from samestep.train.observe.tally import StepTally
 from samestep.train.observe.trackers import tracked, wanted
 from samestep.train.parallel.agreement import PACE_SECONDS, Agreement, exchange_of
 from samestep.train.parallel.bucket_trial import bucket_trial
-from samestep.train.parallel.buffers import BufferCombiner
+from samestep.train.parallel.buffers import combiner
 from samestep.train.parallel.exchange import BackendExchange, Exchange, TreeExchange
 from samestep.train.parallel.fingerprint import StateFingerprint
 from samestep.train.parallel.group import Group
 from samestep.train.parallel.hooks import compression_hook
 from samestep.train.parallel.join import Membership
-from samestep.train.parallel.no_buffers import NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shared_memory_exchange import ArenaExchange
 from samestep.train.parallel.step_sums import step_sums
 from samestep.train.recipe import Components
 from samestep.train.scaling import Scaling, autocast_of, scaling
+from samestep.train.shard_pass import ShardPass
 from samestep.train.signals import StopSignals
 from samestep.train.state.first_update import with_savable_state
 from samestep.train.state.held import HeldParts
@@ -103,8 +103,8 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
     state = TrainState(components, scaler, ema, setting.facts)
     watched = replace(components, loss=guards.loss(components.loss))
     step = _step(watched, setting, autocast, scaler, ema, _finite(setting, sampler, state, reporter), reporter)
-    state.buffers = step.buffers
-    exact, resize = config.reduction == "exact", step.reducer.replicas.resize
+    state.buffers = step.shards.buffers
+    exact, resize = config.reduction == "exact", step.shards.reducer.replicas.resize
     return Run(
         config=config,
         components=components,
@@ -169,20 +169,16 @@ def _step(
         compression_hook(config.comm_hook, device) if group.world_size > 1 else None,
     )
     reducer.flights.enter = clock.enter
-    has_buffers = next(components.model.buffers(), None) is not None
+    sums = step_sums(group, exchange, shards, device)
     return OptimizerStep(
         components=components,
         seed=config.seed,
         clip_grad_norm=config.clip_grad_norm,
         autocast=autocast,
         scaling=scaler,
-        reducer=reducer,
+        shards=ShardPass(reducer, combiner(components.model, group, shards), StepTally(group, device), sums, clock),
         guard=guard,
-        buffers=BufferCombiner(components.model, group, shards) if has_buffers else NoBuffers(),
         micro_batches=_micro_batches(components, setting),
-        tally=StepTally(group, device),
-        sums=step_sums(group, exchange, shards, device),
-        clock=clock,
         follow=with_savable_state(components.optimizer, _nobody if ema is None else ema.update_parameters),
         warn=reporter.warning,
     )

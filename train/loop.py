@@ -128,7 +128,7 @@ def _report(run: Run) -> None:
     run.step.guard.settle()
     run.state.buffers.settle()
     run.ledger.epoch = run.state.sums
-    records = run.ledger.flush(run.step.tally.extras or [])
+    records = run.ledger.flush(run.step.shards.tally.extras or [])
     if records is None:
         return
     run.state.useful_seconds += sum(records.walls)

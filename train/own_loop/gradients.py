@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +12,15 @@ from torch import nn
 from samestep.launcher.contract import UsageError
 from samestep.train.assemble import Setting
 from samestep.train.data.rng import seed_of_pass, seed_shard
-from samestep.train.finite import start_of_backward
 from samestep.train.loop import Run
 from samestep.train.observe.tally import StepTally, Value, Values, scalar
 from samestep.train.own_loop.step import Step
-from samestep.train.parallel.buffers import BufferCombiner
-from samestep.train.parallel.no_buffers import NoBuffers
+from samestep.train.parallel.buffers import combiner
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shards import MicroBatch, StepPlan
 from samestep.train.parallel.step_sums import divide, step_sums
 from samestep.train.recipe import LossOutput, objective, require_gradient, weigh
+from samestep.train.shard_pass import ShardPass
 
 
 class ShardGradients:
@@ -45,14 +43,13 @@ class ShardGradients:
     def bind(self, run: Run, setting: Setting) -> None:
         """Become a part of `run`. Not for users: `OwnLoop.steps` does it."""
         group, device, shards = setting.member.group, setting.device, setting.shards
-        exchange = run.step.reducer.exchange  # one for all sums of a rank: they share its memory
-        self.reducer = GradientReducer(self.model, group, exchange, shards, self._find_unused)
-        self.reducer.flights.enter = run.step.clock.enter
-        models = run.components.model  # also another one's buffers may change in these forwards
-        has_buffers = next(models.buffers(), None) is not None
-        self.buffers = BufferCombiner(models, group, shards) if has_buffers else NoBuffers()
-        self.tally = StepTally(group, device)
-        self._sums = step_sums(group, exchange, shards, device)
+        exchange, clock = run.step.shards.reducer.exchange, run.step.clock  # one for all sums: they share its memory
+        reducer = GradientReducer(self.model, group, exchange, shards, self._find_unused)
+        reducer.flights.enter = clock.enter
+        buffers = combiner(run.components.model, group, shards)  # of all models: its forwards may run others
+        self.shards = ShardPass(
+            reducer, buffers, StepTally(group, device), step_sums(group, exchange, shards, device), clock
+        )
         self._run = run
 
     def over(self, step: Step) -> Iterator[Any]:
@@ -68,19 +65,16 @@ class ShardGradients:
         self._plan = plan
         self.require_complete()
         self._look_at_mode(run, plan)
-        self.reducer.begin(plan)
-        self.buffers.begin(plan)
-        self.tally.begin(plan, self.reducer.mine)
-        self._sums.begin(plan, self.tally.width, self.buffers.width, self.reducer.sends_after)
+        self.shards.begin(plan)
         self._open = True
         seed = seed_of_pass(run.config.seed, step.begin_pass())
-        for number, shard in enumerate(self.reducer.mine):
-            run.step.clock.enter("data")
+        for number, shard in enumerate(self.shards.mine):
+            self.shards.clock.enter("data")
             batch = step.batch(number)
-            run.step.clock.enter("forward")
+            self.shards.clock.enter("forward")
             (self._part,) = plan.parts(shard)
             seed_shard(seed, plan.step, shard)
-            self.buffers.before(self._part)
+            self.shards.before(self._part)
             yield batch
             if self._part is not None:
                 raise UsageError(
@@ -98,7 +92,8 @@ class ShardGradients:
         Raises:
             UsageError: no batch waits for it, or it has another form or no gradient.
         """
-        run, part = self._running(), self._part
+        self._running()
+        part = self._part
         if part is None:
             raise UsageError(
                 "backward is expected once for each batch of over(step), but no batch waits for it",
@@ -107,36 +102,26 @@ class ShardGradients:
         outcome = weigh(loss, part.samples)
         target = objective(outcome, self._plan.samples)
         require_gradient(target)
-        total = self.tally.add(outcome, part)
-        self._sums.weigh(part.shard, self.tally.of_shard())
-        run.step.clock.enter("backward")
         self._part = None
-        self.reducer.backward(part, target, start_of_backward(target, total), partial(self._computed, part))
-        run.step.clock.enter("forward")
-
-    def _computed(self, part: MicroBatch) -> None:
-        self.buffers.after(part)
-        self._sums.add(part.shard, self.buffers.of_shard())
+        self.shards.backward(part, outcome, target)
+        self.shards.clock.enter("forward")
 
     def _finish(self, run: Run, plan: StepPlan) -> None:
-        run.step.clock.enter("sync")
-        gradients = self.reducer.finish()
-        sums = self._sums.finish()
-        self.buffers.finish(sums.buffers)
-        run.step.clock.enter("optimizer")
+        gradients, sums = self.shards.finish()
+        self.shards.clock.enter("optimizer")
         self._summed = plan.step
-        if self.tally.own_weights:
+        if self.shards.tally.own_weights:
             if sums.weight == 0.0:
                 run.reporter.warning(f"step {plan.step + 1} has no weight in its whole batch: gradients are None")
-                for parameter in self.reducer.parameters:
+                for parameter in self.shards.reducer.parameters:
                     parameter.grad = None
                 return
             divide(gradients, sums)
-        run.step.guard.admits(plan, gradients, self.tally.mine)
+        run.step.guard.admits(plan, gradients, self.shards.tally.mine)
 
     def rows_of(self, step: Step) -> Values | None:
         """This rank's rows of the newest pass over `step` (see StepTally); None where there was none."""
-        return self.tally.mine if self._summed == step.plan.step else None
+        return self.shards.tally.mine if self._summed == step.plan.step else None
 
     def require_complete(self) -> None:
         """Judge a pass that may have been left.

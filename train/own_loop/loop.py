@@ -192,7 +192,7 @@ class OwnLoop(Generic[Config]):
         joined.call.progress.micro_batches = None
         for gradients in self._gradients:
             gradients.bind(run, setting)
-        combiners = [gradients.buffers for gradients in self._gradients]
+        combiners = [gradients.shards.buffers for gradients in self._gradients]
         run.state.buffers = AllBuffers(combiners, run.state.buffers.known)
         exact, group = joined.call.config.reduction == "exact", joined.member.group
         run.buckets = bucket_trial(gradient_bytes(models), group.world_size, self._resize, exact=exact)
@@ -210,7 +210,7 @@ class OwnLoop(Generic[Config]):
 
     def _resize(self, bucket_mb: float) -> None:
         for gradients in self._gradients:
-            gradients.reducer.replicas.resize(bucket_mb)
+            gradients.shards.reducer.replicas.resize(bucket_mb)
 
     def _require_kept(self, models: nn.Module) -> None:
         if not self._gradients:
@@ -240,7 +240,10 @@ class OwnLoop(Generic[Config]):
                 "its loss is the one of the run: make the one first that has a pass in each step",
             )
         names = {id(model): name for name, model in run.components.model.named_children()}
-        run.step.tally.extras = [*(first.tally.extras or []), *(names.get(id(g.model), "loss") for g in others)]
+        run.step.shards.tally.extras = [
+            *(first.shards.tally.extras or []),
+            *(names.get(id(g.model), "loss") for g in others),
+        ]
         columns = [gradients.rows_of(step) for gradients in others]
         return [
             [*row, *(column_of(of[shard] if of else None, row[1], self.device) for of in columns)]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from samestep.launcher.contract import UsageError
 from samestep.train.parallel.buffer_mistakes import changed_late, gone, is_complex, reshaped, unlike
 from samestep.train.parallel.group import Group, gather_json
-from samestep.train.parallel.no_buffers import NOTHING
+from samestep.train.parallel.no_buffers import NOTHING, NoBuffers
 from samestep.train.parallel.shards import MicroBatch, StepPlan, owned_span
 
 
@@ -265,6 +265,11 @@ class BufferCombiner:
     def _ordered(self, names: set[str]) -> list[str]:
         """Integers last."""
         return sorted((name for name in self.buffers if name in names), key=self._is_integer)
+
+
+def combiner(model: nn.Module, group: Group, shards: int) -> BufferCombiner | NoBuffers:
+    """What combines the buffers of `model`, where it has any."""
+    return NoBuffers() if next(model.buffers(), None) is None else BufferCombiner(model, group, shards)
 
 
 def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
