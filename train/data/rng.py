@@ -8,7 +8,7 @@ loader gets the streams back as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import repeat
@@ -58,7 +58,7 @@ def seed_sample(seed: int, epoch: int, sample: int) -> None:
     next(seed_samples(STREAMS, seed, epoch, [sample]))
 
 
-def seed_samples(streams: Sequence[Stream], seed: int, epoch: int, samples: Sequence[int]) -> Iterator[Any]:
+def seed_samples(streams: Collection[Stream], seed: int, epoch: int, samples: Sequence[int]) -> Iterator[Any]:
     """At each turn seed these streams for the next sample, as `seed_sample` does."""
     keys = extend_each(begin(4, _SAMPLE, seed, epoch), samples)
     return zip(*(stream.seed_each(keys) for stream in streams), strict=True) if streams else repeat(None)
@@ -75,7 +75,7 @@ def seed_collate(seed: int, epoch: int, first_sample: int) -> None:
 
 
 @contextmanager
-def streams_restored(streams: Sequence[Stream] = STREAMS) -> Iterator[None]:
+def streams_restored(streams: Collection[Stream] = STREAMS) -> Iterator[None]:
     """Give the caller's CPU streams back as they were, also after an exception."""
     states = [stream.save() for stream in streams]
     try:

@@ -2,17 +2,19 @@
 
 Seeding three generators for a sample takes longer than many a dataset needs to make it, so only those are seeded from
 which it draws. Its first samples show which. The others are held while a batch is made: should a sample draw from one
-of them after all, the batch is made once more with that one seeded too. The bits are those of seeding all of them.
+of them after all, the batch is made once more with that one seeded too. Of Python's stream samples get the first words
+only; the batch is made once more, too, when one of them needs more. The bits are those of seeding all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset, Subset, default_collate
 
 from samestep.train.cause import blame
+from samestep.train.data.first_words import FirstWords
 from samestep.train.data.rng import seed_batch, seed_collate, seed_samples, streams_restored
 from samestep.train.data.sampler import ShardSamples
 from samestep.train.data.streams import STREAMS, Stream, brought_back
@@ -20,6 +22,8 @@ from samestep.train.data.streams import STREAMS, Stream, brought_back
 Batch = Any
 
 _LOOKED_AT = 32  # samples
+_FIRST_WORDS = FirstWords()
+_PYTHON = 0  # position in STREAMS
 _WORTH_IT = 8  # samples of a batch from which on holding streams is cheaper than seeding them
 
 
@@ -33,6 +37,7 @@ class ShardDataset(Dataset[Batch]):
         self.batched = makes_batches(dataset)
         self._looked_at = 0
         self._drawn: set[int] = set()  # positions in STREAMS
+        self._first_words_do = True  # no sample was seen that needs more
 
     def __getitem__(self, samples: ShardSamples) -> Batch:
         """Fetch and collate the samples of one shard; the caller's random streams stay as they are."""
@@ -53,22 +58,27 @@ class ShardDataset(Dataset[Batch]):
         """The samples, if they draw from no other streams than those that are seeded for each of them."""
         if self._looked_at < _LOOKED_AT or len(samples) < _WORTH_IT:
             return None
-        seeded = [STREAMS[number] for number in sorted(self._drawn)]
-        held = {number: stream.hold() for number, stream in enumerate(STREAMS) if number not in self._drawn}
+        seeded = {number: STREAMS[number] for number in sorted(self._drawn)}
+        watched = {number: stream.hold() for number, stream in enumerate(STREAMS) if number not in seeded}
+        if _PYTHON in seeded and self._first_words_do and _FIRST_WORDS.is_safe():
+            seeded[_PYTHON], watched[_PYTHON] = _FIRST_WORDS, _FIRST_WORDS.more_was_drawn
         found: set[int] = set()
-        try:
-            with streams_restored(seeded), brought_back() as found:
-                items = self._one_by_one(samples, seeded)
-        except Exception:
-            if self._more_were_drawn(held, found):  # which may be why
-                return None
-            raise
-        return None if self._more_were_drawn(held, found) else items
+        with streams_restored(seeded.values()):
+            try:
+                with brought_back() as found:
+                    items = self._one_by_one(samples, seeded.values())
+            except Exception:
+                if self._more_were_drawn(watched, found):  # which may be why
+                    return None
+                raise
+            return None if self._more_were_drawn(watched, found) else items
 
-    def _more_were_drawn(self, held: dict[int, Callable[[], bool]], found: set[int]) -> bool:
-        drawn = {number for number, was_drawn in held.items() if was_drawn() or number in found}
-        self._drawn |= drawn
-        return bool(drawn)
+    def _more_were_drawn(self, watched: dict[int, Callable[[], bool]], found: set[int]) -> bool:
+        more = {number for number, was_drawn in watched.items() if was_drawn() or number in found}
+        if more & self._drawn:
+            self._first_words_do = False
+        self._drawn |= more
+        return bool(more)
 
     def _seeding_all(self, samples: ShardSamples) -> Any:
         if not self.batched:
@@ -76,7 +86,7 @@ class ShardDataset(Dataset[Batch]):
         seed_batch(self.seed, samples.epoch, samples[0])
         return self.dataset.__getitems__(list(samples))
 
-    def _one_by_one(self, samples: ShardSamples, seeded: Sequence[Stream]) -> list[Any]:
+    def _one_by_one(self, samples: ShardSamples, seeded: Collection[Stream]) -> list[Any]:
         items: list[Any] = []
         dataset, looking = self.dataset, self._looked_at < _LOOKED_AT
         seeding = seed_samples(seeded, self.seed, samples.epoch, samples)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from samestep.train.data.imported_names import ImportedNames
 from samestep.train.data.order import key_tables
 
 Words = npt.NDArray[np.uint32]
@@ -25,8 +26,8 @@ _MT19937_WORDS = 625  # 624 of the state and the position (numpy/random/src/mt19
 _AT_ONCE = 64  # samples; their words fit into a core's cache
 
 
-_PYTHON: Any = random._inst  # behind the functions of `random`
-_seed_python = super(random.Random, _PYTHON).seed
+PYTHON: Any = random._inst  # behind the functions of `random`
+_seed_python = super(random.Random, PYTHON).seed
 
 
 class Stream(Protocol):
@@ -60,7 +61,7 @@ class PythonStream:
     def seed(self, value: int) -> None:
         """See Stream; as `random.seed`, a quarter of whose time goes into looking at what it was given."""
         _seed_python(value)
-        _PYTHON.gauss_next = None
+        PYTHON.gauss_next = None
 
     def seed_each(self, values: Sequence[int]) -> Iterator[None]:
         """See Stream.
@@ -81,14 +82,21 @@ class PythonStream:
             return
         self._words[0] = 0  # the next word to draw
         self._words[1:] = words
-        _PYTHON.gauss_next = None
+        PYTHON.gauss_next = None
 
     def save(self) -> Any:
-        """See Stream."""
-        return random.getstate()
+        """See Stream; `random.getstate` makes 624 Python numbers, which takes ten times as long as the memory."""
+        return random.getstate() if self._words is None else (self._words.tobytes(), PYTHON.gauss_next)
 
-    load = staticmethod(random.setstate)
     mark = save
+
+    def load(self, state: Any) -> None:
+        """See Stream."""
+        if self._words is None:
+            random.setstate(state)
+            return
+        words, PYTHON.gauss_next = state
+        self._words[:] = np.frombuffer(words, dtype=np.uint32)
 
     def hold(self) -> Callable[[], bool]:
         """See Stream."""
@@ -114,11 +122,16 @@ class TorchStream:
 
     def mark(self) -> bytes:
         """See Stream."""
-        return torch.get_rng_state().numpy().tobytes()
+        return _bytes(torch.get_rng_state())
 
     def hold(self) -> Callable[[], bool]:
         """See Stream."""
-        return _compared(self, self.mark(), self.save())
+        state = self.save()
+        return _compared(self, _bytes(state), state)
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    return state.numpy().tobytes()
 
 
 def _one_by_one(stream: Stream, values: Sequence[int]) -> Iterator[None]:
@@ -202,15 +215,15 @@ def _memory_of_python() -> Words | None:
     They are looked for by their values. None where they are not found in this order: another Python may differ.
     """
     *words, position = random.getstate()[1]
-    memory = _memory(id(_PYTHON), _random.Random.__basicsize__ // 4)
+    memory = _memory(id(PYTHON), _random.Random.__basicsize__ // 4)
     wanted = np.array([position, *words], dtype=np.uint32)
     places = range(len(memory) - len(wanted) + 1)
     return next((found for at in places if np.array_equal(found := memory[at : at + len(wanted)], wanted)), None)
 
 
 STREAMS: tuple[Stream, ...] = (PythonStream(), NumpyStream(), TorchStream())
-_TELLTALES = (  # what reads a state, or goes back to one
-    ((random, "getstate"), (random, "setstate")),
+PYTHONS_NAMES = ImportedNames(random, "getstate", "setstate")
+_TELLTALES = (  # what reads a state, or goes back to one; Python's are looked for each time
     ((np.random, "get_state"), (np.random, "set_state")),
     tuple(
         (place, name) for place in (torch, torch.random) for name in ("get_rng_state", "set_rng_state", "initial_seed")
@@ -222,9 +235,10 @@ _TELLTALES = (  # what reads a state, or goes back to one
 def brought_back() -> Iterator[set[int]]:
     """Inside, the set fills with positions in STREAMS of those whose state somebody reads or sets, as fork_rng does."""
     found: set[int] = set()
-    originals = [(module, name, getattr(module, name)) for places in _TELLTALES for module, name in places]
+    telltales = (PYTHONS_NAMES.places(), *_TELLTALES)
+    originals = [(module, name, getattr(module, name)) for places in telltales for module, name in places]
     try:
-        for number, places in enumerate(_TELLTALES):
+        for number, places in enumerate(telltales):
             for module, name in places:
                 setattr(module, name, _noted(getattr(module, name), number, found))
         yield found

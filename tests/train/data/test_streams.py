@@ -81,6 +81,26 @@ def test_pythons_generator_starts_each_sample_at_the_same_words_with_and_without
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_saved_state_of_pythons_stream_is_gone_back_to_whatever_was_set_meanwhile(memory: bool) -> None:
+    stream = PythonStream()
+    if not memory:
+        stream._words = None
+    random.seed(5)
+    random.gauss(0, 1)  # leaves its second number, which belongs to the state
+    expected, saved = random.getstate(), stream.save()
+    assert stream.mark() == saved
+    random.seed(6)
+    other = random.getstate()
+    assert stream.mark() != saved
+    stream.load(saved)
+    assert random.getstate() == expected
+    random.setstate(other)
+    assert random.getstate() == other
+    stream.load(saved)
+    assert [random.gauss(0, 1), random.getstate()[1]] == [expected[2], expected[1]]
+
+
 def test_what_pythons_generator_draws_for_samples_is_frozen() -> None:
     """A change needs another SPEC. Here the words are made one by one, by the function that makes keys."""
     for key, _ in zip(KEYS, PythonStream().seed_each(KEYS), strict=True):
