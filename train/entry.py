@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from samestep.launcher import manifest, who_started
+from samestep.launcher import environment_numbers, manifest, who_started
 from samestep.launcher.command_line import options, stdout
 from samestep.launcher.contract import (
-    ENV_GENERATION,
     ENV_RUN_DIR,
     ExitCode,
     RunDir,
@@ -103,11 +102,11 @@ class _Call:
 def _called(
     build: Callable[[Config], Components], config_type: type[Config], argv: Sequence[str] | None, ends: ExitStack
 ) -> Result:
-    env, progress = WorkerEnv(), Progress()
+    env, progress, generation = WorkerEnv(), Progress(), 0
     run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())).absolute())
-    generation = int(os.environ.get(ENV_GENERATION) or 0)
     try:
         env = who_started.worker(os.environ)
+        generation = environment_numbers.checked_generation(os.environ)
         progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
         progress(0, "joining")
         end_with_agent(os.environ)

@@ -100,6 +100,7 @@ def question(tokens: Sequence[str]) -> tuple[list[str], str]:
 def _app(config_type: type[Any], program: str, operands: str, chain: Sequence[Any]) -> cyclopts.App:
     app = cyclopts.App(
         name=program,
+        default_parameter=Parameter(allow_repeating=True),  # the last one counts, as in argparse; lists collect
         usage=f"Usage: {program} [OPTIONS] {operands}".rstrip(),
         help_format="plaintext",
         config=chain,

@@ -183,6 +183,22 @@ def test_resume_never_does_not_touch_an_old_run(trained: Any, start: Any) -> Non
     assert ended.digest == before
 
 
+@pytest.mark.parametrize("value", ["x", "-1", "nan", "inf", "1e999"])
+@pytest.mark.parametrize("name", ["SAMESTEP_GRACE_SECONDS", "SAMESTEP_JOIN_TIMEOUT", "SAMESTEP_GENERATION"])
+def test_a_number_of_the_environment_that_is_none_is_named_before_anything_is_made(
+    start: Any, name: str, value: str
+) -> None:
+    ended = start("mistaken", "--run-dir", "run", env={name: value})
+    expect(ended, f"{name} is expected to be", value, hint=f"unset {name}")
+    assert not ended.run_dir.exists()
+
+
+def test_a_run_directory_that_is_a_symlink_to_nothing_is_named_as_one(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to("nowhere")
+    ended = start("mistaken", "--run-dir", "../gone", cwd="job")
+    expect(ended, "gone is a symlink to", "nowhere, which does not exist", hint="create ")
+
+
 def test_no_valid_checkpoint_left_is_exit_78_on_every_rank(trained: Any, start: Any) -> None:
     ended = trained("mistaken", "--shards", 2)
     for folder in (ended.run_dir / "checkpoints").iterdir():
