@@ -55,6 +55,7 @@ from samestep.train.finish import Result, close, goodput
 from samestep.train.loop import Run
 from samestep.train.micro_batches import Agreed
 from samestep.train.observe import profile, trackers
+from samestep.train.parallel.hooks import without_effect
 from samestep.train.parallel.join import Membership, join, pick_device
 from samestep.train.progress import Progress
 from samestep.train.recipe import Components
@@ -228,6 +229,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
     run.held.require_loadable()
     warnings = [*told, *options.misspelt(type(config), os.environ), *without_use(components), *found.warnings]
+    warnings += without_effect(config.comm_hook, member.env.world_size)
     warnings += micro_batches.warnings(joined.micro_batches, joined.stored, components.model)
     edited = [] if found.snapshot is None else start.restore(run, found.snapshot, found.source)
     changed = _changed(components, joined, found)

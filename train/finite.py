@@ -108,6 +108,7 @@ class Investigation:
 class FiniteGuard(Protocol):
     """Asked before each update."""
 
+    investigate: Investigation
     keeps_buffers: bool  # the model's buffers may have to be brought back to the begin of a step
 
     def admits(self, plan: StepPlan, gradients: Sequence[Tensor], rows: Rows) -> bool:
@@ -117,10 +118,12 @@ class FiniteGuard(Protocol):
         """Judge what was not read from the device yet."""
 
 
+@dataclass(slots=True)
 class Unguarded:
     """Where a GradScaler looks already."""
 
-    keeps_buffers = False
+    investigate: Investigation
+    keeps_buffers: bool = False
 
     def admits(self, plan: StepPlan, gradients: Sequence[Tensor], rows: Rows) -> bool:  # noqa: ARG002
         """It may."""

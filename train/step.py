@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from samestep.train.data.cut import empty_batch, has_no_rows
 from samestep.train.data.rng import seed_shard
 from samestep.train.finite import FiniteGuard, start_of_backward
 from samestep.train.micro_batches import MicroBatches
@@ -22,7 +23,7 @@ from samestep.train.parallel.no_buffers import NoBuffers
 from samestep.train.parallel.reduction import GradientReducer
 from samestep.train.parallel.shards import MicroBatch, StepPlan
 from samestep.train.parallel.step_sums import StepSums, Sums
-from samestep.train.recipe import Components, objective, require_gradient, weigh
+from samestep.train.recipe import Components, is_mean_of_nothing, objective, require_gradient, weigh
 from samestep.train.scaling import Scaling
 
 
@@ -66,6 +67,8 @@ class OptimizerStep:
                 with self.autocast:
                     outcome = weigh(self.components.loss(self.components.model, inputs), part.samples)
                     target = objective(outcome, plan.samples)
+                if has_no_rows(inputs) and is_mean_of_nothing(outcome):
+                    raise empty_batch(self.guard.investigate.sampler.samples_of(plan, shard))
                 require_gradient(target)
                 total = self.tally.add(outcome, part)
                 if part.last:
