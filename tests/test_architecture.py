@@ -69,6 +69,7 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "checks": {"data", "parallel", "parts", "recipe"},
     "parts": {"recipe", "state_metrics"},
     "scaling": {"direct"},
+    "schedule": set(),
     "state": {"observe", "parallel", "recipe", "scaling"},
     "program": {"config"},
     "replay": {"config"},
@@ -77,14 +78,14 @@ TRAIN_IMPORTS: dict[str, set[str]] = {
     "last_start": {"config", "sources", "state"},
     "micro_batches": {"data", "last_start", "parallel"},
     "moving_average": {"state"},
-    "step": {"data", "finite", "micro_batches", "observe", "parallel", "recipe", "scaling"},
+    "step": {"data", "finite", "micro_batches", "observe", "parallel", "recipe", "scaling", "schedule"},
     "signals": set(),
     "finite": {"data", "finite_gradients", "parallel"},
     "finite_gradients": set(),
     "fused": set(),
     "preemption": {"loop", "parallel"},
     "progress": {"leave", "micro_batches", "observe", "parallel"},
-    "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "state", "step"},
+    "loop": {"config", "data", "evaluate", "observe", "parallel", "recipe", "schedule", "state", "step"},
 }
 PURE = {"data.order", "parallel.shards"}  # integers in, integers out: import no other part, so every part may use them
 COMPOSERS = {

@@ -52,7 +52,7 @@ from samestep.train.data.order import SPEC
 from samestep.train.data.rng import seed_everything
 from samestep.train.data.shield import kill_the_rest
 from samestep.train.finish import Result, close, goodput
-from samestep.train.loop import Run
+from samestep.train.loop import Run, require_schedule
 from samestep.train.micro_batches import Agreed
 from samestep.train.observe import profile, trackers
 from samestep.train.parallel.hooks import without_effect
@@ -242,6 +242,7 @@ def _train_joined(build: Callable[[Any], Components], joined: _Joined) -> Result
         run.reporter.already_finished(digest, run.state.step, [*edited, *changed])
         member.group.barrier()
     else:
+        require_schedule(run)
         warnings += [*edited, *(f"{what}: the bits of the following steps can differ" for what in changed)]
         announce(run, run_dir, member, (shards, call.generation, found), [uncompiled, *warnings])
         with signals:

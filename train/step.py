@@ -25,6 +25,7 @@ from samestep.train.parallel.shards import MicroBatch, StepPlan
 from samestep.train.parallel.step_sums import StepSums, Sums
 from samestep.train.recipe import Components, is_mean_of_nothing, objective, require_gradient, weigh
 from samestep.train.scaling import Scaling
+from samestep.train.schedule import advance
 
 
 @dataclass(slots=True)
@@ -118,5 +119,5 @@ class OptimizerStep:
         if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
             return True
         if self.components.scheduler_interval == "step":
-            scheduler.step()
+            advance(scheduler)
         return True
