@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -103,8 +102,8 @@ class _Call:
 def _called(
     build: Callable[[Config], Components], config_type: type[Config], argv: Sequence[str] | None, ends: ExitStack
 ) -> Result:
-    env, progress, generation = WorkerEnv(), Progress(), 0
-    run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())).absolute())
+    env, progress, generation, folder = WorkerEnv(), Progress(), 0, program.folder(argv)
+    run_dir = RunDir(folder / (os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())))
     try:
         env = who_started.worker(os.environ)
         generation = environment_numbers.checked_generation(os.environ)
@@ -113,8 +112,8 @@ def _called(
         end_with_agent(os.environ)
         tell_stacks_when_asked()
         check_call(build, config_type)
-        config = program.load(config_type, program.arguments(argv), env.rank)
-        run_dir = RunDir((config.run_dir or run_dir.path).absolute())  # recipes may go to another folder
+        config = program.load(config_type, program.arguments(argv), env.rank, folder)
+        run_dir = RunDir(folder / (config.run_dir or run_dir.path))  # recipes may go to another folder
         ends.enter_context(caller.undisturbed())
         with leave.nondeterminism_named():
             run = _train if config.replay is None else _replay
