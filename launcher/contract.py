@@ -75,6 +75,7 @@ ENV_STORE_ADDR = "SAMESTEP_STORE_ADDR"  # where rank zero's socket is, if not on
 ENV_TOKEN = "SAMESTEP_TOKEN"  # launchers of one run know it besides the run directory; never handed to a rank
 ENV_HEARTBEAT_FD = "SAMESTEP_HEARTBEAT_FD"  # shared memory in which a recipe's ranks say where they are
 HANDED_DOWN = (ENV_STORE_FD, ENV_HEARTBEAT_FD)  # descriptors, whose numbers a fork changes
+ENV_STARTED_IN = "SAMESTEP_STARTED_IN"  # the folder in which the command was typed, from where its paths count
 ENV_LAUNCHED = "SAMESTEP_LAUNCHED"  # "1" below `samestep run`
 ENV_FENCE = "SAMESTEP_FENCE"  # generation in the run directory's lock that a checkpoint needs to be published
 ENV_PDB = "SAMESTEP_PDB"  # the rank that has the terminal; the others wait for it as long as it takes
@@ -86,7 +87,7 @@ ENV_GRACE = "SAMESTEP_GRACE_SECONDS"  # between the first request to stop and th
 NOT_OPTIONS = frozenset(
     {
         *(ENV_GENERATION, ENV_STORE_FD, ENV_STORE_PORT, ENV_STORE_ADDR, ENV_TOKEN, ENV_HEARTBEAT_FD),
-        *(ENV_LAUNCHED, ENV_FENCE, ENV_PDB, ENV_JOIN_TIMEOUT, ENV_GRACE),
+        *(ENV_LAUNCHED, ENV_FENCE, ENV_PDB, ENV_JOIN_TIMEOUT, ENV_GRACE, ENV_STARTED_IN),
     }
 )
 

@@ -221,6 +221,8 @@ def _signature(failure: Failure | None) -> tuple[object, ...] | None:
 def _tell_restart(run: _Run, facts: Facts, failure: Failure, memory: policy.Memory, delay: float) -> None:
     evidence.note_failure(failure, failure.exit_code, run.directory)
     what = f"restart {memory.fruitless} of {facts.max_restarts}" + (f" in {delay:g} s" if delay else "")
+    if memory.committed < 0 and failure.step and run_dir.holds_training(run.directory):
+        what += "; no checkpoint was saved yet, so that its steps are trained again"
     run.console.say(
         f"samestep: rank {failure.rank} failed: {failure.cause}; {failure.hint if failure.remedied else what}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,14 +18,35 @@ def check(path: Path, *, logs: bool = False) -> None:
     """
     nearest = path.absolute()
     try:
+        if (found := obstacle(nearest)) is not None:
+            raise _unusable(path, *found, logs=logs)
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
     except OSError as error:  # a name that is too long
         raise _unusable(path, (error.strerror or str(error)).lower(), logs=logs) from None
-    if not nearest.is_dir():
-        raise _unusable(path, f"{nearest} is not a directory", logs=logs)
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise _unusable(path, f"{nearest} is not writable", logs=logs)
+
+
+def obstacle(path: Path) -> tuple[str, str] | None:
+    """What is at `path` or above it and no folder, and the fix where there is one; None where folders can be made.
+
+    Of a symlink to nothing the system says "File exists", as the link does.
+    """
+    with contextlib.suppress(OSError):  # a name that is too long: whoever makes the folder hears of it
+        return next(filter(None, map(_in_the_way, (path, *path.parents))), None)
+    return None
+
+
+def _in_the_way(part: Path) -> tuple[str, str] | None:
+    if part.exists():
+        return None if part.is_dir() else (f"{part} is not a directory", "")
+    if not part.is_symlink():
+        return None
+    target = os.path.realpath(part)
+    if os.path.islink(target):  # noqa: PTH114 (of a string)
+        return f"{part} is a symlink that leads back to itself", "remove it"
+    return f"{part} is a symlink to {target}, which does not exist", f"create {target}, remove the symlink"
 
 
 def own(path: Path) -> tuple[RunDir, RunLock]:
@@ -65,9 +87,9 @@ def prepare_logs(path: Path) -> None:
         raise _unusable(path, (error.strerror or str(error)).lower(), logs=True) from None
 
 
-def _unusable(path: Path, reason: str, *, logs: bool = False) -> UsageError:
+def _unusable(path: Path, reason: str, fix: str = "", *, logs: bool = False) -> UsageError:
     what = "folder for logs" if logs else "run directory"
+    other = f"choose another one: {'--log-dir before the recipe' if logs else OTHER_RUN_DIR}"
     return UsageError(
-        f"the {what} {path} is expected to be writable, but {reason}",
-        f"choose another one: {'--log-dir before the recipe' if logs else OTHER_RUN_DIR}",
+        f"the {what} {path} is expected to be writable, but {reason}", f"{fix}, or {other}" if fix else other
     )

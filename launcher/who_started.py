@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from samestep.launcher.contract import ENV_LAUNCHED, ENV_STORE_PORT, UsageError, WorkerEnv
+from samestep.launcher.environment_numbers import integer
 
 _BY_HAND = "let a launcher set them: samestep run, torchrun, accelerate launch, mpirun or srun"
 _NESTED = ("TORCHELASTIC_RUN_ID", ENV_LAUNCHED)  # set by launchers that number the ranks themselves
@@ -87,14 +88,14 @@ def node_rank(environ: Mapping[str, str]) -> tuple[int, int, str] | None:
     """
     pod, given = environ.get("JOB_COMPLETION_INDEX"), environ.get("PET_NODE_RANK")
     if pod:
-        index = _integer(environ, "JOB_COMPLETION_INDEX")
+        index = integer(environ, "JOB_COMPLETION_INDEX")
         if given and given.isdecimal() and int(given) != index:
             raise _contradiction("JOB_COMPLETION_INDEX", index, "PET_NODE_RANK", given, "unset PET_NODE_RANK")
         return index, 0, "an Indexed Job (JOB_COMPLETION_INDEX)"
     if environ.get("SLURM_STEP_ID") and environ.get("SLURM_PROCID"):
-        nodes, tasks = _integer(environ, "SLURM_STEP_NUM_NODES", 1), _integer(environ, "SLURM_STEP_NUM_TASKS", 1)
+        nodes, tasks = integer(environ, "SLURM_STEP_NUM_NODES", 1), integer(environ, "SLURM_STEP_NUM_TASKS", 1)
         if nodes > 1 and nodes == tasks:
-            return _integer(environ, "SLURM_NODEID"), nodes, "Slurm (SLURM_NODEID)"
+            return integer(environ, "SLURM_NODEID"), nodes, "Slurm (SLURM_NODEID)"
     return None
 
 
@@ -133,16 +134,16 @@ def _torch(environ: Mapping[str, str]) -> WorkerEnv | None:
     for name in ("RANK", "WORLD_SIZE"):
         if name not in present:
             raise _half_set(present[0], name)
-    rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
-    local_size = _integer(environ, "LOCAL_WORLD_SIZE", world_size)
-    master_addr, port = environ.get("MASTER_ADDR", ""), _integer(environ, "MASTER_PORT", 0)
+    rank, world_size = integer(environ, "RANK"), integer(environ, "WORLD_SIZE")
+    local_size = integer(environ, "LOCAL_WORLD_SIZE", world_size)
+    master_addr, port = environ.get("MASTER_ADDR", ""), integer(environ, "MASTER_PORT", 0)
     env = WorkerEnv(
         rank=rank,
         world_size=world_size,
-        local_rank=_integer(environ, "LOCAL_RANK", rank % max(local_size, 1)),
+        local_rank=integer(environ, "LOCAL_RANK", rank % max(local_size, 1)),
         local_world_size=local_size,
-        node_rank=_integer(environ, "GROUP_RANK", 0),
-        nnodes=_integer(environ, "GROUP_WORLD_SIZE", 1),
+        node_rank=integer(environ, "GROUP_RANK", 0),
+        nnodes=integer(environ, "GROUP_WORLD_SIZE", 1),
         master_addr=master_addr if port or environ.get(ENV_STORE_PORT) else "",
         master_port=port,
         distributed=True,
@@ -161,7 +162,7 @@ def _task(environ: Mapping[str, str]) -> WorkerEnv | None:
     if step:  # srun --mpi=pmi2 speaks PMI too, and leaves the place on the node to its own names
         mpi = [names for names in mpi if environ.get(names.local_rank)]
     for other in mpi[1:]:
-        if _integer(environ, other.rank) != _integer(environ, mpi[0].rank):
+        if integer(environ, other.rank) != integer(environ, mpi[0].rank):
             raise _contradiction(
                 mpi[0].rank, environ[mpi[0].rank], other.rank, environ[other.rank], "start with one of the two alone"
             )
@@ -171,21 +172,21 @@ def _task(environ: Mapping[str, str]) -> WorkerEnv | None:
 
 
 def _as_rank(names: _Names, environ: Mapping[str, str]) -> WorkerEnv | None:
-    size = _integer(environ, names.size)
+    size = integer(environ, names.size)
     if size == 1:
         return None  # one task alone needs nobody
-    rank = _integer(environ, names.rank)
+    rank = integer(environ, names.rank)
     _within(names.rank, rank, names.size, size)
-    node, nodes = _integer(environ, "SLURM_NODEID", 0), 0
+    node, nodes = integer(environ, "SLURM_NODEID", 0), 0
     if names is _SLURM:
-        nodes = _integer(environ, "SLURM_STEP_NUM_NODES", 1)
+        nodes = integer(environ, "SLURM_STEP_NUM_NODES", 1)
         local_size = _tasks_on(node, environ.get("SLURM_STEP_TASKS_PER_NODE", ""), size, nodes)
     else:
-        local_size = _integer(environ, names.local_size, size)
+        local_size = integer(environ, names.local_size, size)
         nodes, node = -(-size // max(1, local_size)), rank // max(1, local_size)  # as placed by slot, the default
-    local_rank = _integer(environ, names.local_rank, rank % max(1, local_size))
+    local_rank = integer(environ, names.local_rank, rank % max(1, local_size))
     _within(names.local_rank, local_rank, names.local_size or "SLURM_STEP_TASKS_PER_NODE", local_size)
-    port = _integer(environ, "MASTER_PORT", 0)
+    port = integer(environ, "MASTER_PORT", 0)
     parts = [environ[name] for name in names.job if environ.get(name)]
     return WorkerEnv(
         rank=rank,
@@ -206,7 +207,7 @@ def _pod(environ: Mapping[str, str]) -> WorkerEnv | None:
     """One rank a pod: the index is its rank, the rest has to be said by the manifest."""
     if not environ.get("JOB_COMPLETION_INDEX") or not environ.get("WORLD_SIZE"):
         return None
-    rank, size = _integer(environ, "JOB_COMPLETION_INDEX"), _integer(environ, "WORLD_SIZE")
+    rank, size = integer(environ, "JOB_COMPLETION_INDEX"), integer(environ, "WORLD_SIZE")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environ.get(name):
             raise _half_set("JOB_COMPLETION_INDEX", name)
@@ -217,7 +218,7 @@ def _pod(environ: Mapping[str, str]) -> WorkerEnv | None:
         node_rank=rank,
         nnodes=size,
         master_addr=environ["MASTER_ADDR"],
-        master_port=_integer(environ, "MASTER_PORT"),
+        master_port=integer(environ, "MASTER_PORT"),
         distributed=True,
         started_by="an Indexed Job (JOB_COMPLETION_INDEX)",
     )
@@ -265,13 +266,3 @@ def _half_set(present: str, missing: str) -> UsageError:
         f"{present} and {missing} are expected to be set together, but {missing} is not set",
         f"unset {present} for a single process, or start the script with samestep run, torchrun or accelerate launch",
     )
-
-
-def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environ.get(name)
-    if not text and default is not None:
-        return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise UsageError(f"{name} is expected to be an integer, but is {text!r}", f"unset {name}") from None

@@ -127,9 +127,9 @@ def assemble(components: Components, setting: Setting, progress: Callable[[int, 
 
 def _finite(setting: Setting, sampler: SameOrderSampler, state: TrainState, reporter: Reporter) -> FiniteGuard:
     """What becomes of steps that are not finite; in half precision the scaler leaves them out."""
-    if setting.config.precision == "fp16":
-        return Unguarded()
     investigate = Investigation(setting.member.group, sampler, setting.run_dir)
+    if setting.config.precision == "fp16":
+        return Unguarded(investigate)
     return finite_guard(setting.config.nan_policy, investigate, state.passed_over, reporter.warning)
 
 

@@ -16,6 +16,7 @@ from samestep.train.config import TrainConfig
 from samestep.train.data.rng import seed_everything
 from samestep.train.finish import Result, already_closed, close
 from samestep.train.joined import Call, Joined, called, meet
+from samestep.train.loop import require_schedule
 from samestep.train.prepared import Prepared, prepare
 from samestep.train.recipe import Components
 
@@ -69,6 +70,7 @@ def _train(build: Callable[[Any], Components], call: Call) -> Result:
     if prepared.is_over:
         digest = already_closed(run, call.run_dir, joined.member, prepared.changed)
     else:
+        require_schedule(run)
         announce(prepared, joined)
         digest = _to_the_end(prepared, joined)
     return Result(digest, run.state.step, run.state.metrics, call.run_dir.path)

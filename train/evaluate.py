@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from samestep.launcher.contract import UsageError
+from samestep.train.data.cut import empty_batch, has_no_rows
 from samestep.train.data.device import wait_for
 from samestep.train.data.loader import Loader
 from samestep.train.data.rng import seed_evaluation
@@ -20,8 +21,8 @@ from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.observe.evaluation import Evaluation, EvaluationWatch
 from samestep.train.observe.tally import Value, Values, table
 from samestep.train.parallel.group import Group
-from samestep.train.parallel.shards import Span, owned_span
-from samestep.train.recipe import Components, Loss, weigh
+from samestep.train.parallel.shards import Span, StepPlan, owned_span
+from samestep.train.recipe import Components, Loss, is_mean_of_nothing, weigh
 from samestep.train.state_metrics import StateMetrics
 
 
@@ -80,7 +81,7 @@ class Evaluator:
                     self.tell("evaluation")
                     batch = next(batches)
                     seed_evaluation(self.seed, plan.step, shard)
-                    rows.append(self._row(model, batch, plan.size(shard)))
+                    rows.append(self._row(model, batch, plan, shard))
                     with self.autocast:
                         self.state_metrics.add(model, batch, number * self.sampler.shards + shard)
         wait_for(self.device)
@@ -95,12 +96,14 @@ class Evaluator:
         slow = self._watch.add(own_seconds, counts)
         return Evaluation(values, self.sampler.samples, self.now() - begin, own_seconds, slow)
 
-    def _row(self, model: nn.Module, batch: Any, samples: int) -> Values:
+    def _row(self, model: nn.Module, batch: Any, plan: StepPlan, shard: int) -> Values:
         values: list[Value] = []
         with self.autocast:
             for name, function in self.functions.items():
                 with _gradients_named(name):
-                    outcome = weigh(function(model, batch), samples, name)
+                    outcome = weigh(function(model, batch), plan.size(shard), name)
+                if has_no_rows(batch) and is_mean_of_nothing(outcome):
+                    raise empty_batch(self.sampler.samples_of(plan, shard), name)
                 weight = outcome.weight.reshape(()) if isinstance(outcome.weight, Tensor) else outcome.weight
                 values += [outcome.total.reshape(()), weight]
         return [values]

@@ -19,7 +19,7 @@ class Whereabouts:
     """What is known of a rank when something fails, and gets known while it joins."""
 
     run_dir: RunDir
-    generation: int
+    generation: int = 0
     env: WorkerEnv = field(default_factory=WorkerEnv)
     progress: Progress = field(default_factory=Progress)
 

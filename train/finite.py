@@ -12,16 +12,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol, SupportsFloat
+from typing import Any, Protocol, SupportsFloat
 
 import torch
 from torch import Tensor
 
 from samestep.launcher.contract import RefusedStepError, RunDir
+from samestep.train.data.cut import empty_batch, has_no_rows
 from samestep.train.data.sampler import SameOrderSampler
 from samestep.train.finite_gradients import any_not_finite
 from samestep.train.parallel.group import Group, gather_json
 from samestep.train.parallel.shards import StepPlan
+from samestep.train.recipe import Outcome, is_mean_of_nothing
 
 MOST_IN_A_ROW = 10  # a run that leaves out more steps than that one after another learns nothing any more
 _SHOWN = 12  # sample ids in a sentence; the file has all
@@ -99,6 +101,15 @@ class Investigation:
             self._write(bad)
         return bad
 
+    def require_rows(self, batch: Any, outcome: Outcome, plan: StepPlan, shard: int) -> None:
+        """Judge a loss over a batch in which nothing is left of the shard's samples; its gradient may be 0.
+
+        Raises:
+            UsageError: it is a mean over nothing.
+        """
+        if has_no_rows(batch) and is_mean_of_nothing(outcome):
+            raise empty_batch(self.sampler.samples_of(plan, shard))
+
     def _write(self, bad: BadStep) -> None:
         about = {"step": bad.step, "epoch": bad.epoch, "ranks": bad.ranks, "samples": bad.samples}
         self.run_dir.errors.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -108,6 +119,7 @@ class Investigation:
 class FiniteGuard(Protocol):
     """Asked before each update."""
 
+    investigate: Investigation
     keeps_buffers: bool  # the model's buffers may have to be brought back to the begin of a step
 
     def admits(self, plan: StepPlan, gradients: Sequence[Tensor], rows: Rows) -> bool:
@@ -117,10 +129,12 @@ class FiniteGuard(Protocol):
         """Judge what was not read from the device yet."""
 
 
+@dataclass(slots=True)
 class Unguarded:
     """Where a GradScaler looks already."""
 
-    keeps_buffers = False
+    investigate: Investigation
+    keeps_buffers: bool = False
 
     def admits(self, plan: StepPlan, gradients: Sequence[Tensor], rows: Rows) -> bool:  # noqa: ARG002
         """It may."""

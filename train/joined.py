@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from samestep.launcher import who_started
+from samestep.launcher import environment_numbers, who_started
 from samestep.launcher.command_line import stdout
-from samestep.launcher.contract import ENV_GENERATION, ENV_RUN_DIR, RunDir, WorkerEnv, default_run_dir
+from samestep.launcher.contract import ENV_RUN_DIR, RunDir, WorkerEnv, default_run_dir
 from samestep.launcher.diagnosis.stack_signal import tell_stacks_when_asked
 from samestep.launcher.heartbeat import pulse
 from samestep.launcher.liveness import end_with_agent
@@ -48,17 +47,19 @@ def called(
         BaseException: likewise.
     """
     stdout.open_all()
-    run_dir = RunDir(Path(os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())).absolute())
-    here = Whereabouts(run_dir, int(os.environ.get(ENV_GENERATION) or 0))
+    folder = program.folder(argv)
+    run_dir = RunDir(folder / (os.environ.get(ENV_RUN_DIR) or default_run_dir(program.name())))
+    here = Whereabouts(run_dir)
     with ExitStack() as ends, here.failures_told():
         here.env = env = who_started.worker(os.environ)
+        here.generation = environment_numbers.checked_generation(os.environ)
         here.progress.pulse = pulse(os.environ, env.rank % env.local_world_size)
         here.progress(0, "joining")
         end_with_agent(os.environ)
         tell_stacks_when_asked()
         check()
-        config = program.load(config_type, program.arguments(argv), env.rank)
-        here.run_dir = RunDir((config.run_dir or run_dir.path).absolute())  # recipes may go to another folder
+        config = program.load(config_type, program.arguments(argv), env.rank, folder)
+        here.run_dir = RunDir(folder / (config.run_dir or run_dir.path))  # recipes may go to another folder
         ends.enter_context(caller.undisturbed())
         with leave.nondeterminism_named():
             yield Call(config, env, here.run_dir, here.generation, here.progress, ends)

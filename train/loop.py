@@ -25,6 +25,7 @@ from samestep.train.parallel.agreement import Agreement
 from samestep.train.parallel.bucket_trial import Buckets
 from samestep.train.parallel.shards import StepPlan
 from samestep.train.recipe import Components
+from samestep.train.schedule import advance, require_length
 from samestep.train.state.held import HeldParts
 from samestep.train.state.saver import Saver
 from samestep.train.state.train_state import TrainState
@@ -63,6 +64,19 @@ class Run:
             whole = min(whole, self.config.replay)
         whole = whole if self.config.max_steps is None else min(whole, self.config.max_steps)
         return max(whole, self.state.step)
+
+
+def require_schedule(run: Run) -> None:
+    """See whether the scheduler lasts until the end.
+
+    Raises:
+        UsageError: it was made for fewer steps, or epochs.
+    """
+    scheduler, done = run.components.scheduler, run.state
+    if run.components.scheduler_interval == "step":
+        require_length(scheduler, done.step, run.max_steps - done.step, "steps")
+    elif run.config.max_steps is None and run.config.replay is None:
+        require_length(scheduler, done.epoch, run.config.epochs - done.epoch, "epochs")
 
 
 def run_to_the_end(run: Run) -> None:
@@ -166,6 +180,6 @@ def _evaluate(run: Run) -> bool:
 def _end_epoch(run: Run) -> None:
     scheduler = run.components.scheduler
     if run.components.scheduler_interval == "epoch" and not isinstance(scheduler, ReduceLROnPlateau | None):
-        scheduler.step()
+        advance(scheduler)
     run.reporter.epoch(run.state.epoch, run.state.sums)
     run.state.end_epoch()

@@ -18,6 +18,7 @@ from samestep.train.data.order import SPEC
 from samestep.train.joined import Joined
 from samestep.train.loop import Run
 from samestep.train.observe import profile
+from samestep.train.parallel.hooks import without_effect
 from samestep.train.recipe import Components
 from samestep.train.signals import StopSignals
 
@@ -76,7 +77,7 @@ def prepare(
     run.state.capture(0)  # refuses now, not hours later, what could only be saved with pickle
     run.held.require_loadable()
     warnings = [uncompiled, *told, *options.misspelt(type(config), os.environ), *without_use(components)]
-    warnings += found.warnings
+    warnings += [*found.warnings, *without_effect(config.comm_hook, member.group.world_size)]
     warnings += micro_batches.warnings(joined.micro_batches, joined.stored, components.model)
     edited = [] if found.snapshot is None else start.restore(run.state, found.snapshot, found.source)
     changed = _changed(components, joined, found)

@@ -11,18 +11,35 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from samestep.launcher.command_line import options
-from samestep.launcher.contract import UsageError
+from samestep.launcher.contract import ENV_STARTED_IN, UsageError
 from samestep.train.config import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
 
 
-def load(config_type: type[Config], argv: Sequence[str], rank: int) -> Config:
-    """The configuration; only rank zero answers to --help. Weights are looked for from here: build may go elsewhere."""
+def load(config_type: type[Config], argv: Sequence[str], rank: int, folder: Path) -> Config:
+    """The configuration, whose paths count from `folder`: build may go elsewhere. Only rank zero answers to --help."""
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):
-        config = options.load(config_type, argv, os.environ, program=Path(name()).name)
-    config.weights = config.weights and config.weights.absolute()
+        config = options.load(config_type, argv, os.environ, program=Path(name()).name, folder=folder)
+    config.weights = config.weights and folder / config.weights
+    if config.resume not in ("auto", "never") and folder != Path.cwd():  # else it is named as it was typed
+        config.resume = str(folder / config.resume)
     return config
+
+
+def folder(argv: Sequence[str] | None) -> Path:
+    """From where relative paths count: where the command was typed, also if the recipe has gone elsewhere since.
+
+    Our launcher tells. Else the interpreter has made the script's path absolute as it began; where that was typed as an
+    absolute one, or a module's name, it can't be known. Flags that code passes to `train` are meant from where it is.
+    """
+    if argv is None and not in_notebook():
+        if told := os.environ.get(ENV_STARTED_IN):
+            return Path(told)
+        path, typed = str(getattr(sys.modules.get("__main__"), "__file__", None)), sys.argv[0]
+        if typed in sys.orig_argv and not typed.startswith("/") and path.endswith(f"/{typed}"):
+            return Path(path.removesuffix(typed))
+    return Path.cwd()
 
 
 def name() -> str:

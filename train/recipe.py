@@ -222,6 +222,11 @@ def objective(outcome: Outcome, batch_samples: int) -> Tensor:
     return outcome.output if outcome.weight == batch_samples else outcome.output * (outcome.weight / batch_samples)
 
 
+def is_mean_of_nothing(outcome: Outcome) -> bool:
+    """Whether what was returned for a batch without rows is a mean over them, which is NaN."""
+    return isinstance(outcome, SampleWeighted) and not outcome.output.isfinite().all()
+
+
 def require_gradient(total: Tensor) -> None:
     """Refuse a loss that can't be learned from.
 

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 
-from samestep.launcher.contract import DEFAULT_GRACE_SECONDS, ENV_GRACE, ENV_LAUNCHED
+from samestep.launcher import environment_numbers
+from samestep.launcher.contract import ENV_LAUNCHED
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _USABLE = 0.9  # part of the grace time after which nothing is waited for any more: the rest is for leaving
@@ -31,7 +32,7 @@ class StopSignals:
         self, environ: Mapping[str, str] = os.environ, now: Callable[[], float] = time.monotonic, *, active: bool = True
     ) -> None:
         self.signum = 0  # the first that came
-        self.grace = float(environ.get(ENV_GRACE) or DEFAULT_GRACE_SECONDS)
+        self.grace = environment_numbers.grace(environ)
         self._alone = ENV_LAUNCHED not in environ and environ.get("RANK", "0") == "0"
         self._now = now
         self._at = 0.0

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from samestep.launcher.contract import ENV_FENCE, ENV_RUN_DIR, ExitCode, RunDir, UsageError
 from samestep.launcher.lock import RunLock
+from samestep.launcher.run_dir import obstacle
 from samestep.train.config import TrainConfig
 from samestep.train.observe.guards.check import listed
 from samestep.train.parallel.group import gather_json
@@ -48,9 +49,10 @@ def make(run_dir: RunDir) -> None:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise
+        reason, fix = obstacle(run_dir.path) or ((error.strerror or str(error)).lower(), "")
         raise UsageError(
-            f"--run-dir is expected to be a folder that can be written, but {run_dir.path}: {error.strerror}",
-            "pass --run-dir with another folder",
+            f"--run-dir {run_dir.path} is expected to be a folder that can be written, but {reason}",
+            f"{fix}, or pass --run-dir with another folder" if fix else "pass --run-dir with another folder",
         ) from None
 
 

@@ -20,6 +20,7 @@ from samestep.train.parallel.shards import StepPlan
 from samestep.train.parallel.step_sums import Sums, divide
 from samestep.train.recipe import Components, objective, require_gradient, weigh
 from samestep.train.scaling import Scaling
+from samestep.train.schedule import advance
 from samestep.train.shard_pass import ShardPass
 
 
@@ -62,6 +63,7 @@ class OptimizerStep:
                 with self.autocast:
                     outcome = weigh(self.components.loss(self.components.model, inputs), part.samples)
                     target = objective(outcome, plan.samples)
+                self.guard.investigate.require_rows(inputs, outcome, plan, shard)
                 require_gradient(target)
                 self.shards.backward(part, outcome, self.scaling.scale(target))
 
@@ -93,5 +95,5 @@ class OptimizerStep:
         if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
             return True
         if self.components.scheduler_interval == "step":
-            scheduler.step()
+            advance(scheduler)
         return True

@@ -39,7 +39,7 @@ def script(shell: str) -> str:
     """
     if shell not in SHELLS:
         raise UsageError(
-            f"completion is expected to be followed by {', '.join(SHELLS)}, but got {shell or 'nothing'}",
+            f"completion is expected to be followed by bash, zsh or fish, but got {shell or 'nothing'}",
             nearest_hint(shell, set(SHELLS)) or SETUP["bash"],
         )
     wanted: dict[str, Any] = {"prog_name": "samestep", "shell": shell}
@@ -49,15 +49,15 @@ def script(shell: str) -> str:
 def application() -> cyclopts.App:
     """Every command with its options, for completing alone: nothing is run through it."""
     app = cyclopts.App(name="samestep", version_flags=["--version"])
-    app.command(command(LaunchConfig, *_recipe()), name="run")
-    app.command(command(VerifyConfig, *_recipe()), name="verify")
-    app.command(command(ChaosConfig, *_recipe()), name="chaos")
-    app.command(command(DoctorConfig), name="doctor")
+    app.command(command(LaunchConfig, *_recipe()), name="run", help="Start a recipe or another program on all ranks.")
+    app.command(command(VerifyConfig, *_recipe()), name="verify", help="Compare the bits of runs of several sizes.")
+    app.command(command(ChaosConfig, *_recipe()), name="chaos", help="Strike a recipe while it trains.")
+    app.command(command(DoctorConfig), name="doctor", help="Judge this machine.")
     submit = cyclopts.App(name="submit", help="Hand a recipe to a cluster.")
-    submit.command(command(KubernetesConfig, *_recipe()), name="kubernetes")
-    submit.command(command(SlurmConfig, *_recipe()), name="slurm")
+    submit.command(command(KubernetesConfig, *_recipe()), name="kubernetes", help="As a Kubernetes Job.")
+    submit.command(command(SlurmConfig, *_recipe()), name="slurm", help="As a batch script of Slurm.")
     app.command(submit)
-    app.command(command(PlanConfig, *_run_dir()), name="plan")
+    app.command(command(PlanConfig, *_run_dir()), name="plan", help="Say what a run would be like on more ranks.")
     app.command(_digest, name="digest")
     app.command(_stacks, name="stacks")
     app.command(_watch, name="watch")

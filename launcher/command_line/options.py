@@ -41,10 +41,12 @@ def load(
     program: str = "recipe",
     operands: str = "",
     defaults: Mapping[str, Any] | None = None,
+    folder: Path = Path(),
 ) -> Config:
     """Make a `config_type` from `argv` (without the program's name), `environ` and the file named by `--config`.
 
-    `operands` is what the usage line of `--help` names after the options; `defaults` overrides the dataclass's own.
+    `operands` is what the usage line of `--help` names after the options; `defaults` overrides the dataclass's own;
+    a relative `--config` is looked for in `folder`.
     The dataclass's `__post_init__` is where values are judged.
 
     Raises:
@@ -56,7 +58,7 @@ def load(
     layers: list[tuple[str, dict[str, Any]]] = [("environment", given)]
     path = _config_path(tokens, environ, prefixes) if "config" in _names(config_type) else None
     if path is not None:
-        layers.append((str(path), _from_toml(config_type, path)))
+        layers.append((str(path), _from_toml(config_type, folder / path)))
     if defaults:
         layers.append(("launcher", dict(defaults)))
     chain = [cyclopts.config.Dict(values, source=source) for source, values in layers]
@@ -100,6 +102,7 @@ def question(tokens: Sequence[str]) -> tuple[list[str], str]:
 def _app(config_type: type[Any], program: str, operands: str, chain: Sequence[Any]) -> cyclopts.App:
     app = cyclopts.App(
         name=program,
+        default_parameter=Parameter(allow_repeating=True),  # the last one counts, as in argparse; lists collect
         usage=f"Usage: {program} [OPTIONS] {operands}".rstrip(),
         help_format="plaintext",
         config=chain,

@@ -166,7 +166,16 @@ class HangWatch(Listener):
             return None
         if not look.stacks[hang.rank].user_frame and look.children[hang.rank]:
             hang = replace(hang, frame=look.children[hang.rank])  # a process that loads its data
+        if not hang.how and (stopped := self._stopped_below(hang.rank, look)):
+            hang = replace(hang, how=f"process {stopped}, which it has started, is stopped by a signal")
         return replace(hang, stacks=look.files.get(hang.rank) or self._write(self._rendered(look)))
+
+    def _stopped_below(self, rank: int, look: Look) -> int | None:
+        """Of the processes that a rank has started, such as those that load its data, one that SIGSTOP holds."""
+        below = (
+            stacks.pid for stacks in look.by_pid.values() if rank in self._pids and stacks.parent == self._pids[rank]
+        )
+        return next(filter(stack_probe.is_stopped, below), None)
 
     def _beats(self, rank: int) -> int:
         return self._samples[rank].beat.beats

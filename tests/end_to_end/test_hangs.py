@@ -64,6 +64,8 @@ class Data(Dataset):
         time.sleep(SLOW.get("item", 0) if RANK == {rank} else 0)
         if STRUCK and FAULT == "data" and items == 150:
             never_returns()
+        if STRUCK and FAULT == "stopped worker" and items == 150:
+            os.kill(os.getpid(), signal.SIGSTOP)
         return torch.full((10,), index / 768), torch.ones(1)
 
 
@@ -141,6 +143,12 @@ def test_a_rank_that_hangs_in_forward_costs_a_restart_and_no_bit(run, reference,
         assert "in loss" in stacks
         frame = "never_returns" if fault == "sleep" else "strike"
         assert re.search(rf" at \S+/{fault}-1-2.py:\d+ in {frame}\b.*; restart", outcome.stderr)
+
+
+def test_a_loading_process_that_somebody_stopped_is_named_as_stopped(run, reference):
+    outcome = run("stopped worker", "--num-workers", "1")
+    failed, _ = restarted_with_the_bits_of(outcome, reference("--num-workers", "1"), 1, "data")
+    assert re.search(r"in Data.__getitem__ .*: process \d+, which it has started, is stopped by", failed["cause"])
 
 
 @pytest.mark.slow

@@ -100,6 +100,7 @@ def test_struck_once_it_ends_in_the_bits_of_the_undisturbed_run(struck, fault, s
 def test_struck_at_the_same_place_again_it_is_given_up(struck):
     outcome = struck("always", 2, status=77)
     assert outcome.stderr.count("; restart ") == 1
+    assert "; no checkpoint was saved yet, so that its steps are trained again" in outcome.stderr
     assert "rank 1 failed: ValueError: struck" in outcome.stderr
     assert "exit code 77: no progress, do not run again" in outcome.stderr
     assert "same failure twice" in outcome.stderr

@@ -47,6 +47,10 @@ CASES = {
     "filter": (["--local-ranks-filter", "a", "recipe.py"], "--local-ranks-filter is expected"),
     "run dir below a file": (["trains.py", "--run-dir", "recipe.py/x"], "recipe.py is not a directory"),
     "run dir is a file": (["trains.py", "--run_dir=recipe.py"], "is not a directory"),
+    "run dir is a symlink to nothing": (["trains.py", "--run-dir", "gone"], "nowhere, which does not exist"),
+    "run dir is below a symlink to nothing": (["trains.py", "--run-dir", "gone/x"], "gone is a symlink to "),
+    "run dir is a symlink to itself": (["trains.py", "--run-dir", "loop"], "is a symlink that leads back to itself"),
+    "log dir is a symlink to nothing": (["--log-dir", "gone", "recipe.py"], "nowhere, which does not exist"),
     "run dir is empty": (["trains.py", "--run-dir", ""], "--run-dir is expected to be a folder, but is empty"),
     "run dir is a number in a file": (["trains.py", "--config", "five.toml"], "run_dir in five.toml is expected to be"),
     "log dir below a file": (["--log-dir", "recipe.py/logs", "recipe.py"], "the folder for logs recipe.py/logs is"),
@@ -62,6 +66,8 @@ def _stage(cwd: Path) -> set[str]:
     (cwd / "trains.py").write_text("from samestep.train import train\nprint('must not run')\n")
     (cwd / "five.toml").write_text("run_dir = 5\n")
     (cwd / "folder").mkdir()
+    (cwd / "gone").symlink_to("nowhere")
+    (cwd / "loop").symlink_to("loop")
     return {item.name for item in cwd.iterdir()}
 
 

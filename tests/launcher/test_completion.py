@@ -53,6 +53,7 @@ def test_bash_is_offered(bash, words, offered):
 def test_every_command_is_completed(bash):
     assert set(bash("samestep", "")) == set(cli.commands())
     assert set(cli.commands()) <= set(application())
+    assert all(application()[name].help for name in cli.commands())
 
 
 @pytest.mark.parametrize("shell", [shell for shell in SHELLS if shutil.which(shell)])

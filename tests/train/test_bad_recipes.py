@@ -72,6 +72,19 @@ def test_a_tensor_of_infinite_weight_is_named_where_losses_are_read(start: Any) 
     assert not list(ended.run_dir.glob("checkpoints/*")), "nothing was saved"
 
 
+@pytest.mark.parametrize("flags", [(), ("--check", "never"), ("--num-workers", 1), ("--samples", 4)], ids=str)
+def test_a_batch_of_nothing_whose_loss_is_nan_is_named_with_its_samples(start: Any, flags: tuple[Any, ...]) -> None:
+    """The gradient of a mean over nothing is 0, so --nan-policy has nothing to see."""
+    ended = start("left_out", "--run-dir", "run", *flags)
+    samples = "samples 4, 5, and" if "--samples" in flags else "all of samples "  # of the evaluation, in order
+    expect(ended, "collate_fn", samples, "the loss of nothing is not finite", hint="return Weighted(total, weight)")
+
+
+def test_a_batch_of_nothing_is_fine_where_the_loss_weighs_it_with_nothing(trained: Any) -> None:
+    losses = [event["loss"] for event in trained("left_out", "--weighed").events("step")]
+    assert [loss is None for loss in losses] == [False, False, True]
+
+
 @pytest.mark.parametrize("flags", [("--shards", 2), ("--shards", 1, "--micro-batches", 2)], ids=["shards", "parts"])
 @pytest.mark.parametrize("mistake", ["late weights", "lost weights"])
 def test_a_loss_that_brings_weights_for_a_part_of_the_first_step_is_named(
@@ -176,11 +189,37 @@ def test_other_shards_than_at_the_first_launch_are_refused(trained: Any, start: 
     expect(start("mistaken", "--run-dir", "run", "--shards", 3), "--shards", "2", "3", hint="--run-dir")
 
 
+def test_data_that_each_rank_draws_for_itself_is_told_with_what_may_have_done_it(start: Any, tmp_path: Path) -> None:
+    drawn = "torch.from_numpy(__import__('numpy').random.default_rng().normal(size=(10, 3)))"
+    recipe = (Path(__file__).parent / "recipes" / "left_out.py").read_text()
+    (tmp_path / "draws.py").write_text(recipe.replace("torch.randn(10, 3)", drawn))
+    ended = start(tmp_path / "draws.py", "--run-dir", "run", ranks=2)
+    assert ended.codes == [2, 2], ended.stderrs
+    for words in ("dataset is expected to be equal on all ranks", "a generator of its own without a seed", "by host"):
+        assert words in ended.stderrs
+
+
 def test_resume_never_does_not_touch_an_old_run(trained: Any, start: Any) -> None:
     before = trained("mistaken").digest
     ended = start("mistaken", "--run-dir", "run", "--resume", "never")
     expect(ended, "never", hint="--run-dir")
     assert ended.digest == before
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "nan", "inf", "1e999"])
+@pytest.mark.parametrize("name", ["SAMESTEP_GRACE_SECONDS", "SAMESTEP_JOIN_TIMEOUT", "SAMESTEP_GENERATION"])
+def test_a_number_of_the_environment_that_is_none_is_named_before_anything_is_made(
+    start: Any, name: str, value: str
+) -> None:
+    ended = start("mistaken", "--run-dir", "run", env={name: value})
+    expect(ended, f"{name} is expected to be", value, hint=f"unset {name}")
+    assert not ended.run_dir.exists()
+
+
+def test_a_run_directory_that_is_a_symlink_to_nothing_is_named_as_one(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to("nowhere")
+    ended = start("mistaken", "--run-dir", "../gone", cwd="job")
+    expect(ended, "gone is a symlink to", "nowhere, which does not exist", hint="create ")
 
 
 def test_no_valid_checkpoint_left_is_exit_78_on_every_rank(trained: Any, start: Any) -> None:

@@ -96,7 +96,7 @@ def test_a_run_directory_whose_name_is_too_long_is_a_sentence(start: Any) -> Non
     ended = start("small", "--run-dir", "x" * 300)
     assert ended.codes == [2]
     assert ended.stderr.count("\n") == 2, ended.stderr
-    assert "File name too long" in ended.stderr
+    assert "file name too long" in ended.stderr
 
 
 def test_a_stdout_that_was_closed_before_gets_plain_lines() -> None:

@@ -11,6 +11,8 @@ RECIPES = Path(__file__).resolve().parent.parent.parent / "scripts" / "recipes"
 
 FATAL = {
     "backward": (["first.weight", "the loss is expected to leave gradients alone"], "backward()"),
+    "own backward": (["first.weight", "the loss is expected to leave gradients alone"], "backward()"),
+    "own loop": (["the loss is expected to leave the optimizer alone", "called its step()"], "drop backward(), step()"),
     "assigned": (["first.weight", "the loss is expected to leave gradients alone"], "p.grad"),
     "uncleared": (["first.weight", "cleared before each step"], "collate_fn"),
     "toggle": (["leave modules in the mode", "norm"], "model.eval()"),
@@ -60,6 +62,15 @@ def test_what_can_not_be_meant_ends_the_run_with_its_name(start: Any, leak: str)
     assert "Traceback" not in ended.stderr
     assert all(word in said for word in words), said
     assert hint in fix
+
+
+@pytest.mark.parametrize("leak", ["own backward", "own loop"])
+def test_a_loop_of_its_own_in_a_loss_is_named_before_torch_says_something_else(start: Any, leak: str) -> None:
+    """Of a graph that is used twice, or of weights that were changed in place."""
+    ended = start("leaking", "--run-dir", "run", "--leak", leak, "--shards", 2, ranks=2)
+    assert ended.codes == [2, 2], ended.stderrs
+    assert ended.stderrs.count("error: ") == 1
+    assert "Traceback" not in ended.stderrs
 
 
 @pytest.mark.parametrize("leak", ["unheld", "lazy"])

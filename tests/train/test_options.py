@@ -134,6 +134,11 @@ def test_a_mistake_on_the_command_line_names_the_option_and_the_value(argv: list
     assert hint in raised.value.hint
 
 
+def test_of_a_flag_given_twice_the_last_counts_and_lists_collect() -> None:
+    config = given(*"--epochs 4 --epochs=5 --no-mask --mask --width wide --width 3 --tags a --tags b".split())
+    assert (config.epochs, config.mask, config.width, config.tags) == (5, True, 3, ("a", "b"))
+
+
 def test_a_wrong_value_in_the_environment_names_the_variable() -> None:
     with pytest.raises(UsageError, match=r"SAMESTEP_GLOBAL_BATCH_SIZE.*four"):
         given(environ={"SAMESTEP_GLOBAL_BATCH_SIZE": "four"})

@@ -33,6 +33,12 @@ def test_a_hook_that_can_not_work_is_a_usage_error(start, flags, said):
     assert said in ended.stderr
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_hook_that_has_nothing_to_compress_is_said_once(trained, ranks):
+    said = trained("small", *FAST, "--comm-hook", "fp16", "--max-steps", 2, ranks=ranks).stderrs
+    assert said.count("--comm-hook fp16 compresses nothing on one rank") == (ranks == 1), said
+
+
 def test_checkpoints_by_time_come_at_the_same_steps_on_every_rank(trained):
     ended = trained("small", "--checkpoint-seconds", "0.000001", "--keep-checkpoints", "99", "--max-steps", 5, ranks=2)
     assert [event["step"] for event in ended.events("checkpoint")] == [1, 2, 3, 4, 5]

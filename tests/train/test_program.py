@@ -1,12 +1,17 @@
-"""Whether a notebook calls `train`, and whose flags it gets."""
+"""Whether a notebook calls `train`, whose flags it gets, and from where the paths in them count."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from samestep.launcher.contract import UsageError, default_run_dir
 from samestep.train import program
@@ -95,3 +100,57 @@ def test_a_program_without_a_file_has_a_plain_name(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
     monkeypatch.setattr(sys, "argv", [word])
     assert program.name() == "run"
+
+
+GOING = """
+import os
+os.chdir("elsewhere")
+import torch
+from torch import nn
+from samestep.train import Components, supervised, train
+
+def build(config):
+    model = nn.Linear(3, 2)
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randn(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Components(model=model, loss=supervised(nn.MSELoss()), optimizer=optimizer, train_data=data)
+
+train(build)
+"""
+STARTS = {
+    "python": [sys.executable, "going.py"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "going.py"],
+    "samestep run": [sys.executable, "-m", "samestep.launcher", "run", "going.py"],
+    "samestep run, an absolute path": [sys.executable, "-m", "samestep.launcher", "run", "{folder}/going.py"],
+    "samestep run, a module": [sys.executable, "-m", "samestep.launcher", "run", "--no-warm", "-m", "going"],
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("start", STARTS)
+def test_paths_count_from_where_the_command_was_typed_under_each_launcher(tmp_path: Path, start: str) -> None:
+    """A recipe that goes elsewhere as it is imported had a lock in one folder and its checkpoints in the other."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "going.py").write_text(GOING)
+    (tmp_path / "more.toml").write_text("epochs = 2\nweights = 'weights.safetensors'\n")
+    save_file(nn.Linear(3, 2).state_dict(), tmp_path / "weights.safetensors")
+    words = [word.format(folder=tmp_path) for word in STARTS[start]]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SAMESTEP_")}
+    flags = ["--run-dir", "run", "--config", "more.toml", "--device", "cpu"]
+    ended = subprocess.run([*words, *flags], cwd=tmp_path, capture_output=True, text=True, env=environ, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert not list((tmp_path / "elsewhere").iterdir())
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "run_finished"
+    assert sum(event["event"] == "epoch" for event in events) == 2
+
+
+def test_paths_of_flags_that_code_passes_count_from_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAMESTEP_STARTED_IN", "/")
+    assert program.folder(["--run-dir", "run"]) == tmp_path
+    assert program.folder(None) == Path("/")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from samestep.train.parallel.shards import MicroBatch
 
 Batch = Any
 
+_SHOWN = 12  # sample ids in a sentence
 _HOST_KINDS = (str, bytes, int, float, bool, type(None))
 
 
@@ -38,6 +39,29 @@ def cut(batch: Batch, part: MicroBatch, samples: int) -> Batch:
             "--micro-batches 1 leaves batches whole, and more --shards make them smaller",
         )
     return pytree.tree_map(rows, batch, is_leaf=lambda node: _has_rows(node, samples))
+
+
+def has_no_rows(batch: Batch) -> bool:
+    """Whether all tensors of a batch are of no samples; of most batches the first tensor tells that they are not."""
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
+    for item in items:
+        if isinstance(item, Tensor) and (item.ndim == 0 or len(item)):
+            return False
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    return bool(leaves) and not any(map(len, leaves))
+
+
+def empty_batch(samples: Sequence[int], name: str = "loss") -> UsageError:
+    """The error of a loss or metric, called `name`, that is NaN over a batch without rows, made of `samples`.
+
+    Its gradient may be 0 all the same, so that nothing else would stop the run.
+    """
+    shown = ", ".join(map(str, samples[:_SHOWN])) + (", ..." if len(samples) > _SHOWN else "")
+    return UsageError(
+        f"collate_fn is expected to make a batch of the samples that it gets, but left out all of samples "
+        f"{shown}, and the {name} of nothing is not finite",
+        f"keep every sample, or let {name} return Weighted(total, weight), both 0 where it is given none",
+    )
 
 
 def obstacle(batch: Batch, samples: int) -> str:

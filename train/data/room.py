@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from samestep.launcher.diagnosis import memory_signs
 from samestep.train.data.workers import Room
 
 _CGROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees its own
 
 
-def room_of(ranks: int, threads: int, cgroup: Path = _CGROUP) -> Room:
+def room_of(
+    ranks: int, threads: int, cgroup: Path = _CGROUP, memory_left: Callable[[], int] = memory_signs.left
+) -> Room:
     """Each of `ranks` ranks on this host gets an equal part; `threads` is what its step keeps busy."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
@@ -24,7 +28,7 @@ def room_of(ranks: int, threads: int, cgroup: Path = _CGROUP) -> Room:
         cores=min(float(cpus), _quota(cgroup)) / ranks,
         threads=threads,
         shared_bytes=shared // ranks,
-        memory_bytes=min(psutil.virtual_memory().available, _memory_left(cgroup)) // ranks,
+        memory_bytes=min(psutil.virtual_memory().available, memory_left()) // ranks,
     )
 
 
@@ -32,15 +36,6 @@ def _quota(cgroup: Path) -> float:
     """Cores that the cgroup may use; see `cpu.max` in the kernel's cgroup-v2 documentation."""
     quota, _, period = _text(cgroup / "cpu.max").partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else float("inf")
-
-
-def _memory_left(cgroup: Path) -> int:
-    """Bytes until `memory.max`; file pages that can be given back are not counted as used."""
-    most, now = _text(cgroup / "memory.max"), _text(cgroup / "memory.current")
-    if not (most.isdigit() and now.isdigit()):
-        return 1 << 62
-    stat = dict(line.split(maxsplit=1) for line in _text(cgroup / "memory.stat").splitlines() if " " in line)
-    return max(0, int(most) - int(now) + int(stat.get("inactive_file", 0)))
 
 
 def copied_bytes(pids: list[int]) -> int:

@@ -36,6 +36,7 @@ class ShardGradients:
         self._find_unused = find_unused_parameters
         self._run: Run | None = None
         self._part: MicroBatch | None = None  # whose loss is waited for
+        self._batch: Any = None
         self._warned = False
         self._open = False  # a pass is under way
         self._summed = -1  # the step of the newest pass
@@ -75,6 +76,7 @@ class ShardGradients:
             (self._part,) = plan.parts(shard)
             seed_shard(seed, plan.step, shard)
             self.shards.before(self._part)
+            self._batch = batch
             yield batch
             if self._part is not None:
                 raise UsageError(
@@ -92,8 +94,7 @@ class ShardGradients:
         Raises:
             UsageError: no batch waits for it, or it has another form or no gradient.
         """
-        self._running()
-        part = self._part
+        run, part = self._running(), self._part
         if part is None:
             raise UsageError(
                 "backward is expected once for each batch of over(step), but no batch waits for it",
@@ -101,8 +102,9 @@ class ShardGradients:
             )
         outcome = weigh(loss, part.samples)
         target = objective(outcome, self._plan.samples)
+        run.step.guard.investigate.require_rows(self._batch, outcome, self._plan, part.shard)
         require_gradient(target)
-        self._part = None
+        self._part = self._batch = None
         self.shards.backward(part, outcome, target)
         self.shards.clock.enter("forward")
 

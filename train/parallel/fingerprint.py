@@ -14,6 +14,11 @@ from samestep.train.data.order import key
 from samestep.train.parallel.group import Group, gather_json
 
 _NAMES = ("weights", "step", "cursor", "configuration")
+_HINTS = {
+    "dataset": "what build draws from torch's, numpy's or Python's global random numbers is the same on all ranks, but "
+    "not what it draws from a generator of its own without a seed, nor what it reads from files that differ by host or "
+    "come in another order (sort them)"
+}
 
 
 @dataclass(slots=True)
@@ -39,7 +44,7 @@ class StateFingerprint:
                     raise UsageError(
                         f"{name} is expected to be equal on all ranks, but is {value} on rank 0 "
                         f"and {other.get(name)} on rank {rank}",
-                        "start all ranks with the same code, options and data",
+                        _HINTS.get(name, "start all ranks with the same code, options and data"),
                     )
         digest = key(*json.dumps(texts, sort_keys=True).encode()) >> 1
         fingerprint = cls(model, group, digest)

@@ -16,6 +16,13 @@ from samestep.launcher.contract import UsageError
 CompressionHook = Callable[[GradBucket], torch.futures.Future[Tensor]]
 
 
+def without_effect(name: str | None, world_size: int) -> list[str]:
+    """A sentence where `--comm-hook` names a hook that nothing will ask for."""
+    if name is None or world_size > 1:
+        return []
+    return [f"--comm-hook {name} compresses nothing on one rank, which has nobody to send gradients to"]
+
+
 def compression_hook(name: str | None, device: torch.device) -> CompressionHook | None:
     """The hook that `--comm-hook` names; torch's hooks average over the ranks, which is undone here.
 

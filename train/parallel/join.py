@@ -21,8 +21,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
+from samestep.launcher import environment_numbers
 from samestep.launcher.contract import (
-    ENV_JOIN_TIMEOUT,
     ENV_PDB,
     ENV_STORE_ADDR,
     ENV_STORE_FD,
@@ -38,7 +38,6 @@ from samestep.train.parallel.shared_memory import Arena, open_arena
 _PATIENCE = dt.timedelta(minutes=30)  # that collectives may take
 _LOOKED_AT = dt.timedelta(days=7)  # the same, while somebody looks at one of the ranks
 _TRUE = ("1", "true", "t", "yes", "y", "on")  # as accelerate reads it
-JOIN_SECONDS = 120.0  # where no launcher of ours says how long
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,7 @@ def join(
     elif env.world_size > 1 and environ.get(ENV_STORE_PORT):
         _init_group(env, device, _launchers_store(env, environ), environ)
     elif env.world_size > 1 and env.job and not env.master_addr and run_dir is not None:
-        store, published = meet(env, run_dir, environ, dt.timedelta(seconds=JOIN_SECONDS))
+        store, published = meet(env, run_dir, environ, dt.timedelta(seconds=environment_numbers.JOIN_SECONDS))
         _init_group(env, device, store, environ)
         published.unlink(missing_ok=True)  # all ranks have met
     elif env.world_size > 1 and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -172,7 +171,7 @@ def _arena(process_group: object, group: RankGroup, patience: int) -> Arena | No
 
 def _launchers_store(env: WorkerEnv, environ: MutableMapping[str, str]) -> dist.Store:
     """Rank zero serves the store on the socket it inherited: no port is ever bound twice or beyond what was chosen."""
-    seconds = float(environ.get(ENV_JOIN_TIMEOUT) or JOIN_SECONDS)
+    seconds = environment_numbers.join_timeout(environ)
     listen_fd = int(environ[ENV_STORE_FD]) if env.rank == 0 and environ.get(ENV_STORE_FD) else None
     store = _within(
         seconds,

@@ -170,14 +170,10 @@ def test_after_some_decisions_it_looks_no_more() -> None:
 
 def test_ranks_share_the_host_and_the_cgroup_counts(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("900000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
-    room = room_of(2, 1, cgroup=tmp_path)
+    room = room_of(2, 1, tmp_path, lambda: 200_000)
     assert room.cores <= 0.75
     assert room.memory_bytes == 100_000
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "memory.max").write_text("max\n")
     assert room_of(1, 1, cgroup=tmp_path).memory_bytes > 1_000_000
     assert room_of(1, 1, cgroup=tmp_path / "none").cores >= 1
 

@@ -108,6 +108,21 @@ class Backward(Leaks):
         return super().__call__(model, batch)
 
 
+class OwnBackward(Leaks):
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        loss = super().__call__(model, batch).mean()
+        loss.backward()
+        return loss
+
+
+class OwnLoop(OwnBackward):
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        loss = super().__call__(model, batch)
+        self.scheduler.optimizer.step()
+        self.scheduler.optimizer.zero_grad()
+        return loss
+
+
 class Toggle(Leaks):
     def __call__(self, model: Any, batch: Any) -> Tensor:
         loss = super().__call__(model, batch)
@@ -221,6 +236,8 @@ class Assigned(Leaks):
 
 LOSSES: dict[str, type[Leaks]] = {
     "backward": Backward,
+    "own backward": OwnBackward,
+    "own loop": OwnLoop,
     "toggle": Toggle,
     "toggle on rank 1": ToggleOnOneRank,
     "evaluated": Evaluated,

@@ -17,11 +17,15 @@ from samestep.train.parallel.shards import StepPlan
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One sentence on what is wrong and one with the fix; `text` is the same in each step in which it is found."""
+    """One sentence on what is wrong and one with the fix; `text` is the same in each step in which it is found.
+
+    `at_once`: a fatal one of a loss after which backward may fail, in words of torch's own that name another mistake.
+    """
 
     text: str
     hint: str
     fatal: bool = False
+    at_once: bool = False
 
 
 Findings = Iterable[Finding]

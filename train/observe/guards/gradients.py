@@ -45,8 +45,9 @@ class ClearedGradients(Check):
         if set(made) - self._dirty:
             yield Finding(
                 f"the loss is expected to leave gradients alone, but {listed(made)} had one when it returned",
-                "the loss must neither call backward() nor set p.grad: return it, and the step does the rest",
+                "the loss must not call backward(), step the optimizer or set p.grad: return it, and all that is done",
                 fatal=True,
+                at_once=True,
             )
 
 

@@ -1,7 +1,7 @@
 """The guards of a run: null unless asked for, else all checks in the first steps after each start.
 
 What one rank finds, all ranks are told in the same step: a fatal finding ends all of them with the same sentence, a
-warning is written by rank zero, once.
+warning is written by rank zero, once. What has no same step to wait for ends the rank that finds it.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ class WatchingGuards:
                 raise
             for check in self.checks:
                 self._note(check.after_loss())
+            if any(finding.at_once for finding in self._found):
+                self._tell(self._found)
             return result
 
         return watched

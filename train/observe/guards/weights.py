@@ -46,12 +46,13 @@ class OutsideChanges(Check):
     """From one update to the next loss nothing changes; a loss may change buffers (BatchNorm does), but no weights.
 
     Weights that change in a second loss of a step too are those of no number of ranks; a bound that the first one has
-    brought about may be meant.
+    brought about may be meant. The optimizer itself has no business in a loss, whatever it finds to do there.
     """
 
     def __init__(self, subject: Subject) -> None:
         self._model = subject.model
         self._losses = 0  # of this rank in this step
+        self._in_loss = self._stepped = False
         self._updated: Marks | None = None
         self._before_loss = Marks({})
         self._hook = hooked_update(subject.optimizer.register_step_post_hook, self._on_updated)
@@ -64,6 +65,7 @@ class OutsideChanges(Check):
     def before_loss(self, batch: Any, samples: int) -> Iterator[Finding]:  # noqa: ARG002
         """Compare with the end of the last update, in the first shard of a step."""
         self._before_loss = Marks(parameters_of(self._model))
+        self._in_loss, self._stepped = True, False
         updated, self._updated = self._updated, None
         changed = updated.changed(Marks(state_of(self._model))) if updated is not None else []
         if changed:
@@ -75,6 +77,15 @@ class OutsideChanges(Check):
     def after_loss(self) -> Iterator[Finding]:
         """Compare with before."""
         self._losses += 1
+        self._in_loss = False
+        if self._stepped:
+            yield Finding(
+                "the loss is expected to leave the optimizer alone, but called its step()",
+                "drop backward(), step() and zero_grad() from it: return the loss, and the step does the rest",
+                fatal=True,
+                at_once=True,
+            )
+            return
         changed = self._before_loss.changed(Marks(parameters_of(self._model)))
         if changed:
             yield Finding(
@@ -86,13 +97,16 @@ class OutsideChanges(Check):
 
     def forget(self) -> None:
         """Weights and buffers are those of the earlier state."""
-        self._updated = None
+        self._updated, self._in_loss = None, False
 
     def close(self) -> None:
         """Take the hook away."""
         self._hook.remove()
 
     def _on_updated(self, *_: Any) -> None:
+        if self._in_loss:
+            self._stepped = True
+            return
         self._updated = Marks(state_of(self._model))
 
 
