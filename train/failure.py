@@ -43,6 +43,8 @@ class Whereabouts:
             early = leave.early_exit(leaving, self.env.rank, self.generation, *self._place)
             if early is not None:
                 leave.write_record(early, self.run_dir)
+            if early is not None and not leaving.code and self.env.rank == 0:  # else the status says that all is done
+                print(f"warning: {early.message}, after step {early.step}: {early.hint}", file=sys.stderr, flush=True)
             raise
         except (KeyboardInterrupt, GeneratorExit) as asked:
             leave.if_it_never_began(asked, self.progress.exact_phase, self.env.rank)

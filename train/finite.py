@@ -88,6 +88,7 @@ class Investigation:
     group: Group
     sampler: SameOrderSampler
     run_dir: RunDir
+    hint: str = "look at these samples and at the learning rate; --nan-policy skip leaves such batches out"
 
     def __call__(self, plan: StepPlan, rows: Rows) -> BadStep:
         """Look at the losses of this rank's shards, and at what the others found."""
@@ -178,7 +179,7 @@ class Stopper:
 
     def _judge(self, plan: StepPlan, found: float, rows: Rows) -> None:
         if found:
-            raise refused(self.investigate(plan, rows), self.investigate.group.rank)
+            raise refused(self.investigate(plan, rows), self.investigate)
 
 
 @dataclass(slots=True)
@@ -208,7 +209,7 @@ class Skipper:
             return True
         bad = self.investigate(plan, rows)
         if self.passed_over.issuperset(range(step - MOST_IN_A_ROW, step)):
-            raise refused(bad, self.investigate.group.rank, f", and neither were the {MOST_IN_A_ROW} steps before it")
+            raise refused(bad, self.investigate, f", and neither were the {MOST_IN_A_ROW} steps before it")
         if self.go_back:
             raise RewindError(bad)
         self.passed_over.add(step)
@@ -219,12 +220,12 @@ class Skipper:
         """Nothing is open."""
 
 
-def refused(bad: BadStep, rank: int, more: str = "") -> RefusedStepError:
+def refused(bad: BadStep, by: Investigation, more: str = "") -> RefusedStepError:
     """The error that ends the run: of the rank whose loss it was, or of rank zero."""
     return RefusedStepError(
         f"{bad}{more}",
-        "look at these samples and at the learning rate; --nan-policy skip leaves such batches out",
-        consequence=rank not in (bad.ranks or (0,)),
+        by.hint,
+        consequence=by.group.rank not in (bad.ranks or (0,)),
     )
 
 

@@ -167,7 +167,8 @@ def restore(state: TrainState, snapshot: checkpoint.Snapshot, source: str) -> li
                 f"{name} is expected to be as in {source}, but changed from {before} to {now}",
                 f"{harm}: restore it, or start a new run with another --run-dir",
             )
-    optimizer, scheduled = state.components.optimizer, state.components.scheduler is not None
+    optimizer = state.components.optimizer
+    scheduled = state.components.scheduler is not None or getattr(optimizer, "scheduled", False)
     built = [dict(group) for group in getattr(optimizer, "param_groups", [])]
     try:
         state.restore(snapshot)

@@ -24,6 +24,7 @@ SAID = {
     "silent": "each batch of over(step) is expected to be followed by one backward, but in step 1 one was not",
     "twice": "backward is expected once for each batch of over(step), but no batch waits for it",
     "leaves": "over(step) is expected to be gone through to its end, but was left early",
+    "updates inside": "keep['optimizer'] is expected to step after a pass, but did so between its batches",
     "breaks": "loop.steps is expected to be gone through to its end, but was left in step 3",
     "again": "loop.steps is expected to be gone through once, but was called again",
     "class": "OwnLoop is expected to get a class derived from TrainConfig, but got",
@@ -109,6 +110,41 @@ def test_a_batch_without_weight_leaves_no_gradients(trained: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("case", ["plain backward before", "plain backward after", "of both at once"])
+def test_other_backwards_neither_count_nor_change_gradients(trained: Any, case: str) -> None:
+    one, two, four = (trained("own_loop", "--case", case, "--shards", 4, ranks=n, cwd=str(n)) for n in (1, 2, 4))
+    assert one.bits == two.bits == four.bits
+    if case != "of both at once":
+        assert one.bits == trained("own_loop", "--shards", 4, cwd="without").bits
+
+
+def test_a_step_of_an_optimizer_that_finds_no_gradients_is_named_once(trained: Any) -> None:
+    texts = [event["text"] for event in trained("own_loop", "--case", "cleared").events("warning")]
+    assert [text for text in texts if "keep['optimizer'] steps without gradients" in text] == texts[:1]
+
+
+def test_state_of_one_ranks_batches_in_keep_is_named(start: Any) -> None:
+    ended = start("own_loop", "--run-dir", "run", "--case", "baseline", "--shards", 2, ranks=2)
+    assert all(ended.codes)
+    assert "keep['baseline'] is expected to be the same on all ranks, but after step 3 that of rank 1" in ended.stderrs
+
+
+@pytest.mark.parametrize(
+    ("now", "said"), [("sgd", "SGD needs dampening"), ("renamed", "renamed here and optimizer there")]
+)
+def test_other_parts_than_those_of_the_checkpoint_are_named(start: Any, trained: Any, now: str, said: str) -> None:
+    trained("own_loop", "--max-steps", 2)
+    ended = start("own_loop", "--run-dir", "run", "--case", now)
+    assert ended.codes == [2], ended.stderr
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_order_of_keep_says_nothing(trained: Any) -> None:
+    _, resumed = (trained("own_loop", "--case", *more) for more in (("plain", "--max-steps", 2), ("turned",)))
+    assert resumed.bits == trained("own_loop", cwd="whole").bits
+
+
 def test_a_model_in_eval_mode_is_named_once(trained: Any) -> None:
     texts = [event["text"] for event in trained("own_loop", "--case", "eval").events("warning")]
     assert len([text for text in texts if "trains in eval mode from step 1 on" in text]) == 1
@@ -128,6 +164,12 @@ def test_an_exception_in_the_loop_is_recorded_with_its_step_and_phase(start: Any
     assert (record["kind"], record["message"], record["step"]) == ("ValueError", "no such thing", 2)
     assert record["phase"] == "forward"
     assert "own_loop.py" in record["frame"]
+
+
+def test_who_leaves_with_success_before_the_end_is_told(start: Any) -> None:
+    ended = start("own_loop", "--run-dir", "run", "--case", "exits")
+    assert ended.codes == [0]
+    assert "warning: left with 0 before the run was done, after step 2" in ended.stderr
 
 
 def test_a_run_that_has_ended_says_so_and_trains_nothing(trained: Any) -> None:

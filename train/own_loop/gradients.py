@@ -28,25 +28,25 @@ class ShardGradients:
 
     `over(step)` gives this rank's batches of a step, each to be followed by one `backward`. Afterwards `p.grad` of
     each trainable parameter is, on every rank, the gradient of the mean loss over the global batch: None where no
-    batch used the parameter, or where nothing in them had weight.
+    batch used the parameter, or where nothing in them had weight. Gradients of other models are left as they are, and
+    what a plain `.backward()` in between adds to `p.grad` is not counted.
     """
 
-    def __init__(self, model: nn.Module, find_unused_parameters: bool | None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._find_unused = find_unused_parameters
         self._run: Run | None = None
         self._part: MicroBatch | None = None  # whose loss is waited for
         self._batch: Any = None
         self._warned = False
-        self._open = False  # a pass is under way
+        self._open = self._left = False  # a pass has begun, and was left before its end
+        self.weightless = False  # nothing in the newest pass had weight
         self._summed = -1  # the step of the newest pass
 
     def bind(self, run: Run, setting: Setting) -> None:
         """Become a part of `run`. Not for users: `OwnLoop.steps` does it."""
         group, device, shards = setting.member.group, setting.device, setting.shards
         exchange, clock = run.step.shards.reducer.exchange, run.step.clock  # one for all sums: they share its memory
-        reducer = GradientReducer(self.model, group, exchange, shards, self._find_unused)
-        reducer.flights.enter = clock.enter
+        reducer = GradientReducer(self.model, group, exchange, shards, None, through_ddp=False)
         buffers = combiner(run.components.model, group, shards)  # of all models: its forwards may run others
         self.shards = ShardPass(
             reducer, buffers, StepTally(group, device), step_sums(group, exchange, shards, device), clock
@@ -77,7 +77,11 @@ class ShardGradients:
             seed_shard(seed, plan.step, shard)
             self.shards.before(self._part)
             self._batch = batch
-            yield batch
+            try:
+                yield batch
+            except GeneratorExit:
+                self._left = True
+                raise
             if self._part is not None:
                 raise UsageError(
                     f"each batch of over(step) is expected to be followed by one backward, but in step {plan.step + 1} "
@@ -113,13 +117,19 @@ class ShardGradients:
         self.shards.clock.enter("optimizer")
         self._summed = plan.step
         if self.shards.tally.own_weights:
-            if sums.weight == 0.0:
+            self.weightless = sums.weight == 0.0
+            if self.weightless:
                 run.reporter.warning(f"step {plan.step + 1} has no weight in its whole batch: gradients are None")
                 for parameter in self.shards.reducer.parameters:
                     parameter.grad = None
                 return
             divide(gradients, sums)
         run.step.guard.admits(plan, gradients, self.shards.tally.mine)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a pass has begun, was not left, and has not come to its end."""
+        return self._open and not self._left
 
     def rows_of(self, step: Step) -> Values | None:
         """This rank's rows of the newest pass over `step` (see StepTally); None where there was none."""
@@ -134,7 +144,7 @@ class ShardGradients:
         if self._open:
             raise UsageError(
                 "over(step) is expected to be gone through to its end, but was left early",
-                "every rank has to come to the end of each pass: leave out break and return",
+                "every rank has to come to the end of a pass before the next one: leave out break, return and zip",
             )
 
     def _look_at_mode(self, run: Run, plan: StepPlan) -> None:

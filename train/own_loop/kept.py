@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,8 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from samestep.launcher.contract import UsageError
+from samestep.launcher.contract import ExitCode, UsageError
+from samestep.train.data.fingerprint import content
+from samestep.train.parallel.group import Group, gather_json
 from samestep.train.recipe import Components
+from samestep.train.state.as_saved import load_optimizer
+from samestep.train.state.codec import encode
 
 
 class Together:
@@ -25,6 +31,16 @@ class Together:
         """Those of all optimizers, one after the other."""
         return [group for part in self.parts.values() for group in getattr(part, "param_groups", [])]
 
+    @property
+    def kind(self) -> str:
+        """What they are, for whoever compares them with those of a checkpoint."""
+        return ", ".join(f"{name} {type(part).__name__}" for name, part in self.parts.items())
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a scheduler moves numbers of an optimizer."""
+        return any(isinstance(part, LRScheduler) for part in self.parts.values())
+
     def state_dict(self) -> dict[str, Any]:
         """By name."""
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -33,13 +49,14 @@ class Together:
         """Give each part its own.
 
         Raises:
-            ValueError: the parts there have other names.
+            ValueError: the parts there have other names, or an optimizer is of another kind.
         """
         if state.keys() != self.parts.keys():
             here, there = (", ".join(sorted(names)) or "nothing" for names in (self.parts, state))
             raise ValueError(f"keep has {here} here and {there} there")
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            load = load_optimizer if isinstance(part, Optimizer) else type(part).load_state_dict
+            load(part, state[name])
 
 
 def components_of(keep: object, data: Any, collate_fn: Any) -> Components:
@@ -56,19 +73,47 @@ def components_of(keep: object, data: Any, collate_fn: Any) -> Components:
         )
     for name, part in keep.items():
         _require_savable(name, part)
-    models = nn.ModuleDict({name: part for name, part in keep.items() if isinstance(part, nn.Module)})
-    others = {name: part for name, part in keep.items() if not isinstance(part, nn.Module)}
-    schedulers = {name: part for name, part in others.items() if isinstance(part, LRScheduler)}
-    rest = Together({name: part for name, part in others.items() if name not in schedulers})
+    parts = dict(sorted(keep.items()))  # another order in the code is no other run
+    models = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
+    rest = Together({name: part for name, part in parts.items() if name not in models})
     _require_its_parameters(models, rest)
     return Components(
         model=models,
         loss=_no_loss,
         optimizer=cast(Optimizer, rest),
-        scheduler=cast(LRScheduler, Together(schedulers)) if schedulers else None,
         train_data=data,
         collate_fn=collate_fn,
     )
+
+
+def require_alike(keep: Mapping[str, Any], group: Group, step: int) -> None:
+    """Compare what is neither model nor optimizer, and may be made of what one rank alone has seen. A collective.
+
+    Raises:
+        UsageError: (exit code 1) a part has another state on another rank.
+    """
+    mine = {n: _digest(part) for n, part in keep.items() if not isinstance(part, nn.Module | Optimizer)}
+    if not mine:
+        return
+    by_rank = gather_json(group, mine)
+    for rank, theirs in enumerate(by_rank):
+        for name, digest in by_rank[0].items():
+            if theirs.get(name) != digest:
+                raise UsageError(
+                    f"keep[{name!r}] is expected to be the same on all ranks, but after step {step} that of rank "
+                    f"{rank} is not that of rank 0",
+                    "a rank sees the batches of its own shards alone: make such state a buffer of a model in keep, "
+                    "whose mean over all shards is taken, or let it follow from step.number",
+                    ExitCode.FAILED,
+                )
+
+
+def _digest(part: Any) -> str:
+    tree, tensors = encode(part.state_dict(), "state")
+    sha = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
+    for name in sorted(tensors):
+        sha.update(name.encode() + content(tensors[name]))
+    return sha.hexdigest()
 
 
 def _require_savable(name: object, part: object) -> None:
@@ -93,7 +138,7 @@ def _require_its_parameters(models: nn.ModuleDict, rest: Together) -> None:
     if not any(parameter.requires_grad for parameter in models.parameters()):
         raise UsageError(
             "keep is expected to have a model that trains, but has no trainable parameter",
-            'keep={"model": model, "optimizer": optimizer}: a checkpoint has what keep names, and nothing else',
+            'keep={"model": model, "optimizer": optimizer}, and look for requires_grad_(False)',
         )
     known = {id(parameter) for parameter in models.parameters()}
     for name, part in rest.parts.items():

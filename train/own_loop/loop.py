@@ -21,13 +21,13 @@ from samestep.train.data.rng import seed_everything
 from samestep.train.finish import Result, already_closed, close
 from samestep.train.joined import Joined, called, meet
 from samestep.train.loop import Run, after_step, save_the_end, steps_to_go
-from samestep.train.observe.memory import gradient_bytes
 from samestep.train.observe.tally import Values
 from samestep.train.own_loop.buffers import AllBuffers
 from samestep.train.own_loop.gradients import ShardGradients, column_of
-from samestep.train.own_loop.kept import components_of
+from samestep.train.own_loop.kept import components_of, require_alike
 from samestep.train.own_loop.step import Step
-from samestep.train.parallel.bucket_trial import bucket_trial
+from samestep.train.own_loop.updates import watch_updates
+from samestep.train.parallel.bucket_trial import FixedBuckets
 from samestep.train.prepared import Prepared, prepare
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -99,7 +99,7 @@ class OwnLoop(Generic[Config]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         """Tell and record what went wrong, and give the process back as it was."""
-        if kind is not None or not self._left_after:
+        if kind is not None or self._result is not None:
             return self._stack.__exit__(kind, error, trace)
         early = self._unfinished()
         self._stack.__exit__(UsageError, early, None)
@@ -116,12 +116,11 @@ class OwnLoop(Generic[Config]):
             raise self._unfinished()
         return self._result
 
-    def gradients(self, model: nn.Module, *, find_unused_parameters: bool | None = None) -> ShardGradients:
+    def gradients(self, model: nn.Module) -> ShardGradients:
         """Gradients of one model; the losses of the first one that is made are those of the run.
 
         Args:
             model: one of `keep`, itself: it is not wrapped.
-            find_unused_parameters: whether some step may leave a parameter without gradient; None: found in the first.
 
         Raises:
             UsageError: the loop has begun.
@@ -131,7 +130,7 @@ class OwnLoop(Generic[Config]):
                 "loop.gradients is expected before loop.steps, but was called in the loop",
                 "make it once for each model, before the loop: it lives through all steps",
             )
-        self._gradients.append(ShardGradients(model, find_unused_parameters))
+        self._gradients.append(ShardGradients(model))
         return self._gradients[-1]
 
     def steps(
@@ -168,12 +167,19 @@ class OwnLoop(Generic[Config]):
                         self._left_after = 0
                         step.finish()
                         after_step(run, plan, self._rows(run, step), last=last)
+                        if last or step.number % run.config.log_every == 0:
+                            require_alike(keep, member.group, step.number)
                     save_the_end(run)
                     preemption.leave_if_stopped(run, call.run_dir)
                 digest = close(run, call.run_dir, member)
         self._result = Result(digest, run.state.step, {}, call.run_dir.path)
 
     def _prepare(self, data: Any, keep: Mapping[str, Any], collate_fn: Any) -> tuple[Prepared, Run]:
+        if not hasattr(self, "_joined"):
+            raise UsageError(
+                "loop.steps is expected inside of the context of OwnLoop, but was called outside",
+                "with OwnLoop(MyConfig) as loop: …",
+            )
         if self._prepared is not None:
             raise UsageError(
                 "loop.steps is expected to be gone through once, but was called again",
@@ -194,8 +200,10 @@ class OwnLoop(Generic[Config]):
             gradients.bind(run, setting)
         combiners = [gradients.shards.buffers for gradients in self._gradients]
         run.state.buffers = AllBuffers(combiners, run.state.buffers.known)
-        exact, group = joined.call.config.reduction == "exact", joined.member.group
-        run.buckets = bucket_trial(gradient_bytes(models), group.world_size, self._resize, exact=exact)
+        run.buckets = FixedBuckets()
+        run.step.guard.investigate.hint = "look at these samples and at the learning rate"
+        for end in watch_updates(keep, self._gradients, run.reporter.warning):
+            joined.call.ends.callback(end)
         if joined.member.env.distributed:
             leave.end_hard(*self._gradients)
         return prepared, run
@@ -207,10 +215,6 @@ class OwnLoop(Generic[Config]):
             "the run goes on from its last checkpoint where it is started again",
             "leave out break and return: --max-steps or --epochs end a run, on all ranks after the same step",
         )
-
-    def _resize(self, bucket_mb: float) -> None:
-        for gradients in self._gradients:
-            gradients.shards.reducer.replicas.resize(bucket_mb)
 
     def _require_kept(self, models: nn.Module) -> None:
         if not self._gradients:

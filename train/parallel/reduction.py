@@ -41,6 +41,8 @@ class GradientReducer:
     """Sums gradients of all shards of a step; used as begin, backward for each part of each shard, finish.
 
     After `finish`, `p.grad` of every trainable parameter is the sum over all shards, or None where no shard used it.
+    Without `through_ddp` no backward touches a `p.grad`, of this model or of others in the graph, and whatever code in
+    between leaves there counts for nothing; the exchange then follows the last backward.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class GradientReducer:
         shards: int,
         find_unused_parameters: bool | None,
         compress: CompressionHook | None = None,
+        *,
+        through_ddp: bool = True,
     ) -> None:
         self.group = group
         self.exchange = exchange
@@ -58,6 +62,7 @@ class GradientReducer:
         self.shards = shards
         self._every = dict(model.named_parameters())  # also those that are frozen now
         self._compress = compress
+        self._ddp = through_ddp
         self.replicas = Replicas(model, self, _communication_hook, find_unused=find_unused_parameters)
         self._looked = False  # at the graphs of this rank's first step
         self._done: Callable[[], None] = lambda: None  # told when this rank's gradients are computed
@@ -84,7 +89,7 @@ class GradientReducer:
         self.mine = plan.present(self.owned)
         self.present = min(plan.samples, self.shards)
         self._step = plan.step
-        self._alone = self.group.world_size == 1 and self.present == 1
+        self._alone = self._ddp and self.group.world_size == 1 and self.present == 1
         self.overlaps = self.replicas.current is not None and plan.everyone_works(self.group.world_size)
         if self.overlaps:
             self.replicas.begin_forward()
@@ -153,7 +158,7 @@ class GradientReducer:
         # gradients of this step must be free when the next ones are made
         self._folds, self._results, self._leaf = {}, [], None
         self.replicas.release()
-        if self.replicas.current is None and self.group.world_size > 1:
+        if self._ddp and self.replicas.current is None and self.group.world_size > 1:
             self.replicas.wrap()
         return self._left()
 

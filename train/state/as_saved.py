@@ -55,7 +55,8 @@ def described(optimizer: Optimizer, model: nn.Module) -> list[Any]:
     """Its kind, and the names of the parameters in each of its groups, by whose places its state is kept."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = getattr(optimizer, "param_groups", [])
-    return [type(optimizer).__name__, [[names.get(id(p), "") for p in group["params"]] for group in groups]]
+    kind = getattr(optimizer, "kind", type(optimizer).__name__)
+    return [kind, [[names.get(id(p), "") for p in group["params"]] for group in groups]]
 
 
 def require_same_optimizer(now: list[Any], saved: list[Any]) -> None:

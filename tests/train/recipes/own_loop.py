@@ -95,6 +95,14 @@ def one_model(loop):  # noqa: C901, PLR0912, PLR0915 (a table of cases)
         keep["model"] = DistributedDataParallel.__new__(DistributedDataParallel)
     if case == "optimizer alone":
         keep = {"optimizer": optimizer, "other": network()}
+    if case == "sgd":
+        keep["optimizer"] = optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if case == "renamed":
+        keep["renamed"] = keep.pop("optimizer")
+    if case == "turned":
+        keep = {"optimizer": optimizer, "model": model}
+    if case == "baseline":
+        keep["baseline"] = Baseline()
     if case == "list":
         keep = [model, optimizer]
     gradients = None if case == "no gradients" else loop.gradients(nn.Linear(2, 2) if case == "not kept" else model)
@@ -111,6 +119,8 @@ def one_model(loop):  # noqa: C901, PLR0912, PLR0915 (a table of cases)
                 raise ValueError("no such thing")
             if case == "stopped" and step.number == 3 and loop.rank == loop.world_size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if case == "exits" and step.number == 3:
+                sys.exit(0)
             if case == "leaves" and step.number == 3:
                 break
             if case == "silent":
@@ -118,11 +128,19 @@ def one_model(loop):  # noqa: C901, PLR0912, PLR0915 (a table of cases)
             if case == "passes":
                 drawn.append(torch.rand(1).item())
             loss: Any = tokens(model, (x, y)) if case == "tokens" else mse_loss(model(x), y)
+            if case == "plain backward before":
+                ((model[4](torch.ones(1, 8)) - 1) ** 2).sum().backward()
             loss = loss * float("nan") if case == "nan" and step.number == 3 else loss
             loss = Weighted(loss * 0, 0) if case == "weightless" and step.number == 2 else loss
             loss = Weighted(loss * len(x), len(x)) if case == "weightless" and step.number != 2 else loss
             loss = loss + between if case == "between" else loss
             (other if case == "second only" else gradients).backward(loss)
+            if case == "updates inside":
+                optimizer.step()
+            if case == "baseline":
+                keep["baseline"].mean += loss.item()
+            if case == "plain backward after":
+                ((model[4](torch.ones(1, 8)) - 1) ** 2).sum().backward()
             if case == "twice":
                 gradients.backward(loss)
         if case == "weightless" and step.number == 2:
@@ -134,6 +152,8 @@ def one_model(loop):  # noqa: C901, PLR0912, PLR0915 (a table of cases)
             first = [x for x, _ in passed(other, step, model, drawn)]
             again = [x for x, _ in passed(other, step, model, drawn)]
             assert all(map(torch.equal, first, again))
+        if case == "cleared":
+            optimizer.zero_grad()
         optimizer.step()
         if case == "scheduler":
             keep["scheduler"].step()
@@ -144,6 +164,32 @@ def one_model(loop):  # noqa: C901, PLR0912, PLR0915 (a table of cases)
     if case == "passes":
         assert len(set(drawn)) == len(drawn)
     print("result", loop.result.steps, loop.result.digest)
+
+
+def both_at_once(loop):
+    """Two passes, then two updates, where the second loss also reaches the first model."""
+    one, two = nn.Linear(6, 6), nn.Linear(6, 1)
+    of_one, of_two = adam(one), adam(two)
+    first, second = loop.gradients(two), loop.gradients(one)
+    for step in loop.steps(data(), keep={"one": one, "two": two, "of_one": of_one, "of_two": of_two}):
+        for x, y in first.over(step):
+            first.backward(mse_loss(two(one(x).detach()), y))
+        for x, _ in second.over(step):
+            second.backward(-two(one(x)).mean())
+        of_two.step()
+        of_one.step()
+
+
+class Baseline:
+    """A mean that a rank takes over the batches that it has seen."""
+
+    mean = 0.0
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state["mean"]
 
 
 def passed(gradients, step, model, drawn):
@@ -165,7 +211,7 @@ def main():
             pass
     else:
         with OwnLoop(OwnConfig) as loop:
-            (two_models if case == "two" else one_model)(loop)
+            {"two": two_models, "of both at once": both_at_once}.get(case, one_model)(loop)
 
 
 if __name__ == "__main__":
