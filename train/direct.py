@@ -50,13 +50,17 @@ _GRAD_MODE: Any = torch_optimizer._use_grad_for_differentiable(_nothing).__code_
 
 def step(optimizer: Optimizer) -> None:
     """`optimizer.step()`."""
+    step_as(optimizer, optimizer.__dict__.get("step"))
+
+
+def step_as(optimizer: Optimizer, own: Any) -> None:
+    """What `optimizer.step()` comes to where `own` is its attribute of that name, None where it has none."""
     entry: Any = type(optimizer).step
-    own: Any = optimizer.__dict__.get("step")
     if own is not None:  # a scheduler's, which notes that it was called
         schedulers = hasattr(own, "_wrapped_by_lr_sched") and getattr(own, "__wrapped__", None) is entry
         entry = entry if schedulers else None
     if getattr(entry, "__code__", None) is not _TORCHS_RANGE:
-        optimizer.step()
+        type(optimizer).step(optimizer) if own is None else own()
         return
     if own is not None:
         optimizer._opt_called = True  # type: ignore[attr-defined]

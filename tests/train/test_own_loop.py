@@ -35,7 +35,7 @@ def weights(ended: Any, name: str = "model.") -> dict[str, torch.Tensor]:
     return {key.removeprefix(name): tensor for key, tensor in ended.weights.items() if key.startswith(name)}
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_two_models_that_train_each_other_end_in_the_same_bits_on_any_number_of_ranks(trained: Any, ranks: int) -> None:
     flags = ("--epochs", 1, "--shards", 4, "--max-steps", 12)
     one, several = (trained(GAN, *flags, ranks=count, cwd=f"ranks-{count}") for count in (1, ranks))
@@ -71,11 +71,11 @@ def test_with_one_model_it_ends_in_the_bits_of_a_recipe(trained: Any, case: str,
 
 def test_it_goes_on_with_other_ranks_in_the_same_bits(trained: Any) -> None:
     flags = ("--epochs", 1, "--shards", 4)
-    whole = trained(GAN, *flags, "--max-steps", 20, ranks=2, cwd="whole")
-    starts = ((4, 7), (1, 13), (3, 20))
+    whole = trained(GAN, *flags, "--max-steps", 12, cwd="whole")
+    starts = ((4, 5), (2, 12))
     runs = [trained(GAN, *flags, "--max-steps", steps, ranks=ranks, cwd="stopped") for ranks, steps in starts]
     assert runs[-1].bits == whole.bits
-    assert len(runs[-1].events("resumed")) == 2
+    assert len(runs[-1].events("resumed")) == 1
 
 
 def test_a_rank_that_asks_to_stop_ends_all_after_a_saved_step(start: Any, trained: Any) -> None:
@@ -92,6 +92,7 @@ def test_schedulers_in_keep_are_brought_back(trained: Any) -> None:
     _, resumed = (trained("own_loop", "--case", "scheduler", "--max-steps", steps) for steps in (3, 8))
     assert resumed.bits == trained("own_loop", "--case", "scheduler", cwd="whole").bits
     assert resumed.events("warning") == []
+    assert "Warning" not in resumed.stderr
 
 
 def test_what_is_drawn_outside_of_passes_is_the_same_on_all_ranks(trained: Any) -> None:
@@ -101,6 +102,11 @@ def test_what_is_drawn_outside_of_passes_is_the_same_on_all_ranks(trained: Any) 
 
 def test_each_pass_over_a_step_has_its_batches_and_random_numbers_of_its_own(trained: Any) -> None:
     trained("own_loop", "--case", "passes", "--shards", 2)  # which asserts both
+
+
+def test_updates_import_no_compiler(trained: Any) -> None:
+    assert "compiler False" in trained("own_loop").stdout
+    assert "compiler False" in trained("own_loop", "--case", "scheduler", cwd="scheduled").stdout
 
 
 def test_a_batch_without_weight_leaves_no_gradients(trained: Any) -> None:

@@ -163,6 +163,7 @@ def one_model(loop):  # noqa: C901, PLR0912, PLR0915 (a table of cases)
         list(loop.steps(data(), keep=keep))
     if case == "passes":
         assert len(set(drawn)) == len(drawn)
+    print("compiler", "torch._dynamo" in sys.modules)
     print("result", loop.result.steps, loop.result.digest)
 
 
