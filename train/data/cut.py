@@ -42,11 +42,10 @@ def cut(batch: Batch, part: MicroBatch, samples: int) -> Batch:
 
 
 def has_no_rows(batch: Batch) -> bool:
-    """Whether all tensors of a batch are of no samples; of most batches the first tensor tells that they are not."""
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
-    for item in items:
-        if isinstance(item, Tensor) and (item.ndim == 0 or len(item)):
-            return False
+    """Whether all tensors of a batch are of no samples; most begin with one that is not."""
+    first = batch[0] if type(batch) in (tuple, list) and batch else batch
+    if isinstance(first, Tensor) and first.numel():
+        return False
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
     return bool(leaves) and not any(map(len, leaves))
 

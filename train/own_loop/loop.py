@@ -166,9 +166,9 @@ class OwnLoop(Generic[Config]):
                         yield step
                         self._left_after = 0
                         step.finish()
-                        after_step(run, plan, self._rows(run, step), last=last)
                         if last or step.number % run.config.log_every == 0:
                             require_alike(keep, member.group, step.number)
+                        after_step(run, plan, self._rows(run, step), last=last)
                     save_the_end(run)
                     preemption.leave_if_stopped(run, call.run_dir)
                 digest = close(run, call.run_dir, member)
