@@ -147,8 +147,13 @@ def test_other_parts_than_those_of_the_checkpoint_are_named(start: Any, trained:
 
 
 def test_the_order_of_keep_says_nothing(trained: Any) -> None:
-    _, resumed = (trained("own_loop", "--case", *more) for more in (("plain", "--max-steps", 2), ("turned",)))
-    assert resumed.bits == trained("own_loop", cwd="whole").bits
+    _, resumed = (trained("own_loop", "--case", *more) for more in (("beside another", "--max-steps", 2), ("turned",)))
+    assert resumed.bits == trained("own_loop", "--case", "beside another", cwd="whole").bits
+
+
+def test_buffers_that_no_state_dict_has_are_brought_back(trained: Any) -> None:
+    _, resumed = (trained("own_loop", "--case", "hidden", "--max-steps", steps) for steps in (4, 8))
+    assert resumed.bits == trained("own_loop", "--case", "hidden", cwd="whole").bits
 
 
 def test_a_model_in_eval_mode_is_named_once(trained: Any) -> None:

@@ -85,6 +85,8 @@ def two_models(loop):
 
 def one_model(loop):  # noqa: C901, PLR0912, PLR0915 (a table of cases)
     case, model = loop.config.case, network()
+    if loop.config.case == "hidden":
+        model = nn.Sequential(Centred(), model)
     optimizer = adam(model)
     keep: Any = {"model": model, "optimizer": optimizer}
     if case == "scheduler":
@@ -99,8 +101,11 @@ def one_model(loop):  # noqa: C901, PLR0912, PLR0915 (a table of cases)
         keep["optimizer"] = optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     if case == "renamed":
         keep["renamed"] = keep.pop("optimizer")
+    if case in ("beside another", "turned"):
+        keep["another"] = nn.Linear(2, 2)
+        keep["of_another"] = adam(keep["another"])
     if case == "turned":
-        keep = {"optimizer": optimizer, "model": model}
+        keep = dict(reversed(keep.items()))
     if case == "baseline":
         keep["baseline"] = Baseline()
     if case == "list":
@@ -111,6 +116,8 @@ def one_model(loop):  # noqa: C901, PLR0912, PLR0915 (a table of cases)
         model.eval().train = lambda mode=True: model
     drawn = []
     for step in loop.steps(data(), keep=keep):
+        if case == "hidden":
+            model[0].moves = step.number % 3 == 1
         if case == "late":
             loop.gradients(model)
         between = torch.randn(()) if case == "between" else 0.0
@@ -179,6 +186,22 @@ def both_at_once(loop):
             second.backward(-two(one(x)).mean())
         of_two.step()
         of_one.step()
+
+
+class Centred(nn.Module):
+    """Takes a mean away that no state_dict has, and that runs in some steps only."""
+
+    moves = True
+    mean: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.moves:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x - self.mean
 
 
 class Baseline:
