@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from samestep.launcher.contract import UsageError
-from samestep.train import environment, leave, preemption, start, without_compiler
+from samestep.train import environment, preemption, start, without_compiler
 from samestep.train.announce import announce
 from samestep.train.called import check_config_type
 from samestep.train.checks import check_among_ranks, check_materialised
@@ -192,6 +192,7 @@ class OwnLoop(Generic[Config]):
         check_materialised(models)
         check_among_ranks(models, joined.shards, joined.member.env.world_size)
         self._require_kept(models)
+        environment.require_default_device(joined.member.device)
         told = environment.threads_brought_back(self._threads, "the code before the loop")
         self._prepared = prepared = prepare(components, joined, self._found, told, guarded=False)
         run, setting = prepared.run, prepared.setting
@@ -204,8 +205,6 @@ class OwnLoop(Generic[Config]):
         run.step.guard.investigate.hint = "look at these samples and at the learning rate"
         for end in watch_updates(keep, self._gradients, run.reporter.warning):
             joined.call.ends.callback(end)
-        if joined.member.env.distributed:
-            leave.end_hard(*self._gradients)
         return prepared, run
 
     def _unfinished(self) -> UsageError:
