@@ -26,7 +26,7 @@ SAID = {
     "leaves": "over(step) is expected to be gone through to its end, but was left early",
     "updates inside": "keep['optimizer'] is expected to step after a pass, but did so between its batches",
     "nothing left": "collate_fn is expected to make a batch of the samples that it gets, but left out all of samples",
-    "default device": "torch's default device is expected to be cpu, as this rank computes on cpu, but the recipe has set",
+    "default device": "torch's default device is expected to be cpu, as this rank computes on cpu, but the recipe",
     "breaks": "loop.steps is expected to be gone through to its end, but was left in step 3",
     "again": "loop.steps is expected to be gone through once, but was called again",
     "class": "OwnLoop is expected to get a class derived from TrainConfig, but got",
