@@ -128,7 +128,7 @@ def test_other_backwards_neither_count_nor_change_gradients(trained: Any, case: 
 
 def test_a_step_of_an_optimizer_that_finds_no_gradients_is_named_once(trained: Any) -> None:
     texts = [event["text"] for event in trained("own_loop", "--case", "cleared").events("warning")]
-    assert [text for text in texts if "keep['optimizer'] steps without gradients" in text] == texts[:1]
+    assert len([text for text in texts if "keep['optimizer'] steps without gradients" in text]) == 1
 
 
 def test_state_of_one_ranks_batches_in_keep_is_named(start: Any) -> None:
